@@ -1,0 +1,161 @@
+"""One spelling of the rotary settings in a Hugging Face config.json.
+
+Published configs name the same thing in several ways: `rope_type` for `type`,
+`rope_parameters` since transformers 5, `rotary_emb_base` in gpt_neox, keys left out by
+the first CLEX release. Every other file reads only what `normalise_config` returns.
+Needs no MLX. Not covered: settings nested under `text_config`, and settings given per
+layer type; both are left as they are.
+"""
+
+from copy import deepcopy
+from typing import Any
+
+from mlx_clex.errors import InputError
+
+# What a family's own configuration class takes when config.json does not say. Families
+# that are not here keep the default of their mlx-lm class.
+_DEFAULT_BASE = {
+    "llama": 10_000.0,
+    "mistral": 10_000.0,
+    "phi": 10_000.0,
+    "gpt_neox": 10_000.0,
+    "mixtral": 1_000_000.0,
+}
+_LENGTH_KEYS = ("max_position_embeddings", "max_sequence_length", "n_positions")
+# Inside rope_parameters, but settings of the model and not of the method.
+_MODEL_KEYS = ("rope_theta", "partial_rotary_factor")
+
+
+def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Give rotary settings one place and one name each.
+
+    Applying it twice changes nothing more.
+
+    Args:
+        config: the content of config.json; it is not changed.
+
+    Returns:
+        A copy with, as far as the config or its family tells them, top-level
+        `rope_theta` (float), `max_position_embeddings` (tokens, int) and `rope_scaling`
+        ({"type": name, **fields}; the key is absent for plain RoPE). For CLEX,
+        `log_scale`, `act` and `time_dt` are always spelt out in `rope_scaling`.
+        `auto_map` is gone: it names code that is never run.
+
+    Raises:
+        InputError: `rope_scaling`, `rope_theta` or the length is no usable value.
+    """
+    if not isinstance(config, dict):
+        raise InputError(
+            f"config.json holds a {type(config).__name__}, not an object of settings. "
+            "Is it the model's own config.json?"
+        )
+    config = deepcopy(config)
+    config.pop("auto_map", None)
+    scaling = _merged_scaling(config)
+    _hoist(config, scaling)
+    _set_base(config)
+    _set_length(config, scaling)
+    name = scaling.get("type", "default")
+    if name == "clex":
+        _fill_clex(config, scaling)
+    if name in ("default", "none"):
+        config.pop("rope_scaling", None)
+    else:
+        config["rope_scaling"] = scaling
+    return config
+
+
+def _merged_scaling(config: dict[str, Any]) -> dict[str, Any]:
+    """`rope_scaling` and transformers 5's `rope_parameters` as one dict."""
+    merged: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        value = config.get(key)
+        if value is None:
+            config.pop(key, None)
+            continue
+        if not isinstance(value, dict):
+            raise InputError(
+                f"config.json has {key} = {value!r}; it must be an object such as "
+                '{"type": "clex", "max_factor": 16}, or null.'
+            )
+        if key == "rope_parameters" and any(isinstance(v, dict) for v in value.values()):
+            continue  # one entry per layer type: the family's own business
+        config.pop(key)
+        value = dict(value)
+        alias = value.pop("rope_type", None)
+        merged.update(value, type=value.get("type") or alias or merged.get("type"))
+    name = merged.pop("type", None)
+    if name is not None and not isinstance(name, str):
+        raise InputError(f"rope_scaling.type must be a name, got {name!r}.")
+    if name is None and set(merged) - set(_MODEL_KEYS):
+        raise InputError(
+            f"config.json has rope_scaling {merged!r} without a type. "
+            'Add "type", for example "clex" or "yarn".'
+        )
+    return {"type": name, **merged} if name else merged
+
+
+def _hoist(config: dict[str, Any], scaling: dict[str, Any]) -> None:
+    """Settings of the model go to the top level."""
+    for key in _MODEL_KEYS:
+        if key in scaling:
+            config[key] = scaling.pop(key)
+    if config.get("model_type") == "gpt_neox":
+        for ours, theirs in zip(_MODEL_KEYS, ("rotary_emb_base", "rotary_pct"), strict=True):
+            value = config.get(ours, config.get(theirs))
+            if value is not None:  # mlx-lm's gpt_neox knows only the old names
+                config[ours] = config[theirs] = value
+
+
+def _set_base(config: dict[str, Any]) -> None:
+    base = config.get("rope_theta")
+    if base is None:
+        base = config.get("rotary_emb_base")
+    if base is None:
+        base = _DEFAULT_BASE.get(str(config.get("model_type")))
+    if base is None:
+        config.pop("rope_theta", None)
+        return
+    number = isinstance(base, int | float) and not isinstance(base, bool)
+    if not number or not 1 < base < float("inf"):
+        raise InputError(
+            f"config.json has rope_theta = {base!r}; it must be a number above 1, "
+            "10000 in most models."
+        )
+    config["rope_theta"] = float(base)
+
+
+def _set_length(config: dict[str, Any], scaling: dict[str, Any]) -> None:
+    original = None
+    if scaling.get("type") in ("yarn", "dynamic", "linear"):
+        # Theirs: the length before stretching. Ours is always that one.
+        original = scaling.pop("original_max_position_embeddings", None)
+    found = [config[key] for key in _LENGTH_KEYS if config.get(key) is not None]
+    length = original if original is not None else (found[0] if found else None)
+    if length is None:
+        return
+    whole = isinstance(length, int | float) and not isinstance(length, bool)
+    if not whole or length < 1 or length != int(length):
+        raise InputError(
+            f"config.json has max_position_embeddings = {length!r}; it must be the "
+            "trained length in tokens, a whole number above 0."
+        )
+    config["max_position_embeddings"] = int(length)
+
+
+def _fill_clex(config: dict[str, Any], scaling: dict[str, Any]) -> None:
+    """What the release's classes assume where a published config is silent.
+
+    Source: DAMO-NLP-SG/CLEX, configuration_clex.py `CLEXLlamaConfig` (log_scale is
+        true unless given); its Mixtral and Phi code never reads the key. Configs of
+        October 2023 have neither `act` nor `time_dt`.
+    """
+    family = config.get("model_type")
+    outer = config.pop("log_scale", None)
+    if family in ("mixtral", "phi"):
+        outer = False
+    elif outer is None:
+        outer = family == "llama"
+    scaling.setdefault("log_scale", outer)
+    scaling.setdefault("act", "silu")
+    scaling.setdefault("time_dt", 0.01)
