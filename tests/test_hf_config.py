@@ -85,7 +85,95 @@ def test_transformers_5_spelling_is_understood():
     assert "rope_parameters" not in config
 
 
-def test_plain_rope_keys = st.sampled_from(
+def test_plain_rope_parameters_mean_no_scaling():
+    """rope_type "default" must not survive as a method of that name."""
+    config = normalise_config({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}})
+
+    assert config == {"rope_theta": 1e6}
+
+
+def test_rope_scaling_wins_over_plain_rope_parameters():
+    """A method named once must not be lost to a default named elsewhere."""
+    config = normalise_config(
+        {
+            "rope_parameters": {"type": "default", "rope_theta": 1e5},
+            "rope_scaling": {"rope_type": "ntk", "factor": 2.0},
+        }
+    )
+
+    assert config == {"rope_theta": 1e5, "rope_scaling": {"type": "ntk", "factor": 2.0}}
+
+
+def test_settings_per_layer_type_stay_untouched():
+    """Gemma-like configs hold one entry per layer type, which is not ours to merge."""
+    per_layer = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+
+    assert normalise_config({"rope_parameters": per_layer}) == {"rope_parameters": per_layer}
+
+
+def test_gpt_neox_names_and_ours_agree():
+    """mlx-lm's gpt_neox reads rotary_emb_base; the rest of the project rope_theta."""
+    old = normalise_config(
+        {"model_type": "gpt_neox", "rotary_emb_base": 25_000, "rotary_pct": 0.25}
+    )
+    new = normalise_config(
+        {
+            "model_type": "gpt_neox",
+            "rope_parameters": {"rope_theta": 25_000, "partial_rotary_factor": 0.25},
+        }
+    )
+
+    assert old["rope_theta"] == new["rope_theta"] == new["rotary_emb_base"] == 25_000.0
+    assert old["partial_rotary_factor"] == new["rotary_pct"] == 0.25
+
+
+def test_mixtral_and_unknown_families_keep_their_base():
+    """A base of 10000 written into a family with another default would ruin it."""
+    assert normalise_config({"model_type": "mixtral"})["rope_theta"] == 1e6
+    assert "rope_theta" not in normalise_config({"model_type": "gemma3_text"})
+
+
+def test_yarn_configs_of_others_name_the_trained_length_inside():
+    """Ours always keeps the length before stretching in max_position_embeddings."""
+    config = normalise_config(
+        {
+            "max_position_embeddings": 131_072,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32_768,
+            },
+        }
+    )
+
+    assert config["max_position_embeddings"] == 32_768
+    assert config["rope_scaling"] == {"type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ([1], "holds a list"),
+        ({"rope_scaling": "clex"}, "rope_scaling = 'clex'"),
+        ({"rope_scaling": {"factor": 2.0}}, "without a type"),
+        ({"rope_scaling": {"type": 5}}, "must be a name, got 5"),
+        ({"rope_theta": "10000"}, "rope_theta = '10000'"),
+        ({"rope_theta": float("nan")}, "rope_theta = nan"),
+        ({"rope_theta": True}, "rope_theta = True"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings = 0"),
+        ({"max_position_embeddings": 2048.5}, "max_position_embeddings = 2048.5"),
+    ],
+)
+def test_unusable_settings_are_named(config, text):
+    """A bad value must be named, not end in a traceback further on."""
+    with pytest.raises(InputError, match=re.escape(text)) as caught:
+        normalise_config(config)
+
+    assert "\n" not in str(caught.value)
+
+
+_leaf = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+_rope_keys = st.sampled_from(
     ["type", "rope_type", "factor", "rope_theta", "log_scale", "act", "max_factor"]
 )
 _keys = st.sampled_from(
