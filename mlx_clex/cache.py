@@ -1,0 +1,239 @@
+"""KV caches that know the scale their keys are rotated at.
+
+They are mlx-lm's caches plus, for each row, two numbers: `scale`, at which the stored
+keys are rotated (None while there are none), and `expected_length`, the length whose
+scale and gain the row has from its first token on (0: those of what has been read so
+far). Before a forward pass the model asks for the planned length of every row, and has
+the keys moved where the scale of the pass is another. No cache holds a model.
+
+mlx-lm finds a cache's class by name in `mlx_lm.models.cache` when it loads a cache file,
+so importing this module puts ours there.
+
+Not covered: sliding windows, whose layers keep their own rope and cache.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import mlx.core as mx
+import mlx_lm.models.cache as mlx_lm_cache
+from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
+
+from .rotary import rotate
+
+# (old scale, new scale) -> difference of the frequencies, radians per token,
+# (D/2,) or (H, D/2).
+Difference = Callable[[float, float], mx.array]
+
+
+class _OneScale:
+    """What the caches of a single sequence share."""
+
+    offset: int
+    scale: float | None = None
+    expected_length: int = 0
+
+    @property
+    def scales(self) -> list[float | None]:
+        """The scale of the one row there is."""
+        return [self.scale]
+
+    def lengths_after(self, new_tokens: int) -> list[int]:
+        """Its length in tokens after a pass of `new_tokens`, or the expected one."""
+        return [max(self.offset + new_tokens, self.expected_length)]
+
+
+class ScaledKVCache(_OneScale, KVCache):
+    """A `KVCache` whose keys can move to another scale."""
+
+    def __init__(self, expected_length: int = 0) -> None:
+        """`expected_length`: the sequence is planned for so many tokens, from 0."""
+        super().__init__()
+        self.expected_length = expected_length
+
+    def move_to(self, scales: Sequence[float], difference: Difference, traditional: bool) -> None:
+        """Rotate the stored keys from their scale to the one of the pass."""
+        (scale,) = scales
+        if self.scale is not None and self.scale != scale and self.offset:
+            self.keys = rotate(self.keys, difference(self.scale, scale), traditional=traditional)
+        self.scale = scale
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """Everything the cache is, as mlx-lm saves it."""
+        return self.keys, self.values, self.offset, self.scale, self.expected_length
+
+    @state.setter
+    def state(self, state: tuple[Any, ...]) -> None:
+        self.keys, self.values, self.offset, self.scale, self.expected_length = state
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4) -> "ScaledQuantizedKVCache":
+        """The same cache, quantised."""
+        stock = super().to_quantized(group_size=group_size, bits=bits)
+        state = (*stock.state, self.scale, self.expected_length)
+        return ScaledQuantizedKVCache.from_state(state)
+
+    @classmethod
+    def merge(cls, caches: Sequence["ScaledKVCache"]) -> "ScaledBatchKVCache":
+        """One batch of these sequences, a row each."""
+        return ScaledBatchKVCache.merge(caches)
+
+
+class ScaledQuantizedKVCache(_OneScale, QuantizedKVCache):
+    """A `QuantizedKVCache` whose keys can move to another scale.
+
+    Each move quantises the keys again, so they lose precision with every step of the
+    scale; `generate --kv-bits` plans for the whole length and never moves them.
+    """
+
+    def move_to(self, scales: Sequence[float], difference: Difference, traditional: bool) -> None:
+        """Rotate the stored keys from their scale to the one of the pass."""
+        (scale,) = scales
+        if self.scale is not None and self.scale != scale and self.offset:
+            how = {"group_size": self.group_size, "bits": self.bits}
+            keys = mx.dequantize(*self.keys, **how)
+            keys = rotate(keys, difference(self.scale, scale), traditional=traditional)
+            self.keys = tuple(mx.quantize(keys, **how))
+        self.scale = scale
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """Everything the cache is, as mlx-lm saves it."""
+        stock = (self.keys, self.values, self.offset, self.group_size, self.bits)
+        return (*stock, self.scale, self.expected_length)
+
+    @state.setter
+    def state(self, state: tuple[Any, ...]) -> None:
+        *stock, self.scale, self.expected_length = state
+        self.keys, self.values, self.offset, self.group_size, self.bits = stock
+
+
+class ScaledBatchKVCache(BatchKVCache):
+    """A `BatchKVCache` whose rows each have a scale and can move on their own.
+
+    mlx-lm keeps the rows' padding in an array; reading it would stop the device at every
+    token, so the padding is mirrored in a list.
+    """
+
+    def __init__(self, left_padding: Sequence[int]) -> None:
+        """`left_padding`: empty places before the first token of each row."""
+        super().__init__(list(left_padding))
+        rows = len(left_padding)
+        self.padding = list(left_padding)
+        self.scales: list[float | None] = [None] * rows
+        self.expected_lengths = [0] * rows
+        self._ends: list[int] | None = None  # of the rows, while padded on the right
+
+    def lengths_after(self, new_tokens: int) -> list[int]:
+        """Length of each row, in tokens, after a pass of `new_tokens`, or as expected."""
+        end = self._idx + new_tokens
+        ends = self._ends or [end] * len(self.padding)
+        rows = zip(ends, self.padding, self.expected_lengths, strict=True)
+        return [max(min(end, row_end) - pad, plan) for row_end, pad, plan in rows]
+
+    def move_to(self, scales: Sequence[float], difference: Difference, traditional: bool) -> None:
+        """Rotate the keys of those rows whose scale is another in this pass."""
+        if self.keys is not None and self._idx:
+            changes = [
+                (old, new) if old is not None and old != new else None
+                for old, new in zip(self.scales, scales, strict=True)
+            ]
+            if changes[0] and len(set(changes)) == 1:
+                self.keys = self._rotated(slice(None), difference(*changes[0]), traditional)
+            else:
+                for row, change in enumerate(changes):
+                    if change:
+                        rows = slice(row, row + 1)
+                        self.keys[rows] = self._rotated(rows, difference(*change), traditional)
+        self.scales = list(scales)
+
+    def _rotated(self, rows: slice, inv_freq: mx.array, traditional: bool) -> mx.array:
+        starts = mx.array([-pad for pad in self.padding[rows]])
+        return rotate(self.keys[rows], inv_freq, starts, traditional=traditional)
+
+    def prepare(
+        self,
+        *,
+        left_padding: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
+        right_padding: Sequence[int] | None = None,
+    ) -> None:
+        """Get ready for rows of unequal length; see `BatchKVCache.prepare`."""
+        super().prepare(left_padding=left_padding, lengths=lengths, right_padding=right_padding)
+        if left_padding is not None:
+            self.padding = [a + b for a, b in zip(self.padding, left_padding, strict=True)]
+        if right_padding is not None and max(right_padding) > 0:
+            if lengths is None:
+                raise ValueError(
+                    "prepare(right_padding=...) needs lengths=..., the tokens of each row: a "
+                    "row's scale follows its own length."
+                )
+            self._ends = [self._idx + length for length in lengths]
+
+    def finalize(self) -> None:
+        """Move right padding to the left, once the rows are read."""
+        if self._right_padding is not None and self._ends is not None:
+            self.padding = [
+                pad + self._idx - end for pad, end in zip(self.padding, self._ends, strict=True)
+            ]
+        self._ends = None
+        super().finalize()
+
+    def filter(self, batch_indices: Any) -> None:
+        """Keep only these rows, in place."""
+        super().filter(batch_indices)
+        keep = batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices
+        padding = [self.padding[row] for row in keep]
+        # As the stock method does with its array.
+        self.padding = [pad - min(padding) for pad in padding]
+        self.scales = [self.scales[row] for row in keep]
+        self.expected_lengths = [self.expected_lengths[row] for row in keep]
+
+    def extend(self, other: "ScaledBatchKVCache") -> None:
+        """Add the rows of another batch, in place."""
+        if self.keys is None and other.keys is None:
+            self.padding = self.padding + other.padding
+        else:
+            end = max(self._idx, other._idx)
+            self.padding = [pad + end - self._idx for pad in self.padding] + [
+                pad + end - other._idx for pad in other.padding
+            ]
+        super().extend(other)
+        self.scales = self.scales + other.scales
+        self.expected_lengths = self.expected_lengths + other.expected_lengths
+
+    def extract(self, idx: int) -> ScaledKVCache:
+        """The cache of one row."""
+        stock = super().extract(idx)
+        state = (*stock.state, self.scales[idx], self.expected_lengths[idx])
+        return ScaledKVCache.from_state(state)
+
+    @classmethod
+    def merge(cls, caches: Sequence[ScaledKVCache]) -> Self:
+        """One batch of these sequences, a row each."""
+        stock = BatchKVCache.merge(caches)
+        longest = max(cache.size() for cache in caches)
+        batch = cls([longest - cache.size() for cache in caches])
+        batch.keys, batch.values, batch.offset, batch.left_padding, batch._idx = stock.state
+        batch.scales = [cache.scale for cache in caches]
+        batch.expected_lengths = [cache.expected_length for cache in caches]
+        return batch
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """Everything the cache is, as mlx-lm saves it."""
+        stock = (self.keys, self.values, self.offset, self.left_padding, self._idx)
+        return (*stock, self.padding, self.scales, self.expected_lengths)
+
+    @state.setter
+    def state(self, state: tuple[Any, ...]) -> None:
+        *stock, self.padding, self.scales, self.expected_lengths = state
+        self.keys, self.values, self.offset, self.left_padding, self._idx = stock
+        self._right_padding = None
+        self._ends = None
+
+
+ScaledCache = ScaledKVCache | ScaledQuantizedKVCache | ScaledBatchKVCache
+
+for _cache_class in (ScaledKVCache, ScaledQuantizedKVCache, ScaledBatchKVCache):
+    setattr(mlx_lm_cache, _cache_class.__name__, _cache_class)

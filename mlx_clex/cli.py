@@ -1,0 +1,64 @@
+"""How every command parses, runs, and reports failure.
+
+Not covered: tracebacks of our own mistakes, which are shown on purpose.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from .errors import InputError, RunError
+
+
+def run_command(
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], None],
+    *,
+    prog: str,
+    description: str,
+    argv: Sequence[str] | None = None,
+    parents: Sequence[argparse.ArgumentParser] = (),
+) -> int:
+    """Parse the arguments, run the command, and return its exit status.
+
+    Args:
+        add_arguments: adds the command's options to a parser.
+        run: does the work.
+        prog: the name shown in usage and errors, e.g. "mlx_clex.generate".
+        description: one sentence for --help.
+        argv: the arguments; None takes those of the process.
+        parents: parsers whose options the command also takes; its own win.
+
+    Returns:
+        0, 2 for bad input (one line on stderr), 1 for a run that failed (one line),
+        130 for Ctrl-C. argparse itself exits with 2 for arguments it cannot parse.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        parents=list(parents),
+        # mlx-lm's parsers, used as parents, bring their own -h.
+        conflict_handler="resolve",
+    )
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except InputError as error:
+        print(f"{prog}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): nothing to report to.
+        sys.stderr.close()
+        return 1
+    except (RunError, OSError) as error:
+        print(f"{prog}: failed: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{prog}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,240 @@
+"""From a folder or hub id to a model and its tokenizer.
+
+Converted folders and any other MLX folder load in place. Published checkpoints (CLEX and
+GeNE as released, PyTorch shards, GGUF files) are converted on the fly into a cache of
+ours, once for each state of their source.
+
+Not covered: conversion itself (`mlx_clex.convert`).
+"""
+
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.utils import load_adapters, load_model, load_tokenizer
+
+from .attach import ScaledModel
+from .errors import InputError
+from .hf_config import normalise_config
+from .model_file import Model, ModelArgs
+
+SHIM = "mlx_clex_model.py"  # the model_file of converted checkpoints
+ADAPTER_SCALING = "scaling.safetensors"  # beside adapters, when they train the scaling
+DEFAULT_CACHE = Path("~/.cache/mlx_clex")
+
+# Published under these types only in formats that mlx-lm cannot read.
+_PUBLISHED = ("clex", "gene", "gene-param")
+
+
+def load(
+    path_or_hub_id: str | Path,
+    scale: float | None = None,
+    adapter_path: str | Path | None = None,
+    trust_remote_code: bool = False,
+    cache_dir: str | Path | None = None,
+    *,
+    model_config: Mapping[str, Any] | None = None,
+    tokenizer_config: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, Any]:
+    """Load a model and its tokenizer.
+
+    Args:
+        path_or_hub_id: a folder, a .gguf file, or an id on the Hugging Face hub. A
+            published checkpoint is converted first, into
+            `<cache_dir>/<name>@<revision>`; the next load finds it there.
+        scale: hold the model at this scale for good; None lets it follow the text.
+        adapter_path: a folder of adapters to put on top.
+        trust_remote_code: let the tokenizer, or a `model_file` that is not ours, run
+            Python out of the checkpoint.
+        cache_dir: where conversions are kept; None takes `~/.cache/mlx_clex`.
+        model_config: entries that replace those of config.json.
+        tokenizer_config: more options for the tokenizer.
+
+    Returns:
+        (model, tokenizer), as `mlx_lm.load` gives them.
+
+    Raises:
+        InputError: the checkpoint is missing, incomplete or damaged, or asks for
+            something unknown; the message says what.
+    """
+    folder = resolve(path_or_hub_id, cache_dir=cache_dir)
+    overrides = dict(model_config or {})
+    if read_config(folder).get("model_file") == SHIM:
+        # Ours, without running the copy in the folder.
+        overrides["model_file"] = None
+    builder = functools.partial(Model, scale=scale)
+    try:
+        model, config = load_model(
+            folder,
+            model_config=overrides,
+            get_model_classes=lambda config: (builder, ModelArgs),
+            trust_remote_code=trust_remote_code,
+        )
+    except InputError:
+        raise
+    except (ValueError, RuntimeError, FileNotFoundError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} does not load: {_summary(error)}") from error
+    if scale is not None and not isinstance(model, ScaledModel):
+        raise InputError(
+            f"{path_or_hub_id} has no scaling of ours, so a scale of {scale} has no meaning: "
+            "convert it with mlx_clex.convert --scaling NAME first."
+        )
+    if adapter_path is not None:
+        _add_adapters(model, Path(adapter_path))
+    tokenizer_options = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
+    try:
+        tokenizer = load_tokenizer(
+            folder, tokenizer_options, eos_token_ids=config.get("eos_token_id")
+        )
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} has no tokenizer that loads: {_summary(error)}") from error
+    return model, tokenizer
+
+
+def resolve(
+    path_or_hub_id: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
+    """The folder that mlx-lm can read, after a download or conversion where needed.
+
+    Raises:
+        InputError: there is no such folder or hub id, or it has no usable weights.
+    """
+    path = Path(path_or_hub_id).expanduser()
+    cache = Path(cache_dir or DEFAULT_CACHE).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return _converted(str(path), cache / f"{path.stem}@{_fingerprint([path])}")
+    if path.is_dir():
+        names = [file.name for file in path.iterdir()]
+        config = read_config(path)
+        if not _needs_conversion(names, config, path):
+            return path
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        return _converted(str(path), cache / f"{path.resolve().name}@{_fingerprint(files)}")
+    if path.exists() or not _looks_like_hub_id(str(path_or_hub_id)):
+        raise InputError(
+            f"{path_or_hub_id} is neither a folder with a model, nor a .gguf file, nor a "
+            "Hugging Face id such as owner/name."
+        )
+    return _from_hub(str(path_or_hub_id), revision, cache)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder, as it stands.
+
+    Raises:
+        InputError: it is missing or no JSON object.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{folder} has no config.json; give the folder of a model, or a hub id."
+        ) from error
+    except (ValueError, OSError) as error:
+        raise InputError(f"{folder / 'config.json'} is no readable JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / 'config.json'} is no JSON object.")
+    return config
+
+
+def _needs_conversion(names: list[str], config: dict[str, Any], where: Any) -> bool:
+    """Whether mlx-lm cannot read these files as they are."""
+    if config.get("model_file") == SHIM:
+        return False
+    if not any(name.endswith(".safetensors") for name in names):
+        if any(name.endswith(".bin") for name in names):
+            return True
+        raise InputError(
+            f"{where} has no weights: no .safetensors and no .bin file. Was its download complete?"
+        )
+    return (normalise_config(config).get("rope_scaling") or {}).get("type") in _PUBLISHED
+
+
+def _from_hub(hub_id: str, revision: str | None, cache: Path) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+    try:
+        config_file = Path(hf_hub_download(hub_id, "config.json", revision=revision))
+        commit = config_file.parent.name
+        config = read_config(config_file.parent)
+        target = cache / f"{hub_id.replace('/', '--')}@{commit[:12]}"
+        if target.is_dir():
+            return target
+        try:
+            info = HfApi().model_info(hub_id, revision=commit, files_metadata=True)
+            sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        except (HfHubHTTPError, OSError):
+            # Offline: what is in the hub's own cache decides.
+            sizes = {file.name: 0 for file in config_file.parent.iterdir()}
+        if _needs_conversion(list(sizes), config, hub_id):
+            weights = sum(s for n, s in sizes.items() if n.endswith((".safetensors", ".bin")))
+            _announce(f"{hub_id} is a published checkpoint ({weights / 1e9:.1f} GB of weights).")
+            return _converted(hub_id, target, revision=commit)
+        snapshot = snapshot_download(hub_id, revision=commit, allow_patterns=DEFAULT_ALLOW_PATTERNS)
+        return Path(snapshot)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(f"{hub_id} could not be had from the hub: {_summary(error)}") from error
+
+
+def _converted(source: str, target: Path, *, revision: str | None = None) -> Path:
+    """The conversion of `source`, made now if it is not there."""
+    if not target.is_dir():
+        from .convert import convert
+
+        _announce(f"Converting {source} into {target}, once.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        convert(source, target, revision=revision)
+    return target
+
+
+def _fingerprint(files: list[Path]) -> str:
+    """Twelve digits that change when one of the files does."""
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        digest.update(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def _add_adapters(model: nn.Module, folder: Path) -> None:
+    if not (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{folder} has no adapter_config.json; give the folder that training wrote."
+        )
+    try:
+        load_adapters(model, str(folder))
+        scaling_file = folder / ADAPTER_SCALING
+        if scaling_file.is_file():
+            if not isinstance(model, ScaledModel):
+                raise InputError(f"{scaling_file} is for a model with a scaling; this has none.")
+            model.scaling.take_weights(mx.load(str(scaling_file)))
+    except InputError:
+        raise
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+        raise InputError(f"The adapters in {folder} do not load: {_summary(error)}") from error
+    model.eval()
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) in (1, 2) and all(parts) and not name.startswith((".", "~"))
+
+
+def _announce(text: str) -> None:
+    print(f"[mlx_clex] {text}", file=sys.stderr)
+
+
+def _summary(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else text[:400] + " ..."

@@ -1,0 +1,79 @@
+"""What the `model_file` of a converted checkpoint imports, one for all families.
+
+mlx-lm builds `ModelArgs.from_dict(config)` and then `Model(args)`; here the first picks
+the stock family by `model_type` and the second attaches the scaling.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.models.rope_utils import initialize_rope
+from mlx_lm.utils import _get_classes as get_stock_classes
+
+from .attach import attach
+from .errors import InputError
+from .hf_config import normalise_config
+from .scaling import SCALINGS
+
+# No `from __future__ import annotations` in this file: mlx-lm executes the importing
+# file without registering it in sys.modules, where dataclasses would look types up.
+
+
+@dataclasses.dataclass
+class ModelArgs:
+    """The whole config.json of a checkpoint with a scaling, in its normal spelling."""
+
+    config: dict[str, Any]
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "ModelArgs":
+        """Take a config.json as parsed."""
+        return cls(normalise_config(dict(config)))
+
+
+def Model(args: ModelArgs, scale: float | None = None) -> nn.Module:  # noqa: N802 - mlx-lm's name
+    """The stock model of the family with the config's scaling attached.
+
+    A rope_scaling that mlx-lm has and we have not (llama3, longrope, ...) is left to
+    mlx-lm, and so is a config without one.
+
+    Args:
+        args: the config.
+        scale: hold the model at this scale for good.
+
+    Raises:
+        InputError: a config that asks for something unknown or out of range.
+    """
+    config = args.config
+    rope_scaling = config.get("rope_scaling")
+    ours = rope_scaling is not None and rope_scaling["type"] in SCALINGS
+    if rope_scaling is not None and not ours and not _known_to_mlx_lm(rope_scaling):
+        raise InputError(
+            f"config.json asks for rope_scaling type {rope_scaling['type']!r}, which neither "
+            f"mlx_clex nor mlx-lm has. mlx_clex has: {', '.join(SCALINGS)}."
+        )
+    try:
+        model_class, args_class = get_stock_classes(config)
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            f"mlx-lm has no model for model_type {config.get('model_type')!r} of config.json."
+        ) from error
+    # Where the scaling is ours, the stock class must not see it and scale as well.
+    stock_config = {**config, "rope_scaling": None} if ours else config
+    model = model_class(args_class.from_dict(stock_config))
+    if not ours:
+        return model
+    length = config.get("max_position_embeddings")
+    return attach(model, rope_scaling, trained_length=length, scale=scale)
+
+
+def _known_to_mlx_lm(rope_scaling: Mapping[str, Any]) -> bool:
+    try:
+        initialize_rope(4, 10_000.0, False, dict(rope_scaling), 2048)
+    except ValueError as error:
+        return "Unsupported RoPE type" not in str(error)
+    except KeyError:
+        return True  # the type is known; the family says which key it misses
+    return True

@@ -1,0 +1,206 @@
+"""Rotation of queries and keys, and the module that stands where a model's rope stood.
+
+The model decides the scale once per forward pass (`attach.py`) and leaves it in a
+`Pass`; every rope module of the model reads it there. `mx.fast.rope` does the work
+wherever it can: one frequency vector for all heads and rows, no gradient for it. Plain
+cosine and sine tables do the rest: frequencies a head or a row, given positions,
+training.
+
+Angles are float32: position times frequency is off by up to 1.6e-3 radians at 32k tokens,
+6e-3 at 131k and 9e-2 at 1M, as in every float32 rotary embedding.
+
+Not covered: which scale a pass has, and keys already cached.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+Offset = int | mx.array  # position of the first token: one, or one a row, (B,)
+
+
+def rotate(
+    x: mx.array,
+    inv_freq: mx.array,
+    offset: Offset = 0,
+    *,
+    traditional: bool = False,
+    fused: bool = True,
+) -> mx.array:
+    """Rotate queries or keys at consecutive positions.
+
+    Args:
+        x: (B, H, L, head_dim), head_dim >= D; dimensions past D are left alone.
+        inv_freq: radians per token, (D/2,), or (H, D/2) with frequencies a head.
+            Negative and zero are allowed: rotations compose, so a difference of
+            frequencies moves keys from one scale to another.
+        offset: position of the first token, an int or one a row, (B,); may be negative.
+        traditional: pair neighbouring dimensions, not the two halves.
+        fused: use `mx.fast.rope` where it can serve. It has no gradient for its
+            frequencies on the GPU; pass False where one is wanted.
+
+    Returns:
+        An array like `x`.
+    """
+    if fused and inv_freq.ndim == 1:
+        return _rotate_fused(x, 1 / inv_freq, offset, traditional)
+    positions = positions_from(offset, x.shape[-2])
+    return rotate_by(x, *cos_sin(positions, inv_freq), traditional=traditional)
+
+
+def _rotate_fused(x: mx.array, periods: mx.array, offset: Offset, traditional: bool) -> mx.array:
+    return mx.fast.rope(
+        x,
+        2 * periods.shape[-1],
+        traditional=traditional,
+        base=None,
+        scale=1.0,
+        offset=offset,
+        freqs=periods,
+    )
+
+
+def positions_from(offset: Offset, length: int) -> mx.array:
+    """Consecutive positions from `offset`, float32, (L,), or (B, L) for one a row."""
+    if isinstance(offset, mx.array) and offset.ndim:
+        return offset[:, None] + mx.arange(length, dtype=mx.float32)
+    return offset + mx.arange(length, dtype=mx.float32)
+
+
+def cos_sin(positions: mx.array, inv_freq: mx.array) -> tuple[mx.array, mx.array]:
+    """Cosine and sine of every position and pair.
+
+    Args:
+        positions: in tokens, whole or not, (L,) or (B, L).
+        inv_freq: radians per token, (D/2,), (H, D/2), or (B, H or 1, D/2).
+
+    Returns:
+        Two arrays that broadcast against (B, H, L, D/2), float32.
+    """
+    if positions.ndim == 2:
+        positions = positions[:, None]
+    if inv_freq.ndim > 1:
+        inv_freq = inv_freq[..., None, :]
+    angles = positions[..., None].astype(mx.float32) * inv_freq
+    return mx.cos(angles), mx.sin(angles)
+
+
+def rotate_by(x: mx.array, cos: mx.array, sin: mx.array, *, traditional: bool = False) -> mx.array:
+    """Rotate by given tables, in float32 whatever the type of `x`, (B, H, L, head_dim)."""
+    dims = 2 * cos.shape[-1]
+    rotated = x[..., :dims].astype(mx.float32)
+    if traditional:
+        first, second = rotated[..., 0::2], rotated[..., 1::2]
+    else:
+        first, second = rotated[..., : dims // 2], rotated[..., dims // 2 :]
+    turned = (first * cos - second * sin, first * sin + second * cos)
+    if traditional:
+        rotated = mx.stack(turned, axis=-1).reshape(rotated.shape)
+    else:
+        rotated = mx.concatenate(turned, axis=-1)
+    rotated = rotated.astype(x.dtype)
+    if dims == x.shape[-1]:
+        return rotated
+    return mx.concatenate([rotated, x[..., dims:]], axis=-1)
+
+
+@dataclass
+class Pass:
+    """What one forward pass does to queries and keys, the same in every layer.
+
+    `periods` serves the fused rotation; where it is None, `inv_freq` serves the plain
+    one, a single array for all layers or one a layer.
+    """
+
+    periods: mx.array | None = None  # tokens per radian, (D/2,)
+    inv_freq: list[mx.array] | None = None  # radians per token, as `cos_sin` takes them
+    positions: mx.array | None = None  # in tokens, (L,) or (B, L); None: consecutive
+    rotary_gain: float = 1.0  # on the rotated dimensions of queries and keys
+    # On queries: None, a number, or one a row, (B, 1, 1, 1).
+    query_gain: Any = None
+    # On queries: a function of positions (L,) or (B, L), in tokens.
+    position_gain: Any = None
+    _tables: dict[int, tuple[mx.array, mx.array]] = field(default_factory=dict)
+
+    def rotate(self, x: mx.array, offset: Offset, layer: int, traditional: bool) -> mx.array:
+        """Rotate queries or keys of a layer; shapes as in `rotate`."""
+        if self.rotary_gain != 1.0:
+            dims = 2 * (self.periods if self.inv_freq is None else self.inv_freq[0]).shape[-1]
+            x = x.at[..., :dims].multiply(self.rotary_gain)
+        if self.periods is not None:
+            return _rotate_fused(x, self.periods, offset, traditional)
+        # Queries and keys of a layer, and all layers with common frequencies, share
+        # one table.
+        layer = min(layer, len(self.inv_freq) - 1)
+        if layer not in self._tables:
+            positions = self.positions
+            if positions is None:
+                positions = positions_from(offset, x.shape[-2])
+            self._tables[layer] = cos_sin(positions, self.inv_freq[layer])
+        return rotate_by(x, *self._tables[layer], traditional=traditional)
+
+    def gain(self, queries: mx.array, offset: Offset) -> mx.array:
+        """Multiply rotated queries, (B, H, L, head_dim), by the gain of the pass."""
+        gain = self.query_gain
+        if self.position_gain is not None:
+            positions = self.positions
+            if positions is None:
+                positions = positions_from(offset, queries.shape[-2])
+            gain = self.position_gain(positions)
+            gain = gain[..., None] if gain.ndim == 1 else gain[:, None, :, None]
+        if gain is None:
+            return queries
+        # In float32: bfloat16 would round the gain itself to three digits.
+        return (queries.astype(mx.float32) * gain).astype(queries.dtype)
+
+    @property
+    def gains(self) -> bool:
+        """Whether queries are multiplied by anything."""
+        return self.query_gain is not None or self.position_gain is not None
+
+
+class CurrentPass:
+    """The pass a model is in, shared by the model and its rope modules."""
+
+    def __init__(self) -> None:
+        self.now: Pass | None = None
+        self.count = 0  # passes begun
+
+
+class Rope(nn.Module):
+    """Stands where a model's own rope stood and rotates as the current pass says."""
+
+    def __init__(
+        self, dims: int, base: float, traditional: bool, layer: int, current: CurrentPass
+    ) -> None:
+        super().__init__()
+        self.dims = dims
+        self.base = base
+        self.traditional = traditional
+        self.layer = layer
+        self._current = current
+        self._last_count = 0
+
+    def __call__(self, x: mx.array, offset: Offset = 0) -> mx.array:
+        """Rotate queries or keys, (B, H, L, head_dim), the first at position `offset`.
+
+        The first call of a pass has the queries, later ones the keys; `attach` refuses
+        a gain on queries for families where that is not so.
+        """
+        current = self._current
+        now = current.now
+        if now is None:
+            raise RuntimeError(
+                "A rope module was called outside a forward pass of its model. Call the "
+                "model itself: its scale is decided once per pass."
+            )
+        out = now.rotate(x, offset, self.layer, self.traditional)
+        if now.gains and self._last_count != current.count:
+            out = now.gain(out, offset)
+        self._last_count = current.count
+        return out
+
+    def _extra_repr(self) -> str:
+        return f"{self.dims}, base={self.base}, traditional={self.traditional}"

@@ -1,0 +1,79 @@
+"""The scalings, by the names they have in a config.json."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import InputError
+from .base import PREFIX, RotaryShape, Scaling
+from .clex import Clex
+from .dynamic import Dynamic
+from .gene import Gene, GeneParam
+from .linear import Linear
+from .none import NoScaling
+from .ntk import Ntk
+from .yarn import Yarn
+
+__all__ = ["PREFIX", "SCALINGS", "RotaryShape", "Scaling", "build_scaling"]
+
+SCALINGS: dict[str, type[Scaling]] = {
+    "none": NoScaling,
+    "linear": Linear,
+    "ntk": Ntk,
+    "dynamic": Dynamic,
+    "yarn": Yarn,
+    "clex": Clex,
+    "gene": Gene,
+    "gene-param": GeneParam,
+}
+
+
+def build_scaling(
+    rope_scaling: Mapping[str, Any],
+    *,
+    dims: int,
+    base: float,
+    trained_length: int,
+    weights: Mapping[str, mx.array] | None = None,
+    heads: int | None = None,
+    key_heads: int | None = None,
+    layers: int | None = None,
+) -> Scaling:
+    """Build the scaling that a `rope_scaling` entry asks for.
+
+    Args:
+        rope_scaling: `{"type": name, ...}`, as in a config.json.
+        dims: D, rotated dimensions of a head.
+        base: rope_theta.
+        trained_length: L0, in tokens.
+        weights: the learned tensors, `scaling.up_proj` and so on; None starts afresh.
+        heads: query heads; read off the weights where they have them.
+        key_heads: key heads, the same as `heads` where not given.
+        layers: layers; read off the weights where they have them.
+
+    Raises:
+        InputError: unknown type or key, a value out of range, or weights of another
+            shape.
+    """
+    name = rope_scaling.get("type", rope_scaling.get("rope_type", "none"))
+    if name not in SCALINGS:
+        raise InputError(
+            f"config.json asks for rope_scaling type {name!r}, which mlx_clex does not "
+            f"have. It has: {', '.join(SCALINGS)}."
+        )
+    per_head = (weights or {}).get(PREFIX + "base_coef")
+    if per_head is not None and heads is None and per_head.ndim == 3:
+        layers, heads = per_head.shape[:2]
+    scaling = SCALINGS[name].from_config(
+        rope_scaling,
+        dims=dims,
+        base=base,
+        trained_length=trained_length,
+        heads=heads,
+        key_heads=key_heads,
+        layers=layers,
+    )
+    if weights is not None:
+        scaling.take_weights(weights)
+    return scaling

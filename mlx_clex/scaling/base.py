@@ -1,0 +1,264 @@
+"""What every scaling answers: a scale for a length, frequencies for a scale.
+
+A scaling knows the rotary embedding of one base model (rotated dimensions, base, trained
+length) and nothing else of it: how the answers reach the attention is `rotary.py` and
+`attach.py`.
+
+Not covered: rotation itself, caches, and which length a pass has.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Self, get_args, get_type_hints
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import InputError
+
+PREFIX = "scaling."  # of the learned tensors' names in a checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryShape:
+    """The rotary embedding of the base model, and the heads that share it."""
+
+    dims: int  # D, rotated dimensions of a head
+    base: float  # rope_theta
+    trained_length: int  # L0, tokens
+    heads: int | None = None  # query heads; needed by gene-param
+    key_heads: int | None = None  # key heads; needed by gene-param
+    layers: int | None = None  # layers; needed by gene-param
+
+    def __post_init__(self) -> None:
+        if self.dims < 4 or self.dims % 2:
+            raise InputError(
+                f"The rotated dimensions of a head must be even and at least 4, got "
+                f"{self.dims}; check head_dim and partial_rotary_factor in config.json."
+            )
+        if not (self.base > 1 and math.isfinite(self.base)):
+            raise InputError(f"rope_theta must be greater than 1, got {self.base}.")
+        if self.trained_length < 2:
+            raise InputError(
+                f"The trained length must be at least 2 tokens, got "
+                f"{self.trained_length}; check max_position_embeddings in config.json."
+            )
+
+
+class Scaling(nn.Module, ABC):
+    """How the frequencies of a rotary embedding change with the length of the text.
+
+    Learned tensors are parameters of this module, so they load, save and train like
+    those of any layer. Implementations are final: none overrides another.
+    """
+
+    Config: ClassVar[type]  # a frozen dataclass; its fields are the config's keys
+    static: ClassVar[bool] = False  # the scale is the same for every length
+    hard_reach: ClassVar[bool] = False  # beyond `reach` there is no answer at all
+    by_layer: ClassVar[bool] = False  # every layer has frequencies of its own
+    gain_by_position: ClassVar[bool] = False  # query_gain needs positions
+    learned: ClassVar[tuple[str, ...]] = ()  # names of the learned tensors
+
+    def __init__(self, config: Any = None, **shape: Any) -> None:
+        """Fit the scaling to a base model.
+
+        Args:
+            config: an instance of `Config`; None takes its defaults.
+            shape: the fields of `RotaryShape`: dims, base, trained_length, and for
+                gene-param heads, key_heads and layers.
+
+        Raises:
+            InputError: a value is out of range; the message names it.
+        """
+        super().__init__()
+        self.config = self.Config() if config is None else config
+        self.shape = RotaryShape(**shape)
+        self._solved = _Solved()
+
+    @property
+    def dims(self) -> int:
+        """D, the rotated dimensions of a head."""
+        return self.shape.dims
+
+    @property
+    def base(self) -> float:
+        """rope_theta of the base model."""
+        return self.shape.base
+
+    @property
+    def trained_length(self) -> int:
+        """L0, the length the base model was trained at, in tokens."""
+        return self.shape.trained_length
+
+    @abstractmethod
+    def scale_at(self, length: int) -> float:
+        """The scale for a sequence of `length` tokens; it never falls with length."""
+
+    @abstractmethod
+    def _solve(self, scale: float, layer: int) -> np.ndarray:
+        """Inverse frequencies at `scale`, float64, (D/2,) or (H, D/2)."""
+
+    def inv_freq(self, scale: float, layer: int = 0) -> mx.array:
+        """The frequencies at `scale`, each solved once and kept.
+
+        Args:
+            scale: target length / trained length, no unit, at least 1.
+            layer: which layer asks; only gene-param has frequencies of its own a layer.
+
+        Returns:
+            Radians per token, float32, shape (D/2,), or (H, D/2) where every head has
+            its own.
+        """
+        return self._table(scale, layer if self.by_layer else 0)[0]
+
+    def periods(self, scale: float, layer: int = 0) -> mx.array:
+        """1 / inv_freq in tokens per radian, as `mx.fast.rope` takes its `freqs`."""
+        return self._table(scale, layer if self.by_layer else 0)[1]
+
+    def differentiable_inv_freq(self, scale: Any, layer: int = 0) -> mx.array:
+        """`inv_freq` as a function of the learned tensors, for training.
+
+        Same arguments and result as `inv_freq`; `scale` may also be a scalar array.
+        """
+        return self.inv_freq(scale, layer)
+
+    @property
+    def reach(self) -> int | None:
+        """The longest sequence served, in tokens; None where there is no end."""
+        return None
+
+    def query_gain(self, positions: mx.array | None, length: int) -> Any:
+        """What queries are multiplied by after rotation, or None for nothing.
+
+        Args:
+            positions: positions of the queries from 0, in tokens, (L,) or (B, L); read
+                only where `gain_by_position`.
+            length: of the sequence, in tokens.
+
+        Returns:
+            None, a number for the whole pass, or an array of the shape of `positions`.
+        """
+        return None
+
+    def rotary_gain(self, scale: float) -> float:
+        """What the rotated dimensions of queries and keys are multiplied by."""
+        return 1.0
+
+    def check_scale(self, scale: float) -> float:
+        """Return `scale` if the model can be held at it for good.
+
+        Raises:
+            InputError: it is out of range; the message has the range.
+        """
+        if not (math.isfinite(scale) and scale >= 1):
+            raise InputError(f"The scale must be a finite number of at least 1, got {scale}.")
+        return float(scale)
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names in a checkpoint and shapes of the learned tensors."""
+        return {PREFIX + name: tuple(self[name].shape) for name in self.learned}
+
+    def take_weights(self, weights: Mapping[str, mx.array]) -> None:
+        """Use these learned tensors, named as in a checkpoint, in float32.
+
+        Raises:
+            InputError: a tensor is missing, unknown or of another shape.
+        """
+        expected = self.weight_shapes()
+        given = {k: v for k, v in weights.items() if k.startswith(PREFIX)}
+        for name in expected.keys() - given.keys():
+            raise InputError(
+                f"The checkpoint lacks the tensor {name}, shape {expected[name]}. Was "
+                "it converted with mlx_clex.convert?"
+            )
+        for name in given.keys() - expected.keys():
+            raise InputError(
+                f"The checkpoint has the tensor {name}, which its rope_scaling does "
+                f"not use (it uses: {', '.join(expected) or 'none'})."
+            )
+        for name, shape in expected.items():
+            if tuple(given[name].shape) != shape:
+                raise InputError(
+                    f"The tensor {name} has shape {tuple(given[name].shape)}, the config "
+                    f"asks for {shape}; check rope_scaling and head_dim in config.json."
+                )
+            self[name.removeprefix(PREFIX)] = given[name].astype(mx.float32)
+
+    def _base_inv_freq(self) -> np.ndarray:
+        """The base model's frequencies, radians per token, float64, (D/2,)."""
+        return self.base ** -(np.arange(0, self.dims, 2) / self.dims)
+
+    def _table(self, scale: float, layer: int) -> tuple[mx.array, mx.array]:
+        solved = self._solved
+        weights = tuple(self[name] for name in self.learned)
+        if any(a is not b for a, b in zip(weights, solved.weights, strict=False)):
+            solved = self._solved = _Solved()
+        solved.weights = weights
+        table = solved.tables.get((scale, layer))
+        if table is None:
+            inv_freq = self._solve(scale, layer)
+            # Both made on the host: a lazy 1 / inv_freq would belong to the stream of
+            # this thread, and a server generates in another one.
+            with np.errstate(divide="ignore"):
+                table = (
+                    mx.array(inv_freq.astype(np.float32)),
+                    mx.array((1 / inv_freq).astype(np.float32)),
+                )
+            solved.tables[scale, layer] = table
+        return table
+
+    @classmethod
+    def from_config(cls, rope_scaling: Mapping[str, Any], **shape: Any) -> Self:
+        """Build from the entry of a config.json, refusing keys it does not know."""
+        return cls(parse_config(cls.Config, rope_scaling), **shape)
+
+
+class _Solved:
+    """Frequencies already solved, and the weights they were solved with.
+
+    A class of its own, since `nn.Module` would take a dict for parameters.
+    """
+
+    def __init__(self) -> None:
+        self.weights: tuple[mx.array, ...] = ()
+        self.tables: dict[tuple[float, int], tuple[mx.array, mx.array]] = {}
+        self.state: Any = None  # what a solver keeps between scales
+
+
+def parse_config(config_class: type, rope_scaling: Mapping[str, Any]) -> Any:
+    """Read a `rope_scaling` entry into its dataclass.
+
+    Raises:
+        InputError: an unknown key, or a value of the wrong type or range.
+    """
+    types = get_type_hints(config_class)
+    known = [field.name for field in fields(config_class)]
+    given = {k: v for k, v in rope_scaling.items() if k not in ("type", "rope_type")}
+    for key in given:
+        if key not in known:
+            name = rope_scaling.get("type", rope_scaling.get("rope_type"))
+            raise InputError(
+                f"rope_scaling has the key {key!r}, which type {name!r} does not have. "
+                f"It has: {', '.join(known) or 'no keys'}."
+            )
+    return config_class(**{k: _cast(k, v, types[k]) for k, v in given.items()})
+
+
+def _cast(key: str, value: Any, wanted: Any) -> Any:
+    if isinstance(wanted, UnionType):
+        if value is None:
+            return None
+        (wanted,) = (t for t in get_args(wanted) if t is not NoneType)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if wanted is float and number:
+        return float(value)
+    if wanted is int and number and value == int(value):
+        return int(value)
+    if wanted not in (int, float) and isinstance(value, wanted):
+        return value
+    kind = {float: "a number", int: "a whole number", bool: "true or false"}
+    raise InputError(f"rope_scaling.{key} must be {kind.get(wanted, 'a string')}, got {value!r}.")

@@ -1,0 +1,180 @@
+"""CLEX: frequencies as an ODE over the scale.
+
+With z = ln inv_freq and the scale t, a two-layer network drives
+
+    dz/dt = act((z + ln n(t)) @ W_up) @ W_down + d ln n / dt,
+    ln n_i(t) = -(i/D) ln 10000 - i/(D-2) ln(2t - 1),   i = 0, 2, ..., D-2.
+
+The network's part y = (z - ln n) - (z - ln n)(1) is all that has to be integrated. In
+u = ln(2t - 1), where the right-hand side varies evenly,
+
+    dy/du = e^u / 2 * act((y + z(1) + ln n(1) - 2i/(D-2) u) @ W_up) @ W_down,
+
+and with W_down = 0 the answer is exact: NTK-aware scaling by 2t - 1.
+
+For inference one solve serves all scales 1..max_factor: float64 on the host, equal steps
+in u, 8 from scale 1 to 2, 4 between neighbours below 4, 2 above. At max_factor 64 and
+D 128 that is 136 steps. For training 16 equal steps in u, float32, lead straight to the
+one scale of the pass. Measured errors are in `benchmarks/README.md`; tests hold them to
+1e-6 in ln inv_freq for weights as large as trained ones.
+
+Not covered: drawing scales and positions for training.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import InputError
+from .base import Scaling
+from .ode import solve
+
+# Published weights were trained with this base in ln n(t), whatever the model's
+# rope_theta is (Mixtral: 1e6).
+NETWORK_BASE = 10_000.0
+
+TRAINING_STEPS = 16
+
+_ACTIVATIONS = {
+    "tanh": (np.tanh, mx.tanh),
+    # x * sigmoid(x), written so that a large -x does not overflow exp.
+    "silu": (lambda x: x * (0.5 * (1 + np.tanh(x / 2))), nn.silu),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClexConfig:
+    """The reach, the network, and the gain on queries."""
+
+    max_factor: int = 16  # longest length / trained length; there is none beyond
+    param_factor: int = 1  # hidden size of the network / D
+    act: str = "tanh"  # its activation, tanh or silu
+    factor: float = 1.0  # in every published config; it has no effect
+    time_dt: float = 0.01  # step of the original solver; ours is finer than it needs
+    log_scale: bool = False  # queries times ln(length) / ln(L0)
+
+    def __post_init__(self) -> None:
+        if self.max_factor < 1:
+            raise InputError(f"rope_scaling.max_factor must be at least 1, got {self.max_factor}.")
+        if self.param_factor < 1:
+            raise InputError(
+                f"rope_scaling.param_factor must be at least 1, got {self.param_factor}."
+            )
+        if self.act not in _ACTIVATIONS:
+            raise InputError(
+                f"rope_scaling.act must be one of {', '.join(_ACTIVATIONS)}, got {self.act!r}."
+            )
+        if not self.time_dt > 0:
+            raise InputError(f"rope_scaling.time_dt must be > 0, got {self.time_dt}.")
+
+
+class Clex(Scaling):
+    """Slows slow pairs most, along a curve the model has learned.
+
+    Fast pairs stay close to how they were trained. Needs fine-tuning; untrained it is
+    NTK-aware scaling by 2t - 1. The scale follows the length in whole numbers, and
+    beyond L0 * max_factor there is no answer.
+    """
+
+    Config: ClassVar[type] = ClexConfig
+    hard_reach: ClassVar[bool] = True
+    learned: ClassVar[tuple[str, ...]] = ("up_proj", "down_proj")
+
+    def __init__(self, config: ClexConfig | None = None, **shape: Any) -> None:
+        """See `Scaling`; the network starts with W_down = 0."""
+        super().__init__(config, **shape)
+        hidden = self.config.param_factor * self.dims
+        bound = 1 / math.sqrt(hidden)
+        self.up_proj = mx.random.uniform(-bound, bound, (self.dims // 2, hidden))
+        self.down_proj = mx.zeros((hidden, self.dims // 2))
+
+    def scale_at(self, length: int) -> float:
+        """ceil(length / L0), `length` in tokens, within 1..max_factor."""
+        scale = -(-length // self.trained_length)
+        return float(min(max(scale, 1), self.config.max_factor))
+
+    @property
+    def reach(self) -> int | None:
+        """L0 * max_factor."""
+        return self.trained_length * self.config.max_factor
+
+    def check_scale(self, scale: float) -> float:
+        """Any real number within 1..max_factor."""
+        if not 1 <= scale <= self.config.max_factor:
+            raise InputError(
+                f"The scale of this CLEX model must be within 1..{self.config.max_factor} "
+                f"(its max_factor), got {scale}."
+            )
+        return float(scale)
+
+    def query_gain(self, positions: mx.array | None, length: int) -> float | None:
+        """Under `log_scale`, ln(length) / ln(L0): below 1 for short texts, 0 at 1.
+
+        Source: the CLEX repository's CLEX/modeling_llama.py, FlashAttention path.
+        """
+        if not self.config.log_scale:
+            return None
+        return math.log(length) / math.log(self.trained_length)
+
+    def differentiable_inv_freq(self, scale: Any, layer: int = 0) -> mx.array:
+        """Radians per token, float32, (D/2,), with gradients for W_up and W_down.
+
+        The number of steps does not depend on `scale`, so a compiled training step is
+        traced once for all of them.
+        """
+        act = _ACTIVATIONS[self.config.act][1]
+        start, slope = (mx.array(a, mx.float32) for a in self._curve())
+
+        def rhs(u: mx.array, y: mx.array) -> mx.array:
+            hidden = act((y + start - 2 * u * slope) @ self.up_proj)
+            return mx.exp(u) / 2 * (hidden @ self.down_proj)
+
+        end = mx.log(2 * mx.array(scale, mx.float32) - 1)
+        times = (end * (k / TRAINING_STEPS) for k in range(TRAINING_STEPS + 1))
+        *_, y = solve(rhs, mx.zeros_like(start), times)
+        return mx.exp(y + mx.array(np.log(self._base_inv_freq()), mx.float32) - slope * end)
+
+    def _solve(self, scale: float, layer: int) -> np.ndarray:
+        if self._solved.state is None:
+            self._solved.state = self._integrate()
+        rhs, y_at = self._solved.state
+        below = int(min(scale, self.config.max_factor))
+        y = y_at[below - 1]
+        if scale != below:
+            *_, y = solve(rhs, y, _equal_steps(below, scale))
+        slope = self._curve()[1]
+        return self._base_inv_freq() * np.exp(y - slope * math.log(2 * scale - 1))
+
+    def _curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """z(1) + ln n(1) and i/(D-2), the line in u that the network reads, (D/2,)."""
+        i = np.arange(0, self.dims, 2)
+        start = np.log(self._base_inv_freq()) - i / self.dims * math.log(NETWORK_BASE)
+        return start, i / (self.dims - 2)
+
+    def _integrate(self) -> tuple[Any, list[np.ndarray]]:
+        """The right-hand side dy/du and y at the scales 1..max_factor, float64."""
+        act = _ACTIVATIONS[self.config.act][0]
+        up = np.array(self.up_proj, np.float64)
+        down = np.array(self.down_proj, np.float64)
+        start, slope = self._curve()
+        # (y + start - 2 u slope) @ W_up, with all but y @ W_up multiplied out once.
+        start_up, slope_up = start @ up, 2 * slope @ up
+
+        def rhs(u: float, y: np.ndarray) -> np.ndarray:
+            return math.exp(u) / 2 * (act(y @ up + start_up - u * slope_up) @ down)
+
+        y_at = [np.zeros(self.dims // 2)]
+        for t in range(1, self.config.max_factor):
+            *_, y = solve(rhs, y_at[-1], _equal_steps(t, t + 1))
+            y_at.append(y)
+        return rhs, y_at
+
+
+def _equal_steps(t: float, later: float) -> list[float]:
+    """Times u = ln(2t - 1) from one scale to a later one, equally far apart."""
+    steps = 8 if t < 2 else 4 if t < 4 else 2
+    return np.linspace(math.log(2 * t - 1), math.log(2 * later - 1), steps + 1).tolist()

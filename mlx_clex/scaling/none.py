@@ -1,0 +1,45 @@
+"""No scaling: the frequencies the base model was trained with."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ..errors import InputError
+from .base import Scaling
+
+
+@dataclass(frozen=True)
+class NoneConfig:
+    """Nothing to choose."""
+
+
+class NoScaling(Scaling):
+    """Leaves fast and slow pairs as trained, so text beyond L0 is new to the slow ones.
+
+    The baseline every other method is held against. Needs no training.
+    """
+
+    Config: ClassVar[type] = NoneConfig
+    static: ClassVar[bool] = True
+
+    def scale_at(self, length: int) -> float:
+        """1 for every length, in tokens."""
+        return 1.0
+
+    @property
+    def reach(self) -> int | None:
+        """L0; it runs on past it, badly."""
+        return self.trained_length
+
+    def check_scale(self, scale: float) -> float:
+        """Refuse every scale but 1."""
+        if scale != 1:
+            raise InputError(
+                f"A model without a scaling has no scale to set (got {scale}); switch "
+                "one on first, e.g. mlx_clex.convert --scaling clex."
+            )
+        return 1.0
+
+    def _solve(self, scale: float, layer: int) -> np.ndarray:
+        return self._base_inv_freq()

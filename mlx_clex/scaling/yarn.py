@@ -1,0 +1,67 @@
+"""YaRN: interpolates slow pairs, keeps fast ones."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from ..errors import InputError
+from .base import Scaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """Where interpolation begins and ends, and how far it goes."""
+
+    factor: float = 4.0  # longest length / trained length
+    beta_fast: float = 32.0  # pairs with more turns within L0 stay as trained
+    beta_slow: float = 1.0  # pairs with fewer turns within L0 are interpolated in full
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1:
+            raise InputError(f"rope_scaling.factor must be >= 1, got {self.factor}.")
+        if not self.beta_fast > self.beta_slow > 0:
+            raise InputError(
+                "rope_scaling.beta_fast must be greater than beta_slow, and that greater "
+                f"than 0, got {self.beta_fast} and {self.beta_slow}."
+            )
+
+
+class Yarn(Scaling):
+    """Keeps fast pairs, divides slow ones by the scale, blends in between.
+
+    Also turns attention up a little: queries and keys are both multiplied by
+    0.1 ln(scale) + 1 on their rotated dimensions. Trained in its paper, usable without.
+    """
+
+    Config: ClassVar[type] = YarnConfig
+    static: ClassVar[bool] = True
+
+    def scale_at(self, length: int) -> float:
+        """The configured factor for every length, in tokens."""
+        return self.config.factor
+
+    @property
+    def reach(self) -> int | None:
+        """L0 * factor; it runs on past it, badly."""
+        return int(self.trained_length * self.config.factor)
+
+    def rotary_gain(self, scale: float) -> float:
+        """Source: arXiv 2309.00071, equation 22."""
+        return 0.1 * math.log(scale) + 1.0
+
+    def _solve(self, scale: float, layer: int) -> np.ndarray:
+        """Source: arXiv 2309.00071, section 3.2; bounds rounded as its code does."""
+        inv_freq = self._base_inv_freq()
+        low = max(math.floor(self._pair_with_turns(self.config.beta_fast)), 0)
+        high = min(math.ceil(self._pair_with_turns(self.config.beta_slow)), self.dims - 1)
+        pairs = np.arange(self.dims // 2)
+        # Equal bounds would divide by zero; the reference widens them by this much.
+        ramp = np.clip((pairs - low) / (high - low or 0.001), 0, 1)
+        return inv_freq * ((1 - ramp) + ramp / scale)
+
+    def _pair_with_turns(self, turns: float) -> float:
+        """The pair, counted from the fastest, that turns so often within L0 tokens."""
+        per_radian = self.trained_length / (turns * 2 * math.pi)
+        return self.dims * math.log(per_radian) / (2 * math.log(self.base))
