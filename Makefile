@@ -1,0 +1,54 @@
+# make test | demo | lint | bench: each works from a fresh clone, with only Python, make and git.
+
+# The first Python that is new enough (pyproject.toml); macOS has an old one as python3.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+# On Linux MLX takes its back end as an extra: cpu, or `make BACKEND=cuda test`.
+BACKEND ?= $(if $(filter Linux,$(shell uname -s)),cpu)
+comma := ,
+extras = [$(1)$(if $(BACKEND),$(comma)$(BACKEND))]
+
+SMOLLM2 := build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: test demo lint bench clean
+.NOTPARALLEL:
+
+test: .venv/dev
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+demo: .venv/demo build/smollm2-clex
+	$(BIN)/python examples/long_document.py > build/document.txt
+	@echo 'Asking about a document of 2,900 tokens; "marigold" is the right answer.'
+	$(BIN)/python -m mlx_clex.generate --model build/smollm2-clex \
+		--prompt-file build/document.txt --max-tokens 30
+
+bench: .venv/dev $(SMOLLM2)
+	$(BIN)/python benchmarks/ode.py
+	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/decode.py --model $(SMOLLM2)
+
+clean:
+	rm -rf build .venv
+
+build/smollm2-clex: $(SMOLLM2)
+	$(BIN)/python -m mlx_clex.convert --hf-path $(SMOLLM2) --mlx-path $@ --dtype float32 \
+		--scaling clex --trained-length 2048
+
+$(SMOLLM2): | .venv/demo
+	$(BIN)/python examples/fetch_smollm2.py build/smollm2
+
+.venv/dev: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -e '.$(call extras,dev)'
+	touch $@ .venv/demo
+
+.venv/demo: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -e '.$(call extras,gguf)'
+	touch $@

@@ -1,0 +1,116 @@
+"""The self-test must pass where things are right, and notice where they are not."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_clex import doctor
+from mlx_clex.cli import run_command
+
+PLAIN = tuple(check for check in doctor.CHECKS if check is not doctor.decode_ratio)
+
+
+def run_doctor(*argv: str) -> int:
+    return run_command(doctor.add_arguments, doctor.run, prog="doctor", description="", argv=argv)
+
+
+def test_prints_versions_and_device_without_options(capsys):
+    """A bug report came without the version of mlx."""
+    assert run_doctor() == 0
+
+    out = capsys.readouterr().out
+    assert f"mlx-clex       {importlib.metadata.version('mlx-clex')}" in out
+    assert f"mlx            {importlib.metadata.version('mlx')}" in out
+    assert "device" in out
+    assert "PASS" not in out
+
+
+@pytest.mark.parametrize("check", PLAIN, ids=lambda check: check.__name__)
+def test_check_passes_here(check):
+    """The self-test blamed a machine that computes right."""
+    outcome = check()
+
+    assert outcome.passed, str(outcome)
+
+
+def test_decode_ratio_is_measured():
+    """The two models were not the same size, so their ratio said nothing."""
+    # Not held to its bound: other tests share the cores.
+    assert 0.2 < doctor.decode_ratio().measured < 5
+
+
+def test_keys_that_do_not_move_fail(monkeypatch, capsys):
+    """The self-test passed although keys kept the scale at which they were written."""
+    right = doctor.rotate
+    calls = iter(range(9))  # one writes the keys, seven move them, one rotates afresh
+    monkeypatch.setattr(
+        doctor, "rotate", lambda x, freq: x if 0 < next(calls) < 8 else right(x, freq)
+    )
+
+    assert doctor.self_test([doctor.moved_keys]) == 1
+    assert capsys.readouterr().out.startswith("FAIL")
+
+
+def test_wrong_gradients_fail(monkeypatch, capsys):
+    """The self-test passed although the frequencies had no gradient."""
+    right = doctor.cos_sin
+    monkeypatch.setattr(doctor, "cos_sin", lambda p, freq: right(p, mx.stop_gradient(freq)))
+
+    assert doctor.self_test([doctor.plain_gradients]) == 1
+    assert capsys.readouterr().out.startswith("FAIL")
+
+
+def test_a_check_that_raises_is_a_finding(monkeypatch, capsys):
+    """One missing kernel ended the self-test, and the other results were lost."""
+
+    def no_kernel() -> doctor.Outcome:
+        raise RuntimeError("[rope] no kernel\nfor this device")
+
+    monkeypatch.setattr(doctor, "CHECKS", (no_kernel, doctor.golden_frequencies))
+
+    assert run_doctor("--self-test") == 1
+    out, err = capsys.readouterr()
+    assert "FAIL  no kernel" in out
+    assert "RuntimeError: [rope] no kernel for this device" in out
+    assert "PASS  golden frequencies" in out
+    assert "1 of 2 checks failed" in err
+
+
+def test_nan_fails():
+    """A comparison with NaN counted as within the bound."""
+    assert not doctor.Outcome(float("nan"), 1.0).passed
+    assert not doctor.Outcome(float("nan"), 1.0, at_least=True).passed
+
+
+def test_runs_as_a_command(tmp_path):
+    """`python -m mlx_clex.doctor` found its data only from the source folder."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-m", "mlx_clex.doctor"],
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("```\nmlx-clex")
+
+
+def test_shipped_data_is_what_the_script_makes(tmp_path, monkeypatch):
+    """The shipped answers went out of step with the golden checkpoint."""
+    import make_self_test_data as maker
+
+    shipped = maker.TARGET.read_bytes()
+    monkeypatch.setattr(maker, "TARGET", Path(tmp_path) / "clex_llama.safetensors")
+    maker.main()
+
+    made = mx.load(str(maker.TARGET))
+    (Path(tmp_path) / "shipped.safetensors").write_bytes(shipped)
+    expected = mx.load(str(Path(tmp_path) / "shipped.safetensors"))
+    assert made.keys() == expected.keys()
+    assert all(mx.array_equal(made[name], expected[name]) for name in made)
