@@ -1,0 +1,97 @@
+"""python -m mlx_clex.convert: a published or base checkpoint becomes an MLX one."""
+
+import argparse
+import sys
+from dataclasses import fields
+
+from mlx_lm.convert import QUANT_RECIPES
+
+from mlx_clex.cli import run_command
+
+from .pipeline import convert
+from .plan import DTYPES, Options
+from .scaling_options import add_scaling_arguments, scaling_from
+
+_DEFAULTS = {field.name: field.default for field in fields(Options)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options: those of mlx_lm.convert under the same names, then ours."""
+    parser.add_argument(
+        "--hf-path",
+        "--model",
+        required=True,
+        help="A folder, a .gguf file, or a Hugging Face hub id.",
+    )
+    parser.add_argument(
+        "--mlx-path", default="mlx_model", help="Folder to write; it must not exist."
+    )
+    parser.add_argument("--revision", help="Branch, tag or commit of a hub id.")
+    parser.add_argument("-q", "--quantize", action="store_true", help="Generate a quantized model.")
+    parser.add_argument("--q-group-size", type=int, help="Group size for quantization.")
+    parser.add_argument("--q-bits", type=int, help="Bits per weight for quantization.")
+    parser.add_argument(
+        "--q-mode",
+        default=_DEFAULTS["q_mode"],
+        choices=["affine", "mxfp4", "nvfp4", "mxfp8"],
+        help="The quantization mode.",
+    )
+    parser.add_argument(
+        "--quant-predicate", choices=QUANT_RECIPES, help="Mixed-bit quantization recipe."
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="Type of what is not quantized. Default: config.json's torch_dtype.",
+    )
+    parser.add_argument(
+        "-d", "--dequantize", action="store_true", help="Dequantize a quantized model."
+    )
+    parser.add_argument("--upload-repo", help="Hub id to publish the result under.")
+    parser.add_argument(
+        "--trained-length",
+        type=int,
+        help="Length the model was trained at, tokens. Default: max_position_embeddings.",
+    )
+    parser.add_argument(
+        "--freeze",
+        type=float,
+        metavar="SCALE",
+        help="Hold this scale for good, in a checkpoint that needs no mlx_clex.",
+    )
+    parser.add_argument(
+        "--for",
+        dest="freeze_for",
+        default=_DEFAULTS["freeze_for"],
+        choices=["mlx-lm", "transformers"],
+        help="The program a frozen checkpoint is for.",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="Print what would happen; write nothing."
+    )
+    add_scaling_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert as the options say."""
+    named = {
+        name: getattr(args, name)
+        for name in _DEFAULTS.keys() - {"scaling"} | {"revision", "upload_repo", "dry_run"}
+    }
+    convert(args.hf_path, args.mlx_path, scaling=scaling_from(args), **named)
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(
+        run_command(
+            add_arguments,
+            run,
+            prog="mlx_clex.convert",
+            description="Convert a CLEX, GeNE or base checkpoint to MLX.",
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The model card: where it comes from, its scales, its reach."""
+
+from pathlib import Path
+
+from mlx_clex.scaling import Scaling
+
+_ROWS = 16  # of the table of scales
+
+
+def write_card(
+    folder: Path,
+    *,
+    name: str,
+    base_model: str | None,
+    scaling: Scaling,
+    method: str,
+    frozen: float | None = None,
+) -> None:
+    """Write README.md.
+
+    Args:
+        folder: where to.
+        name: title of the card.
+        base_model: hub id of the source, where it has one.
+        scaling: the model's scaling.
+        method: its name, "clex".
+        frozen: the scale a frozen export holds, or None.
+    """
+    front = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
+    if frozen is None:
+        front.append("- mlx-clex")
+    if base_model:
+        front.append(f"base_model: {base_model}")
+    lines = [*front, "---", "", f"# {name}", ""]
+    source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else name
+    if frozen is not None:
+        lines += _frozen_text(source, scaling, method, frozen)
+    elif method == "none":
+        lines += [f"Converted to MLX from {source}, with its rotary embedding as trained."]
+    else:
+        lines += _scaled_text(source, scaling, method, base_model or name)
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def reach_of(scaling: Scaling) -> int:
+    """The longest sequence the scaling is made for, in tokens.
+
+    Where it grows without end, the length its config names: factor x trained length.
+    """
+    if scaling.reach is not None:
+        return scaling.reach
+    return int(getattr(scaling.config, "factor", 1) * scaling.trained_length)
+
+
+def scale_table(scaling: Scaling) -> list[tuple[int, int, float]]:
+    """Ranges of lengths that share a scale.
+
+    Returns:
+        Rows of (first length, last length, scale), both in tokens, up to the reach; at
+        most 16 of them, the first ones and the last.
+    """
+    end = reach_of(scaling)
+    rows: list[tuple[int, int, float]] = []
+    start = 1
+    while start <= end:
+        scale = scaling.scale_at(start)
+        last = _last_with(scaling, scale, start, end)
+        if len(rows) < _ROWS - 1 or last == end:
+            rows.append((start, last, scale))
+        start = last + 1
+    return rows
+
+
+def _last_with(scaling: Scaling, scale: float, low: int, high: int) -> int:
+    """The longest length up to `high` that has this scale; scales never fall."""
+    while low < high:
+        middle = (low + high + 1) // 2
+        if scaling.scale_at(middle) == scale:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _scaled_text(source: str, scaling: Scaling, method: str, model: str) -> list[str]:
+    end = "Longer sequences are refused." if scaling.hard_reach else "Longer ones still run."
+    rows = scale_table(scaling)
+    lines = [
+        f"Converted to MLX from {source}, with {method} position scaling by mlx_clex.",
+        "",
+        f"Trained length: {scaling.trained_length:,} tokens. "
+        f"Reach: {reach_of(scaling):,} tokens. {end}",
+        "",
+        "| length of the sequence, tokens | scale |",
+        "|---|---|",
+    ]
+    for index, (first, last, scale) in enumerate(rows):
+        if index and first != rows[index - 1][1] + 1:
+            lines.append("| ... | ... |")
+        lines.append(f"| {first:,} to {last:,} | {scale:g} |")
+    return [
+        *lines,
+        "",
+        "## Use",
+        "",
+        "```bash",
+        "pip install mlx-clex",
+        f"python -m mlx_clex.generate --model {model} --prompt hello",
+        "```",
+        "",
+        "With mlx_clex installed, programs of mlx-lm run it too, given `--trust-remote-code`.",
+    ]
+
+
+def _frozen_text(source: str, scaling: Scaling, method: str, scale: float) -> list[str]:
+    length = int(scale * scaling.trained_length)
+    return [
+        f"Made from {source} by mlx_clex: its {method} position scaling, held at scale "
+        f"{scale:g} for good, which stock programs run without mlx_clex.",
+        "",
+        f"Trained length: {scaling.trained_length:,} tokens. Made for sequences of "
+        f"{length:,} tokens; shorter ones may do better with the scaling itself.",
+    ]

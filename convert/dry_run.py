@@ -1,0 +1,66 @@
+"""What a conversion would read, rename, drop and write.
+
+Layers that differ only in their number share a line.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from .plan import Plan
+from .safetensors_file import TensorInfo, info_of
+from .source import Checkpoint
+
+
+def describe(
+    checkpoint: Checkpoint,
+    headers: Mapping[Path, Mapping[str, TensorInfo]],
+    plan: Plan,
+    target: Path,
+) -> str:
+    """Text for --dry-run.
+
+    Args:
+        checkpoint: the source.
+        headers: names, types and shapes in each of its files.
+        plan: what would be written.
+        target: the folder that would be made.
+
+    Returns:
+        Several lines; nothing is evaluated or written.
+    """
+    infos = {name: info for header in headers.values() for name, info in header.items()}
+    lines = [f"read {checkpoint.folder} ({checkpoint.kind})"]
+    for file, header in headers.items():
+        lines.append(f"  {file.name}: {len(header)} tensors, {file.stat().st_size:,} bytes")
+    renaming = plan.renaming
+    lines.append(f"rename (names of: {renaming.naming.name})")
+    for ours, theirs in renaming.scaling.items():
+        lines.append(f"  {_grouped(theirs)[0]} -> {ours}, float32")
+    # A dropped tensor may lack an entry where a family's own mapping took it.
+    moved = _grouped(name for name in renaming.kept if name not in plan.tensors)
+    made = _grouped(name for name in plan.tensors if name not in infos and "scaling." not in name)
+    if moved or made:
+        lines.append(f"  {', '.join(moved) or 'nothing'} -> {', '.join(made) or 'nothing'}")
+    lines.append("drop")
+    lines += [f"  {name}" for name in _grouped(renaming.dropped)] or ["  nothing"]
+    total = sum(info_of(array).nbytes for array in plan.tensors.values())
+    lines.append(f"write {target}: {len(plan.tensors)} tensors, {total:,} bytes")
+    rows: dict[str, list[str]] = {}
+    for name, array in plan.tensors.items():
+        info = info_of(array)
+        key = f"{_pattern(name)} {info.dtype} {list(info.shape)}"
+        rows.setdefault(key, []).append(name)
+    lines += [f"  {key}" + (f" x {len(n)}" if len(n) > 1 else "") for key, n in rows.items()]
+    settings = plan.config.get("rope_scaling")
+    lines.append(f"rope_scaling {settings}, trained length {plan.scaling.trained_length} tokens")
+    return "\n".join(lines)
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".N", name)
+
+
+def _grouped(names: Iterable[str]) -> list[str]:
+    """The names with N for numbers, each once, in order."""
+    return list(dict.fromkeys(_pattern(name) for name in names))

@@ -1,0 +1,163 @@
+"""Fetching a checkpoint from the hub, and publishing one.
+
+Downloads resume where they were cut and are kept in the hub's own cache. Not covered:
+logging in; `hf auth login` does that.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mlx_clex.errors import InputError, RunError
+
+from .source import CONFIG_FILES, TOKENIZER_FILES, choose_weights, read_json
+
+_SMALL_FILES = [*CONFIG_FILES, *TOKENIZER_FILES]
+
+
+def download(repo: str, revision: str | None = None) -> Path:
+    """Fetch the files of a checkpoint that a conversion needs.
+
+    Args:
+        repo: hub id, "owner/name".
+        revision: branch, tag or commit.
+
+    Returns:
+        The folder of the snapshot in the hub's cache.
+
+    Raises:
+        InputError: no such id or revision, no access, or no weights in it.
+        RunError: the network failed.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns: list[str] = []
+
+    def list_files() -> None:
+        info = HfApi().model_info(repo, revision=revision)
+        names = [file.rfilename for file in info.siblings or []]
+        top = [name for name in names if "/" not in name]
+        commit = info.sha or revision
+
+        def read_index(name: str) -> Any:
+            return read_json(Path(hf_hub_download(repo, name, revision=commit)))
+
+        _, weights = choose_weights(top, read_index, f"The repository {repo}")
+        patterns.extend([*_SMALL_FILES, *weights, "*.index.json"])
+
+    try:
+        _guard(repo, revision, list_files)
+    except (OfflineModeIsEnabled, RunError):
+        # What was fetched before serves without a network.
+        try:
+            return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            pass
+        raise
+    folder: list[Path] = []
+    _guard(
+        repo,
+        revision,
+        lambda: folder.append(
+            Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        ),
+    )
+    return folder[0]
+
+
+def check_upload(repo: str) -> None:
+    """Refuse an upload that cannot work, before hours of conversion.
+
+    Raises:
+        InputError: the id is malformed, or nobody is logged in.
+    """
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise InputError(f"--upload-repo {repo!r} is no hub id: {error}") from error
+    if "/" not in repo:
+        raise InputError(f"--upload-repo {repo!r} must be owner/name.")
+    if get_token() is None:
+        raise InputError("--upload-repo needs a hub login: run `hf auth login` or set HF_TOKEN.")
+
+
+def upload(folder: Path, repo: str) -> str:
+    """Publish a converted folder with its own model card.
+
+    Args:
+        folder: the finished folder.
+        repo: hub id, "owner/name"; made if it does not exist.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        InputError: no right to write there.
+        RunError: the network failed; the folder is complete and can be uploaded again.
+    """
+    from huggingface_hub import HfApi
+
+    url: list[str] = []
+
+    def send() -> None:
+        api = HfApi()
+        url.append(str(api.create_repo(repo, repo_type="model", exist_ok=True)))
+        api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message="Upload a checkpoint for mlx_clex"
+        )
+
+    _guard(repo, None, send)
+    return url[0]
+
+
+def _guard(repo: str, revision: str | None, act: Callable[[], None]) -> None:
+    """Run a hub call; its many exceptions become ours."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        act()
+    except GatedRepoError as error:
+        raise InputError(
+            f"{repo} needs its owner's permission: accept the terms on its page, then run "
+            "`hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"{repo} has no revision {revision!r}.") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise InputError(
+            f"There is neither a folder {repo} here nor a repository of that name on the hub "
+            "that you may read. If it is private, run `hf auth login`."
+        ) from error
+    except (InputError, OfflineModeIsEnabled):
+        raise
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status in (401, 403):
+            raise InputError(f"The hub refuses {repo}: {error}") from error
+        raise RunError(f"The hub failed for {repo}: {error}") from error
+    except Exception as error:
+        # The HTTP library under huggingface_hub changes with its version, and its errors
+        # share no base class with OSError.
+        if not _is_network_error(error):
+            raise
+        raise RunError(
+            f"The connection to the hub failed for {repo}: {error}. Run the command again; "
+            "what was fetched is kept."
+        ) from error
+
+
+def _is_network_error(error: Exception) -> bool:
+    modules = {base.__module__.partition(".")[0] for base in type(error).__mro__}
+    return isinstance(error, OSError) or bool(modules & {"httpx", "httpx2", "requests"})

@@ -1,0 +1,218 @@
+"""The conversion from source to finished folder."""
+
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.utils import MAX_FILE_SIZE_GB, save_config
+from tqdm import tqdm
+
+from mlx_clex.load import SHIM
+
+from . import gguf_file, safetensors_file, torch_bin
+from .card import write_card
+from .output import check_space, check_target, whole_or_nothing, write_weights
+from .plan import Options, Plan, make_plan
+from .safetensors_file import TensorInfo
+from .source import Checkpoint, find
+from .tokenizer import write_tokenizer
+
+_SHIM_TEXT = """\
+# Lets mlx-lm load this checkpoint wherever mlx_clex is installed.
+from mlx_clex.model_file import Model, ModelArgs  # noqa: F401
+"""
+_SMALL_FILES = 64_000_000  # bytes; more than tokenizer, config and card ever need
+_MLX_TYPES = {
+    "BOOL": mx.bool_,
+    "U8": mx.uint8,
+    "I8": mx.int8,
+    "U16": mx.uint16,
+    "I16": mx.int16,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U32": mx.uint32,
+    "I32": mx.int32,
+    "F32": mx.float32,
+    "U64": mx.uint64,
+    "I64": mx.int64,
+}
+
+
+def convert(
+    hf_path: str | Path,
+    mlx_path: str | Path = "mlx_model",
+    *,
+    revision: str | None = None,
+    quantize: bool = False,
+    q_group_size: int | None = None,
+    q_bits: int | None = None,
+    q_mode: str = "affine",
+    quant_predicate: str | None = None,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    scaling: Mapping[str, Any] | None = None,
+    trained_length: int | None = None,
+    freeze: float | None = None,
+    freeze_for: str = "mlx-lm",
+    upload_repo: str | None = None,
+    dry_run: bool = False,
+) -> Path | None:
+    """Convert a checkpoint to MLX, streaming.
+
+    Args:
+        hf_path: a folder, a .gguf file, or a hub id.
+        mlx_path: the folder to write; it must not exist.
+        revision: branch, tag or commit of a hub id.
+        quantize, q_group_size, q_bits, q_mode, quant_predicate, dtype, dequantize: as in
+            `mlx_lm.convert`; the scaling's own tensors stay float32.
+        scaling: a rope_scaling entry to switch on, `{"type": "clex", "max_factor": 16}`.
+        trained_length: in tokens; None takes max_position_embeddings.
+        freeze: hold this scale for good and write a checkpoint of stock programs.
+        freeze_for: "mlx-lm" or "transformers", which program a frozen one is for.
+        upload_repo: hub id to publish the result under.
+        dry_run: say what would happen, and write nothing.
+
+    Returns:
+        The folder written, or None for a dry run.
+
+    Raises:
+        InputError: the source, target or an option cannot be used; nothing is left behind.
+        OSError: the disk is full, or the like; nothing is left behind.
+    """
+    options = Options(
+        quantize=quantize,
+        q_group_size=q_group_size,
+        q_bits=q_bits,
+        q_mode=q_mode,
+        quant_predicate=quant_predicate,
+        dtype=dtype,
+        dequantize=dequantize,
+        scaling=scaling,
+        trained_length=trained_length,
+        freeze=freeze,
+        freeze_for=freeze_for,
+    )
+    target = Path(mlx_path).expanduser()
+    check_target(target)
+    if upload_repo is not None:
+        from .hub import check_upload
+
+        check_upload(upload_repo)
+    source = Source(find(hf_path, revision))
+    plan = make_plan(source.config, source.stand_ins(), options)
+    for note in plan.notes:
+        _say(note)
+    if dry_run:
+        from .dry_run import describe
+
+        print(describe(source.checkpoint, source.headers, plan, target))
+        return None
+    check_space(target, plan.nbytes + source.spooled_bytes + _SMALL_FILES)
+    with whole_or_nothing(target) as folder:
+        _write(source, plan, options, folder)
+    _say(f"Wrote {target}.")
+    if upload_repo is not None:
+        from .hub import upload
+
+        _say(f"Uploaded to {upload(target, upload_repo)}.")
+    return target
+
+
+class Source:
+    """A checkpoint whose headers are read and whose data is not."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Read the headers.
+
+        Raises:
+            InputError: a file is corrupt or cut off.
+        """
+        self.checkpoint = checkpoint
+        self.gguf = gguf_file.read(checkpoint.files[0]) if checkpoint.kind == "gguf" else None
+        self.config = gguf_file.config_of(self.gguf) if self.gguf else checkpoint.config
+        self.headers: dict[Path, dict[str, TensorInfo]] = {}
+        for file in checkpoint.files:
+            if self.gguf:
+                self.headers[file] = gguf_file.header(self.gguf)
+            elif checkpoint.kind == "bin":
+                self.headers[file] = torch_bin.read_header(file)
+            else:
+                self.headers[file] = safetensors_file.read_header(file)
+
+    @property
+    def spooled_bytes(self) -> int:
+        """Size of the safetensors that the source is rewritten as first, in bytes."""
+        if self.checkpoint.kind == "safetensors":
+            return 0
+        return sum(info.nbytes for header in self.headers.values() for info in header.values())
+
+    def stand_ins(self) -> dict[str, mx.array]:
+        """Lazy zeros of every tensor's type and shape."""
+        return {
+            name: mx.zeros(info.shape, _MLX_TYPES[info.dtype])
+            for header in self.headers.values()
+            for name, info in header.items()
+        }
+
+    def open(self, scratch: Path) -> dict[str, mx.array]:
+        """The tensors, lazy.
+
+        Args:
+            scratch: a folder for what is no safetensors; it must outlive the arrays.
+        """
+        weights: dict[str, mx.array] = {}
+        total = self.spooled_bytes
+        with tqdm(total=total, unit="B", unit_scale=True, desc="Reading", disable=not total) as bar:
+            for number, file in enumerate(self.checkpoint.files):
+                readable = file
+                if total:
+                    readable = scratch / f"{number}.safetensors"
+                    if self.gguf:
+                        gguf_file.spool(self.gguf, readable, bar.update)
+                    else:
+                        torch_bin.spool(file, readable, bar.update)
+                loaded: Any = mx.load(str(readable), format="safetensors")
+                weights.update(loaded)
+        # The order of the files, not of a hash map.
+        return {name: weights.pop(name) for header in self.headers.values() for name in header}
+
+
+def _write(source: Source, plan: Plan, options: Options, folder: Path) -> None:
+    checkpoint = source.checkpoint
+    scratch = folder / "scratch"
+    scratch.mkdir()
+    plan = make_plan(source.config, source.open(scratch), options)
+    largest = max(file.stat().st_size for file in checkpoint.files)
+    with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="Writing") as bar:
+        write_weights(
+            folder,
+            plan.tensors,
+            shard_bytes=min(MAX_FILE_SIZE_GB << 30, max(largest, 1 << 30)),
+            file_format=plan.file_format,
+            advance=bar.update,
+        )
+    shutil.rmtree(scratch)
+    generation = checkpoint.folder / "generation_config.json"
+    if generation.exists() and source.gguf is None:
+        shutil.copyfile(generation, folder / generation.name)
+    missing = write_tokenizer(checkpoint, folder, plan.reach, source.gguf)
+    if missing:
+        _say(missing)
+    write_card(
+        folder,
+        name=checkpoint.name,
+        base_model=checkpoint.repo,
+        scaling=plan.scaling,
+        method=plan.method,
+        frozen=options.freeze,
+    )
+    if plan.config.get("model_file") == SHIM:
+        (folder / SHIM).write_text(_SHIM_TEXT, encoding="utf-8")
+    save_config(plan.config, folder / "config.json")  # last: it makes a checkpoint of it
+
+
+def _say(line: str) -> None:
+    print(f"[mlx_clex] {line}", file=sys.stderr)

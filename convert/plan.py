@@ -1,0 +1,305 @@
+"""What a conversion is going to write, decided before anything is written.
+
+The family's own mlx-lm model, with the scaling attached, says which tensors there must be
+and of which shape; its `sanitize` maps the family's names. All arrays stay lazy: casting
+and quantising happen tensor by tensor when the output asks for the bytes.
+"""
+
+import gc
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from io import StringIO
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx_lm.convert import mixed_quant_predicate_builder
+from mlx_lm.utils import dequantize_model, infer_quant_config, quantize_model
+
+from mlx_clex.errors import InputError
+from mlx_clex.hf_config import normalise_config
+from mlx_clex.load import SHIM
+from mlx_clex.model_file import Model, ModelArgs
+from mlx_clex.scaling import PREFIX, Scaling
+
+from .card import reach_of
+from .freeze import frozen_config
+from .names import Renaming, rename
+
+DTYPES = ("float16", "bfloat16", "float32")  # those of mlx_lm.convert
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for beside source and target."""
+
+    quantize: bool = False
+    q_group_size: int | None = None  # weights that share a scale
+    q_bits: int | None = None  # per weight
+    q_mode: str = "affine"
+    quant_predicate: str | None = None  # a recipe of mlx_lm.convert
+    dtype: str | None = None  # of what is not quantised
+    dequantize: bool = False
+    scaling: Mapping[str, Any] | None = None  # a rope_scaling entry to switch on
+    trained_length: int | None = None  # tokens
+    freeze: float | None = None  # the scale to hold for good
+    freeze_for: str = "mlx-lm"
+
+    def __post_init__(self) -> None:
+        if self.quantize and self.dequantize:
+            raise InputError("Choose either -q (quantize) or -d (dequantize), not both.")
+        if self.quant_predicate and (not self.quantize or self.q_mode != "affine"):
+            raise InputError("--quant-predicate needs -q and --q-mode affine.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if self.trained_length is not None and self.trained_length < 2:
+            raise InputError(
+                f"--trained-length must be at least 2 tokens, got {self.trained_length}."
+            )
+
+
+@dataclass
+class Plan:
+    """The folder that is going to be written."""
+
+    config: dict[str, Any]
+    tensors: dict[str, mx.array]  # lazy, in the order of writing; emptied by the writer
+    scaling: Scaling
+    method: str  # name of the scaling
+    reach: int  # tokens, for the tokenizer
+    renaming: Renaming
+    notes: list[str]  # what the user should know
+    file_format: str = "mlx"  # what the weight files say they are made for
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the weights to be written, in bytes."""
+        return sum(array.nbytes for array in self.tensors.values())
+
+
+def make_plan(config: dict[str, Any], weights: dict[str, mx.array], options: Options) -> Plan:
+    """Decide names, types and config of the converted checkpoint.
+
+    Args:
+        config: config.json as published.
+        weights: the source's tensors, lazy; they may be stand-ins of the right shape.
+        options: what the user asked for.
+
+    Raises:
+        InputError: a tensor is missing, extra or of the wrong shape, or the config or an
+            option cannot be used; the message names it.
+    """
+    notes: list[str] = []
+    renaming = rename(weights)
+    config = _config(config, options, "lm_head.weight" in weights, notes)
+    ours = _scaling_weights(weights, renaming)
+    if ours and options.scaling is not None:
+        raise InputError(
+            f"The checkpoint already has trained {config['rope_scaling']['type']} weights "
+            f"({', '.join(ours)}), which --scaling would throw away: leave it out."
+        )
+    model = _build_model(config)
+    scaling: Scaling = model.scaling
+    if ours or options.scaling is None:
+        scaling.take_weights(ours)
+    rest = {name: weights[name] for name in renaming.kept if not name.startswith(PREFIX)}
+    rest = _sanitize(model, rest)
+    _quantize_like_source(model, config, rest)
+    expected = {name: array.shape for name, array in _flat(model) if not name.startswith(PREFIX)}
+    _compare(expected, rest)
+    model.load_weights(list(rest.items()), strict=False)
+    config = _cast_and_quantize(model, config, options, notes)
+    method = (config.get("rope_scaling") or {"type": "none"})["type"]
+    reach = reach_of(scaling)
+    if options.freeze is not None:
+        config, reach = frozen_config(config, scaling, options.freeze, options.freeze_for)
+    elif config.get("rope_scaling"):
+        config["rope_scaling"] = {"type": method, **asdict(scaling.config)}
+        config["model_file"] = SHIM
+    tensors = _in_source_order(model, list(rest))
+    if options.freeze is not None:
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(PREFIX)}
+    # The model must not keep alive what the writer has written.
+    model.update(tree_map(lambda _: mx.array([]), model.parameters()))
+    del model, rest, weights
+    gc.collect()
+    return Plan(config, tensors, scaling, method, reach, renaming, notes)
+
+
+def _config(
+    config: dict[str, Any], options: Options, has_head: bool, notes: list[str]
+) -> dict[str, Any]:
+    """The normal config with the user's wishes in it."""
+    config = normalise_config(config)
+    before = config.get("rope_scaling")
+    if options.scaling is not None:
+        if before and before["type"] != options.scaling["type"]:
+            notes.append(
+                f"--scaling {options.scaling['type']} replaces the rope_scaling of the "
+                f"source, {before['type']}."
+            )
+        config["rope_scaling"] = dict(options.scaling)
+    if options.trained_length is not None:
+        config["max_position_embeddings"] = options.trained_length
+    if "max_position_embeddings" not in config:
+        raise InputError(
+            "config.json does not say at what length the model was trained "
+            "(max_position_embeddings): pass --trained-length, in tokens."
+        )
+    if config["model_type"] == "mixtral" and config.get("sliding_window"):
+        notes.append(
+            f"sliding_window {config['sliding_window']} is set to null: it would cut off "
+            "everything past the trained length."
+        )
+        config["sliding_window"] = None
+    # Absent means untied in Hugging Face's configs and tied in some mlx-lm classes.
+    config.setdefault("tie_word_embeddings", not has_head)
+    foreign = config.get("quantization_config")
+    if foreign and "quantization" not in config:
+        method = foreign.get("quant_method") if isinstance(foreign, dict) else foreign
+        raise InputError(
+            f"The checkpoint is quantised with {method!r}, which is not read here: use the "
+            "unquantised one, or convert it with mlx_lm.convert first."
+        )
+    return config
+
+
+def _scaling_weights(weights: Mapping[str, mx.array], renaming: Renaming) -> dict[str, mx.array]:
+    found = {name: weights[name] for name in renaming.kept if name.startswith(PREFIX)}
+    for name, sources in renaming.scaling.items():
+        arrays = [weights[source] for source in sources]
+        if not renaming.naming.per_layer:
+            found[name] = arrays[0]
+        elif len({array.shape for array in arrays}) == 1:
+            found[name] = mx.stack(arrays)
+        else:
+            raise InputError(f"The layers' tensors for {name} differ in shape.")
+    return {name: array.astype(mx.float32) for name, array in found.items()}
+
+
+def _build_model(config: dict[str, Any]) -> Any:
+    try:
+        return Model(ModelArgs.from_dict(config))
+    except InputError:
+        raise
+    except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError) as error:
+        raise InputError(
+            f"config.json does not describe a model that mlx-lm can build "
+            f"({config['model_type']}): {error}."
+        ) from error
+
+
+def _sanitize(model: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    try:
+        return dict(model.sanitize(weights))
+    except KeyError as error:
+        raise InputError(f"The checkpoint lacks the tensor {error.args[0]}.") from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"The tensors do not fit together: {error}.") from error
+
+
+def _quantize_like_source(
+    model: nn.Module, config: dict[str, Any], weights: Mapping[str, mx.array]
+) -> None:
+    """Give the model the quantised layers that an MLX source already has."""
+    quantization = config.get("quantization")
+    if quantization is None:
+        return
+
+    def like_source(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if path in quantization:
+            return quantization[path]
+        if not hasattr(module, "to_quantized") or f"{path}.scales" not in weights:
+            return False
+        return infer_quant_config(path, module, weights)
+
+    try:
+        nn.quantize(
+            model,
+            group_size=quantization["group_size"],
+            bits=quantization["bits"],
+            mode=quantization.get("mode", "affine"),
+            class_predicate=like_source,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"config.json has quantization {quantization!r}, which mlx does not take: {error}."
+        ) from error
+
+
+def _compare(expected: Mapping[str, Any], given: Mapping[str, mx.array]) -> None:
+    for name in expected:
+        if name not in given:
+            more = len(expected.keys() - given.keys()) - 1
+            raise InputError(
+                f"The checkpoint lacks the tensor {name}, shape {tuple(expected[name])}"
+                + (f", and {more} more" if more else "")
+                + ". Is a shard missing, or is it another model's config.json?"
+            )
+    for name, array in given.items():
+        if name not in expected:
+            raise InputError(
+                f"The checkpoint has the tensor {name}, shape {tuple(array.shape)}, which its "
+                "model does not have. Is it another model's config.json?"
+            )
+        if tuple(array.shape) != tuple(expected[name]):
+            raise InputError(
+                f"The tensor {name} has shape {tuple(array.shape)}; the config asks for "
+                f"{tuple(expected[name])}."
+            )
+
+
+def _cast_and_quantize(
+    model: Any, config: dict[str, Any], options: Options, notes: list[str]
+) -> dict[str, Any]:
+    """What mlx_lm.convert does with --dtype, -q and -d; returns the new config."""
+    dtype = options.dtype or config.get("torch_dtype") or config.get("dtype")
+    if dtype in DTYPES:
+        keep = model.cast_predicate
+        mlx_type = getattr(mx, dtype)
+
+        def to_type(path: str, array: mx.array) -> mx.array:
+            floating = mx.issubdtype(array.dtype, mx.floating)
+            return array.astype(mlx_type) if floating and keep(path) else array
+
+        model.update(tree_map_with_path(to_type, model.parameters()))
+        config["torch_dtype"] = dtype
+        config.pop("dtype", None)
+    if options.dequantize:
+        config.pop("quantization", None)
+        config.pop("quantization_config", None)
+        dequantize_model(model)
+    if options.quantize:
+        if "quantization" in config:
+            raise InputError("The checkpoint is quantised already: dequantise it with -d first.")
+        recipe = options.quant_predicate
+        predicate = None
+        if recipe:
+            group = options.q_group_size or 64
+            predicate = mixed_quant_predicate_builder(recipe, model, group)
+        try:
+            with redirect_stdout(StringIO()) as printed:
+                _, config = quantize_model(
+                    model,
+                    config,
+                    options.q_group_size,
+                    options.q_bits,
+                    mode=options.q_mode,
+                    quant_predicate=predicate,
+                )
+        except ValueError as error:
+            raise InputError(f"mlx does not quantise like that: {error}.") from error
+        notes.append(printed.getvalue().removeprefix("[INFO]").strip())
+    return config
+
+
+def _in_source_order(model: nn.Module, order: list[str]) -> dict[str, mx.array]:
+    """The model's tensors, each source file's together, so that none stays open long."""
+    rank = {name.rpartition(".")[0]: index for index, name in enumerate(order)}
+    return dict(sorted(_flat(model), key=lambda item: rank.get(item[0].rpartition(".")[0], -1)))
+
+
+def _flat(model: nn.Module) -> list[tuple[str, mx.array]]:
+    return cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))

@@ -1,0 +1,160 @@
+"""Safetensors files: header checked, data streamed.
+
+Reading the header tells every name, type and shape without touching the data, so a
+conversion can be refused before anything is written. Writing takes one tensor at a time,
+so memory holds one tensor and not a shard. Not covered: reading the data, which is
+`mx.load`'s work and lazy.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_clex.errors import InputError
+
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
+_BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64}
+_MLX_NAMES = {
+    mx.bool_: "BOOL",
+    mx.uint8: "U8",
+    mx.int8: "I8",
+    mx.uint16: "U16",
+    mx.int16: "I16",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.uint32: "U32",
+    mx.int32: "I32",
+    mx.float32: "F32",
+    mx.uint64: "U64",
+    mx.int64: "I64",
+}
+_MAX_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+class TensorInfo(NamedTuple):
+    """One entry of a header."""
+
+    dtype: str  # as the format spells it, "BF16"
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return math.prod(self.shape) * _BITS[self.dtype] // 8
+
+
+def info_of(array: mx.array) -> TensorInfo:
+    """Type and shape of an array, which stays unevaluated."""
+    return TensorInfo(_MLX_NAMES[array.dtype], tuple(array.shape))
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Read and check the header of a safetensors file.
+
+    Args:
+        path: the file; only its first bytes are read.
+
+    Returns:
+        Name -> type and shape, in the order of the data.
+
+    Raises:
+        InputError: the file is cut off, or no safetensors file, or has a type that MLX
+            cannot hold.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
+            raise _broken(path, f"its header does not fit into its {size} bytes")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        entries = [(name, *_entry(path, name, value)) for name, value in header.items()]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise _broken(path, "its header is not readable") from error
+    entries.sort(key=lambda entry: entry[2])
+    at = 0
+    for name, info, begin, end in entries:
+        if begin != at or end - begin != info.nbytes:
+            raise _broken(path, f"the data of {name} does not match its shape")
+        at = end
+    if 8 + length + at != size:
+        raise _broken(path, f"it should have {8 + length + at} bytes and has {size}")
+    return {name: info for name, info, _, _ in entries}
+
+
+def write(
+    path: Path,
+    tensors: Iterable[tuple[str, TensorInfo, Callable[[], memoryview]]],
+    file_format: str,
+    advance: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Write a safetensors file, one tensor in memory at a time.
+
+    Args:
+        path: the new file.
+        tensors: name, type and shape, and a function that gives the bytes; they are
+            asked for in this order.
+        file_format: "mlx" or "pt", what loaders read from the metadata.
+        advance: told the number of bytes after each tensor.
+
+    Raises:
+        OSError: the disk is full, or the like.
+    """
+    tensors = list(tensors)
+    header: dict[str, object] = {"__metadata__": {"format": file_format}}
+    at = 0
+    for name, info, _ in tensors:
+        header[name] = {
+            "dtype": info.dtype,
+            "shape": info.shape,
+            "data_offsets": [at, at + info.nbytes],
+        }
+        at += info.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of eight
+    with path.open("xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, info, data in tensors:
+            view = data()
+            if view.nbytes != info.nbytes:
+                raise AssertionError(f"{name}: {view.nbytes} bytes, not {info.nbytes}")
+            file.write(view)
+            del view  # before the next tensor is made
+            advance(info.nbytes)
+
+
+def array_bytes(array: mx.array) -> memoryview:
+    """Evaluate an array and give its bytes, which keep it alive."""
+    # Not flattened: mlx counts the elements of one axis in 32 bits.
+    raw = mx.contiguous(array if array.ndim else array.reshape(1)).view(mx.uint8)
+    mx.eval(raw)
+    return memoryview(raw)
+
+
+def _entry(path: Path, name: str, value: dict) -> tuple[TensorInfo, int, int]:
+    dtype, shape = value["dtype"], tuple(value["shape"])
+    begin, end = value["data_offsets"]
+    if dtype not in _BITS:
+        raise InputError(
+            f"{path.name}: tensor {name} has type {dtype}, which mlx_clex does not read. It "
+            f"reads {', '.join(_BITS)}; convert the checkpoint to bfloat16 first."
+        )
+    whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+    if not whole or not isinstance(name, str):
+        raise ValueError("not a size")
+    return TensorInfo(dtype, shape), begin, end
+
+
+def _broken(path: Path, reason: str) -> InputError:
+    return InputError(
+        f"{path} is corrupt or cut off: {reason}. Download it again, or copy it again."
+    )

@@ -1,0 +1,81 @@
+"""--scaling NAME and its settings as command-line options.
+
+The options are the fields of the methods' config dataclasses, so a new method brings its
+own. Not covered: their meaning and range, which the dataclasses check.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from mlx_clex.errors import InputError
+from mlx_clex.scaling import SCALINGS
+
+
+def add_scaling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --scaling and one option for each field of any method.
+
+    Options that are not given are left out of the namespace's values (None).
+    """
+    group = parser.add_argument_group("position scaling")
+    group.add_argument(
+        "--scaling",
+        choices=list(SCALINGS),
+        metavar="NAME",
+        help=f"Switch on a scaling: {', '.join(SCALINGS)}.",
+    )
+    owners: dict[str, list[str]] = {}
+    kinds: dict[str, type] = {}
+    for method, field, kind in _fields():
+        owners.setdefault(field.name, []).append(f"{method} {_default(field)}")
+        kinds[field.name] = kind
+    for name, kind in kinds.items():
+        option = "--" + name.replace("_", "-")
+        # Not a default of argparse's: it is the dataclass that knows.
+        text = f"Default: {', '.join(owners[name])}."
+        if kind is bool:
+            group.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
+        else:
+            group.add_argument(option, type=kind, help=text)
+
+
+def scaling_from(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The rope_scaling entry that the options ask for, or None without --scaling.
+
+    Raises:
+        InputError: an option that the method does not have, or options without --scaling.
+    """
+    given = {
+        field.name: value
+        for _, field, _ in _fields()
+        if (value := getattr(args, field.name, None)) is not None
+    }
+    options = ", ".join("--" + name.replace("_", "-") for name in given)
+    if args.scaling is None:
+        if given:
+            raise InputError(f"{options} needs --scaling, one of {', '.join(SCALINGS)}.")
+        return None
+    known = [field.name for field in fields(SCALINGS[args.scaling].Config)]
+    for name in given:
+        if name not in known:
+            listed = ", ".join("--" + key.replace("_", "-") for key in known)
+            raise InputError(
+                f"--scaling {args.scaling} has no --{name.replace('_', '-')}. "
+                f"It has: {listed or 'no options'}."
+            )
+    return {"type": args.scaling, **given}
+
+
+def _fields() -> Iterator[tuple[str, Field, type]]:
+    """(method, field, type of its option) of all methods' configs."""
+    for method, scaling in SCALINGS.items():
+        types = get_type_hints(scaling.Config)
+        for field in fields(scaling.Config):
+            kinds = [t for t in get_args(types[field.name]) if t is not NoneType]
+            yield method, field, kinds[0] if kinds else types[field.name]
+
+
+def _default(field: Field) -> str:
+    return "none" if field.default is MISSING or field.default is None else str(field.default)

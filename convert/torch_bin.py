@@ -1,0 +1,117 @@
+"""pytorch_model.bin shards, rewritten as safetensors.
+
+A .bin file is a pickle: torch reads it with `weights_only=True`, which runs nothing in
+it, and maps the data instead of loading it. The tensors go one by one into safetensors
+files beside the output, which `mlx` then reads lazily like any other source. Needs torch,
+the `bin` extra.
+"""
+
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mlx_clex.errors import InputError
+
+from .safetensors_file import TensorInfo, write
+
+_NAMES = {
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}
+
+
+def import_torch() -> Any:
+    """torch, or a line that says how to get it.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise InputError(
+            "This checkpoint has only .bin files, which need torch: pip install 'mlx-clex[bin]'."
+        ) from error
+    return torch
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names, types and shapes in a .bin file, without its data.
+
+    Raises:
+        InputError: the file is corrupt, or holds something else than tensors.
+    """
+    return {name: info for name, info, _ in _entries(path)}
+
+
+def spool(path: Path, target: Path, advance: Callable[[int], object] = lambda _: None) -> None:
+    """Rewrite a .bin file as safetensors.
+
+    Args:
+        path: the .bin file.
+        target: the new file.
+        advance: told the number of bytes after each tensor.
+
+    Raises:
+        InputError: the file is corrupt, or holds something else than tensors.
+    """
+    write(target, _entries(path), "pt", advance)
+
+
+def _entries(path: Path) -> list[tuple[str, TensorInfo, Callable[[], memoryview]]]:
+    entries = []
+    for name, tensor in _load(path).items():
+        if isinstance(name, str) and str(getattr(tensor, "dtype", None)) in _NAMES:
+            info = TensorInfo(_NAMES[str(tensor.dtype)], tuple(tensor.shape))
+            entries.append((name, info, _bytes_of(tensor)))
+        else:
+            raise InputError(
+                f"{path} holds {name!r}, a {type(tensor).__name__}: only tensors of numbers "
+                "are read. Is it a checkpoint of weights?"
+            )
+    return entries
+
+
+def _bytes_of(tensor: Any) -> Callable[[], memoryview]:
+    def data() -> memoryview:
+        torch = import_torch()
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        return memoryview(flat.numpy())
+
+    return data
+
+
+def _load(path: Path) -> dict[Any, Any]:
+    torch = import_torch()
+    # The old format, not a zip, cannot be mapped.
+    mapped = zipfile.is_zipfile(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} is corrupt, or asks to run code, which is never done: "
+            f"{_first_line(error)}. Get the checkpoint as safetensors."
+        ) from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise InputError(
+            f"{path} is corrupt or cut off: {_first_line(error)}. Download or copy it again."
+        ) from error
+    if not isinstance(state, dict):
+        raise InputError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors.")
+    return state
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
