@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from mlx_clex.scaling import PREFIX
+
 from .plan import Plan
 from .safetensors_file import TensorInfo, info_of
 from .source import Checkpoint
@@ -37,13 +39,13 @@ def describe(
     lines.append(f"rename (names of: {renaming.naming.name})")
     for ours, theirs in renaming.scaling.items():
         lines.append(f"  {_grouped(theirs)[0]} -> {ours}, float32")
-    # A dropped tensor may lack an entry where a family's own mapping took it.
     moved = _grouped(name for name in renaming.kept if name not in plan.tensors)
-    made = _grouped(name for name in plan.tensors if name not in infos and "scaling." not in name)
-    if moved or made:
-        lines.append(f"  {', '.join(moved) or 'nothing'} -> {', '.join(made) or 'nothing'}")
+    made = _grouped(name for name in plan.tensors if name not in infos and _is_mapped(name))
+    if made:
+        lines += [f"  {', '.join(moved)}", f"    -> {', '.join(made)}"]
     lines.append("drop")
-    lines += [f"  {name}" for name in _grouped(renaming.dropped)] or ["  nothing"]
+    dropped = _grouped(renaming.dropped) + ([] if made else moved)
+    lines += [f"  {name}" for name in dropped] or ["  nothing"]
     total = sum(info_of(array).nbytes for array in plan.tensors.values())
     lines.append(f"write {target}: {len(plan.tensors)} tensors, {total:,} bytes")
     rows: dict[str, list[str]] = {}
@@ -64,3 +66,8 @@ def _pattern(name: str) -> str:
 def _grouped(names: Iterable[str]) -> list[str]:
     """The names with N for numbers, each once, in order."""
     return list(dict.fromkeys(_pattern(name) for name in names))
+
+
+def _is_mapped(name: str) -> bool:
+    """Whether a new name comes from the family's mapping, not from scaling or -q."""
+    return not name.startswith(PREFIX) and not name.endswith((".scales", ".biases"))

@@ -112,10 +112,10 @@ def _q5_k(blocks: np.ndarray) -> np.ndarray:
 
 
 def _q6_k(blocks: np.ndarray) -> np.ndarray:
-    low = blocks[:, :128].reshape(-1, 2, 1, 64)
-    low = np.concatenate([low & 15, low >> 4], axis=2).reshape(-1, 8, 32)
-    high = blocks[:, 128:192].reshape(-1, 2, 1, 32)
-    high = (high >> np.array([0, 2, 4, 6], np.uint8)[:, None] & 3).reshape(-1, 8, 32)
+    packed = blocks[:, :128].reshape(-1, 2, 1, 64)
+    low = np.concatenate([packed & 15, packed >> 4], axis=2).reshape(-1, 8, 32)
+    pairs = blocks[:, 128:192].reshape(-1, 2, 1, 32)
+    high = (pairs >> np.array([[0], [2], [4], [6]], np.uint8) & 3).reshape(-1, 8, 32)
     levels = (low | high << 4).astype(np.float32) - 32
     scales = _half(blocks, 208) * blocks[:, 192:208].view(np.int8)
     return (levels.reshape(-1, 16, 16) * scales[..., None]).reshape(-1, 256)

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -135,7 +135,7 @@ def write(
 def array_bytes(array: mx.array) -> memoryview:
     """Evaluate an array and give its bytes, which keep it alive."""
     # Not flattened: mlx counts the elements of one axis in 32 bits.
-    raw = mx.contiguous(array if array.ndim else array.reshape(1)).view(mx.uint8)
+    raw: Any = mx.contiguous(array if array.ndim else array.reshape(1)).view(mx.uint8)
     mx.eval(raw)
     return memoryview(raw)
 
