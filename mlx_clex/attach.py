@@ -21,7 +21,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-from .cache import ScaledBatchKVCache, ScaledCache, ScaledKVCache, ScaledQuantizedKVCache
+from .cache import (
+    Difference,
+    ScaledBatchKVCache,
+    ScaledCache,
+    ScaledKVCache,
+    ScaledQuantizedKVCache,
+)
 from .errors import InputError
 from .rotary import CurrentPass, Pass, Rope
 from .scaling import PREFIX, Scaling, build_scaling
@@ -312,8 +318,7 @@ class _Planner:
         if not self.constant and caches is not None:
             for layer, cache in zip(self.layers, scaled, strict=True):
                 if cache.scales != scales:
-                    difference = functools.partial(self._difference, layer)
-                    cache.move_to(scales, difference, self.traditional)
+                    cache.move_to(scales, self._difference_of(layer), self.traditional)
         self.current.count += 1
         self.current.now = self._pass(model, scales, lengths)
         return self.current
@@ -332,8 +337,11 @@ class _Planner:
             "rotated at: make caches with mlx_clex.make_prompt_cache(model)."
         )
 
-    def _difference(self, layer: int, old: float, new: float) -> mx.array:
-        return self.scaling.inv_freq(new, layer) - self.scaling.inv_freq(old, layer)
+    def _difference_of(self, layer: int) -> Difference:
+        def difference(old: float, new: float) -> mx.array:
+            return self.scaling.inv_freq(new, layer) - self.scaling.inv_freq(old, layer)
+
+        return difference
 
     def _warn_past_reach(self, model: Any, length: int) -> None:
         reach = model.reach
@@ -357,8 +365,6 @@ class _Planner:
             new.inv_freq = [scaling.differentiable_inv_freq(scale, i) for i in layers]
         elif same and not scaling.by_layer:
             new.periods = scaling.periods(scale)
-            if new.periods.ndim > 1:
-                raise AssertionError("frequencies a head are by layer")
         else:
             new.inv_freq = self._rows(scales)
         self._set_gain(new, lengths)

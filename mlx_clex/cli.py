@@ -6,6 +6,7 @@ Not covered: tracebacks of our own mistakes, which are shown on purpose.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from .errors import InputError, RunError
 
@@ -33,7 +34,7 @@ def run_command(
         0, 2 for bad input (one line on stderr), 1 for a run that failed (one line),
         130 for Ctrl-C. argparse itself exits with 2 for arguments it cannot parse.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog,
         description=description,
         parents=list(parents),
@@ -58,6 +59,13 @@ def run_command(
         print(f"\n{prog}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
 def _one_line(error: BaseException) -> str:

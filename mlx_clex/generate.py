@@ -1,0 +1,374 @@
+"""Command: text from a prompt of any length up to the model's reach.
+
+Takes the options of `mlx_lm.generate` and runs on its generation functions; what is added
+is the scale policy, prompts from files, a progress bar, and refusals in one line.
+
+Not covered: images, and `--max-kv-size`, whose window would drop the text that a scaling
+is there to reach.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import DEFAULT_PROMPT, setup_arg_parser, stream_generate
+from mlx_lm.models.cache import load_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+from tqdm import tqdm
+
+from .attach import ScaledModel, make_prompt_cache
+from .cli import run_command
+from .errors import InputError
+from .load import load
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `mlx_lm.generate` does not have, or has otherwise."""
+    parser.add_argument(
+        "--model",
+        default=None,
+        help="A folder with a model, a .gguf file, or a Hugging Face id. Published CLEX and "
+        "GeNE checkpoints are converted on the fly, once.",
+    )
+    parser.add_argument(
+        "--prompt",
+        "-p",
+        default=None,
+        help=f"Message to be processed by the model ('-' reads from stdin; default: "
+        f"{DEFAULT_PROMPT!r}). With --prompt-file it follows the file's text.",
+    )
+    parser.add_argument(
+        "--prompt-file",
+        default=None,
+        metavar="FILE",
+        help="Read the prompt from a UTF-8 file of any size ('-' reads from stdin).",
+    )
+    parser.add_argument(
+        "--scale",
+        type=scale_policy,
+        default="prompt",
+        metavar="prompt|grow|NUMBER",
+        help="prompt (default): the whole prompt's scale from its first chunk on, then growing "
+        "with the text. grow: that of what has been read so far. NUMBER: fixed for good.",
+    )
+    parser.add_argument(
+        "--max-kv-size", type=int, default=None, help="Refused: it would drop the long context."
+    )
+
+
+def scale_policy(text: str) -> str | float:
+    """Parse --scale: "prompt", "grow", or a number of at least 1."""
+    if text in ("prompt", "grow"):
+        return text
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = 0.0
+    if not 1 <= scale < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"must be prompt, grow, or a number of at least 1 (target length / trained "
+            f"length), got {text!r}"
+        )
+    return scale
+
+
+def run(args: argparse.Namespace) -> None:
+    """Generate, streaming the text to stdout.
+
+    Raises:
+        InputError: options, files or lengths that cannot be used.
+    """
+    _check(args)
+    if args.seed is not None:
+        mx.random.seed(args.seed)
+    model, tokenizer = load(
+        args.model,
+        scale=args.scale if isinstance(args.scale, float) else None,
+        adapter_path=args.adapter_path,
+        trust_remote_code=args.trust_remote_code,
+        model_config={"quantize_activations": True} if args.quantize_activations else None,
+    )
+    for token in args.extra_eos_token:
+        tokenizer.add_eos_token(token)
+    draft = load(args.draft_model)[0] if args.draft_model is not None else None
+
+    saved = _load_cache(args.prompt_cache_file) if args.prompt_cache_file else None
+    prompt = encode_prompt(args, tokenizer, continues=saved is not None)
+    read = max((getattr(cache, "offset", 0) for cache in saved or []), default=0)
+    max_tokens = cap_max_tokens(model, read + len(prompt), args.max_tokens)
+    expected = _expected_length(args, model, read + len(prompt), max_tokens)
+    if saved is None:
+        caches = make_prompt_cache(model, expected)
+        if draft is not None:
+            caches += make_prompt_cache(draft, expected)
+    else:
+        caches = saved
+        for cache in caches:
+            if hasattr(cache, "expected_length"):
+                cache.expected_length = expected or 0
+
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "sampler": _sampler(args, tokenizer),
+        "prompt_cache": caches,
+        "prefill_step_size": args.prefill_step_size,
+        "kv_bits": args.kv_bits,
+        "kv_group_size": args.kv_group_size,
+        "quantized_kv_start": args.quantized_kv_start,
+        "draft_model": draft,
+        "num_draft_tokens": args.num_draft_tokens,
+    }
+    _stream(args, model, tokenizer, prompt, options)
+
+
+def encode_prompt(args: argparse.Namespace, tokenizer: Any, *, continues: bool) -> list[int]:
+    """The tokens of the prompt that the options describe.
+
+    Args:
+        args: the parsed options.
+        tokenizer: mlx-lm's wrapper.
+        continues: a saved cache holds the beginning of the conversation.
+
+    Raises:
+        InputError: no text, or a file that cannot be read.
+    """
+    text = _prompt_text(args)
+    templated = not args.ignore_chat_template and tokenizer.has_chat_template
+    if templated:
+        text = _apply_template(args, tokenizer, text, continues)
+    tokens = tokenizer.encode(text, add_special_tokens=not templated)
+    if not tokens:
+        raise InputError("The prompt is empty; give a text with --prompt or --prompt-file.")
+    return tokens
+
+
+def cap_max_tokens(model: nn.Module, prompt_length: int, max_tokens: int) -> int:
+    """The tokens that can be generated without crossing a hard reach.
+
+    Args:
+        model: from `load`.
+        prompt_length: of the text before them, tokens.
+        max_tokens: how many are wanted, -1 for no limit.
+
+    Raises:
+        InputError: the prompt leaves no room for a single one.
+    """
+    reach = model.reach if isinstance(model, ScaledModel) and model.scaling.hard_reach else None
+    if reach is None:
+        return max_tokens
+    room = reach - prompt_length
+    if room < 1:
+        raise InputError(
+            f"The prompt has {prompt_length} tokens; this model reaches {reach} (trained "
+            f"length {model.scaling.trained_length} x max_factor "
+            f"{model.scaling.config.max_factor}), the generated text included. Shorten the "
+            "prompt, or use a checkpoint with a larger max_factor."
+        )
+    if max_tokens != -1 and max_tokens <= room:
+        return max_tokens
+    print(
+        f"[mlx_clex] Generating at most {room} tokens: the model reaches {reach}.", file=sys.stderr
+    )
+    return room
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options before anything is loaded."""
+    if args.model is None:
+        raise InputError("No model: give a folder, a .gguf file or a Hugging Face id as --model.")
+    if args.max_kv_size is not None:
+        raise InputError(
+            "--max-kv-size drops old text from the cache, which is the text a long-context "
+            "model is for. To save memory use --kv-bits 8 or --kv-bits 4."
+        )
+    if args.image:
+        raise InputError("--image is not supported: models here read text.")
+    if args.max_tokens == 0 or args.max_tokens < -1:
+        raise InputError(
+            f"--max-tokens must be at least 1, or -1 for no limit, got {args.max_tokens}."
+        )
+    if args.prefill_step_size < 1:
+        raise InputError(f"--prefill-step-size must be at least 1, got {args.prefill_step_size}.")
+    if args.kv_bits not in (None, 2, 3, 4, 5, 6, 8):
+        raise InputError(f"--kv-bits must be 2, 3, 4, 5, 6 or 8, got {args.kv_bits}.")
+    if args.draft_model is not None and args.prompt_cache_file is not None:
+        raise InputError("--draft-model cannot be used with --prompt-cache-file.")
+
+
+def _expected_length(
+    args: argparse.Namespace, model: nn.Module, prompt_length: int, max_tokens: int
+) -> int | None:
+    """The length the caches are planned for, in tokens; None for that of what is read."""
+    if not isinstance(model, ScaledModel) or isinstance(args.scale, float):
+        return None
+    if args.kv_bits is None or model.scaling.static:
+        return prompt_length if args.scale == "prompt" else None
+    # Quantised keys lose precision at every move, so none is to come.
+    if max_tokens == -1:
+        raise InputError(
+            "--kv-bits fixes the scale at that of the prompt and --max-tokens together, so "
+            "--max-tokens -1 leaves it open: give a number, or --scale NUMBER."
+        )
+    expected = prompt_length + max_tokens
+    print(
+        f"[mlx_clex] --kv-bits: scale fixed at {model.scale_at(expected):g}, that of "
+        f"{expected} tokens.",
+        file=sys.stderr,
+    )
+    return expected
+
+
+def _prompt_text(args: argparse.Namespace) -> str:
+    message = args.prompt
+    if message is not None:
+        message = message.replace("\\n", "\n").replace("\\t", "\t")
+    if args.prompt_file is None:
+        message = DEFAULT_PROMPT if message is None else message
+        return _read_stdin() if message == "-" else message
+    if message == "-" and args.prompt_file == "-":
+        raise InputError("--prompt - and --prompt-file - both read stdin; give one of them.")
+    document = _read_stdin() if args.prompt_file == "-" else _read_file(Path(args.prompt_file))
+    if message is None:
+        return document
+    return f"{document}\n\n{_read_stdin() if message == '-' else message}"
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--prompt-file {path} is no UTF-8 text: {error}.") from error
+    except OSError as error:
+        raise InputError(f"--prompt-file {path} cannot be read: {error.strerror}.") from error
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"The text on stdin is no UTF-8: {error}.") from error
+
+
+def _apply_template(args: argparse.Namespace, tokenizer: Any, text: str, continues: bool) -> str:
+    try:
+        extra = json.loads(args.chat_template_config) if args.chat_template_config else {}
+    except ValueError as error:
+        raise InputError(f"--chat-template-config is no JSON: {error}.") from error
+    messages = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+    messages.append({"role": "user", "content": text})
+    prefilled = args.prefill_response is not None
+    if prefilled:
+        messages.append({"role": "assistant", "content": args.prefill_response})
+
+    def render() -> str:
+        return tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            continue_final_message=prefilled,
+            add_generation_prompt=not prefilled,
+            **extra,
+        )
+
+    rendered = render()
+    if not continues:
+        return rendered
+    # The cache ends where the user's message begins.
+    messages[-2 if prefilled else -1]["content"] = "<query>"
+    return rendered[render().index("<query>") :]
+
+
+def _load_cache(file: str) -> list[Any]:
+    if not Path(file).is_file():
+        raise InputError(f"--prompt-cache-file {file} is no file.")
+    try:
+        return load_prompt_cache(file)
+    except (ValueError, RuntimeError, KeyError, IndexError) as error:
+        raise InputError(f"--prompt-cache-file {file} is no saved cache: {error}") from error
+
+
+def _sampler(args: argparse.Namespace, tokenizer: Any) -> Callable[[mx.array], mx.array]:
+    try:
+        return make_sampler(
+            args.temp,
+            args.top_p,
+            args.min_p,
+            args.min_tokens_to_keep,
+            top_k=args.top_k,
+            xtc_probability=args.xtc_probability,
+            xtc_threshold=args.xtc_threshold,
+            xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+        )
+    except ValueError as error:
+        raise InputError(f"The sampling options do not fit together: {error}") from error
+
+
+def _stream(
+    args: argparse.Namespace,
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: list[int],
+    options: dict[str, Any],
+) -> None:
+    """Run mlx-lm's generation and print what comes, then the figures."""
+    long = len(prompt) > args.prefill_step_size and options["draft_model"] is None
+    bar = tqdm(total=len(prompt), unit="tok", desc="Reading", disable=not (long and args.verbose))
+
+    def progress(done: int, total: int) -> None:
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    text, last = "", None
+    if args.verbose:
+        print("=" * 10)
+    for last in stream_generate(
+        model, tokenizer, prompt, prompt_progress_callback=progress, **options
+    ):
+        text += last.text
+        if args.verbose:
+            print(last.text, end="", flush=True)
+    bar.close()
+    if not args.verbose:
+        print(text)
+    elif last is not None:
+        print(f"\n{'=' * 10}")
+        print(f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.3f} tokens-per-sec")
+        print(
+            f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec"
+        )
+        print(f"Peak memory: {last.peak_memory:.3f} GB")
+        if isinstance(model, ScaledModel):
+            print(
+                f"Scale: {_final_scale(model, options['prompt_cache']):g}, reach: {_reach(model)}"
+            )
+
+
+def _final_scale(model: Any, caches: list[Any]) -> float:
+    scales = [cache.scale for cache in caches if getattr(cache, "scale", None) is not None]
+    return scales[0] if scales else model.scale_at(1)
+
+
+def _reach(model: Any) -> str:
+    return "no limit" if model.reach is None else f"{model.reach} tokens"
+
+
+def main() -> None:
+    """Run the command and exit with its status."""
+    sys.exit(
+        run_command(
+            add_arguments,
+            run,
+            prog="mlx_clex.generate",
+            description="Generate text from a prompt of any length up to the model's reach.",
+            parents=[setup_arg_parser()],
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Tiny models, the golden checkpoints, and settings all tests share."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub brings its own
+
+import mlx_clex  # noqa: F401, I001 - first, so that OpenBLAS is found
+import mlx.core as mx
+import pytest
+from mlx_lm.models import llama
+
+from mlx_clex.attach import attach
+from mlx_clex.scaling import SCALINGS
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
+
+L0 = 16  # trained length of the tiny models, tokens
+
+# For every method, an entry under which a tiny model crosses scales within 300 tokens,
+# or stands at a scale that is not 1.
+CONFIGS = {
+    "none": {},
+    "linear": {"factor": 4},
+    "ntk": {"factor": 4},
+    "dynamic": {"factor": 2},
+    "yarn": {"factor": 4, "beta_fast": 4, "beta_slow": 0.5},
+    "clex": {"max_factor": 20},
+    "gene": {"factor": 2, "training_seq_len": 32},
+    "gene-param": {"factor": 2, "training_seq_len": 32},
+}
+assert CONFIGS.keys() == SCALINGS.keys(), "a new method needs an entry here"
+
+
+def tiny_llama(*, key_heads: int = 4, seed: int = 0, layers: int = 2, length: int = L0):
+    """A random two-layer LLaMA of mlx-lm, 4 heads of 32 dimensions, vocabulary 64."""
+    mx.random.seed(seed)
+    args = llama.ModelArgs(
+        model_type="llama",
+        hidden_size=64,
+        num_hidden_layers=layers,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=key_heads,
+        head_dim=32,
+        rms_norm_eps=1e-5,
+        vocab_size=64,
+        max_position_embeddings=length,
+        tie_word_embeddings=False,
+    )
+    model = llama.Model(args)
+    # Sharper attention than fresh weights give, so that a wrong rotation shows.
+    for layer in model.layers:
+        layer.self_attn.q_proj.weight *= 4
+        layer.self_attn.k_proj.weight *= 4
+    mx.eval(model.parameters())
+    model.eval()
+    return model
+
+
+def randomise(scaling, size: float = 0.2) -> None:
+    """Give the learned tensors of a scaling values that matter."""
+    for index, name in enumerate(scaling.learned):
+        key = mx.random.key(index + 1)
+        spread = mx.random.uniform(-size, size, scaling[name].shape, key=key)
+        scaling[name] = spread
+    mx.eval(scaling.parameters())
+
+
+def scaled_llama(name: str, *, log_scale: bool = False, scale=None, **kwargs):
+    """A tiny LLaMA with a method attached and random learned tensors."""
+    entry = {"type": name, **CONFIGS[name], **({"log_scale": True} if log_scale else {})}
+    model = attach(tiny_llama(**kwargs), entry, scale=scale)
+    randomise(model.scaling)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokens():
+    """(4, 300) token ids below 64."""
+    return mx.random.randint(0, 64, (4, 300), key=mx.random.key(7))
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory):
+    """A function from a golden checkpoint's name to its converted folder."""
+    from mlx_clex.convert import convert
+
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("converted") / name
+            convert(str(GOLDEN / name), made[name])
+        return made[name]
+
+    return folder
