@@ -24,9 +24,9 @@ lint: .venv/dev
 
 demo: .venv/demo build/smollm2-clex
 	$(BIN)/python examples/long_document.py > build/document.txt
-	@echo 'Asking about a document of 2,900 tokens; "marigold" is the right answer.'
-	$(BIN)/python -m mlx_clex.generate --model build/smollm2-clex \
-		--prompt-file build/document.txt --max-tokens 30
+	@echo 'Asking about a document of 2,900 tokens; "banana" is the right answer.'
+	$(BIN)/python -m mlx_clex.generate --model build/smollm2-clex --max-tokens 30 \
+		--prompt-file build/document.txt --prompt "What is the secret word of the library?"
 
 bench: .venv/dev $(SMOLLM2)
 	$(BIN)/python benchmarks/ode.py

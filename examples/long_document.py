@@ -1,25 +1,23 @@
-"""Write a document of a chosen length with one fact in its middle, and a question about it.
+"""Write a document of a chosen length, with one fact in its middle.
 
     python examples/long_document.py --characters 11500 > document.txt
 
 The text is the debugger's chapter of Python's own help, which every CPython carries. The fact
-fits nowhere in it, so an answer that has the word was read from the document.
+has nothing to do with it, so an answer that has the word was read from the document.
 """
 
 import argparse
 import pydoc_data.topics
 
-FACT = "The secret word of the library is marigold. "
-QUESTION = "What is the secret word of the library?"
-ANSWER = "marigold"
+FACT = "The secret word of the library is banana. "
 
 
 def document(characters: int) -> str:
-    """Return about `characters` characters (4 are about one token), then the question."""
+    """Return about `characters` characters (4 are about one token)."""
     text = " ".join(pydoc_data.topics.topics["debugger"].split())
     text = (text * (characters // len(text) + 1))[:characters]
     middle = text.find(". ", characters // 2) + 2
-    return f"{text[:middle]}{FACT}{text[middle:]}\n\n{QUESTION}"
+    return f"{text[:middle]}{FACT}{text[middle:]}"
 
 
 def main() -> None:

@@ -12,6 +12,8 @@ import pytest
 from mlx_clex import doctor
 from mlx_clex.cli import run_command
 
+from . import make_self_test_data as maker
+
 PLAIN = tuple(check for check in doctor.CHECKS if check is not doctor.decode_ratio)
 
 
@@ -103,8 +105,6 @@ def test_runs_as_a_command(tmp_path):
 
 def test_shipped_data_is_what_the_script_makes(tmp_path, monkeypatch):
     """The shipped answers went out of step with the golden checkpoint."""
-    import make_self_test_data as maker
-
     shipped = maker.TARGET.read_bytes()
     monkeypatch.setattr(maker, "TARGET", Path(tmp_path) / "clex_llama.safetensors")
     maker.main()
