@@ -102,7 +102,7 @@ def convert(
 
         check_upload(upload_repo)
     source = Source(find(hf_path, revision))
-    plan = make_plan(source.config, source.stand_ins(), options)
+    plan = make_plan(source.config, source.weights(), options)
     for note in plan.notes:
         _say(note)
     if dry_run:
@@ -145,46 +145,55 @@ class Source:
     @property
     def spooled_bytes(self) -> int:
         """Size of the safetensors that the source is rewritten as first, in bytes."""
-        if self.checkpoint.kind == "safetensors":
+        if self.is_lazy:
             return 0
         return sum(info.nbytes for header in self.headers.values() for info in header.values())
 
-    def stand_ins(self) -> dict[str, mx.array]:
-        """Lazy zeros of every tensor's type and shape."""
+    @property
+    def is_lazy(self) -> bool:
+        """Whether mlx reads the files' data only when asked for it."""
+        return self.checkpoint.kind == "safetensors"
+
+    def weights(self) -> dict[str, mx.array]:
+        """The tensors, lazy; of a source that must be rewritten first, zeros like them."""
+        if self.is_lazy:
+            return self._in_order(self.checkpoint.files)
         return {
             name: mx.zeros(info.shape, _MLX_TYPES[info.dtype])
             for header in self.headers.values()
             for name, info in header.items()
         }
 
-    def open(self, scratch: Path) -> dict[str, mx.array]:
-        """The tensors, lazy.
+    def rewrite(self, scratch: Path) -> dict[str, mx.array]:
+        """Rewrite the files as safetensors, and give their tensors, lazy.
 
         Args:
-            scratch: a folder for what is no safetensors; it must outlive the arrays.
+            scratch: a folder for the new files, which must outlive the arrays.
         """
-        weights: dict[str, mx.array] = {}
-        total = self.spooled_bytes
-        with tqdm(total=total, unit="B", unit_scale=True, desc="Reading", disable=not total) as bar:
+        files = []
+        with tqdm(total=self.spooled_bytes, unit="B", unit_scale=True, desc="Reading") as bar:
             for number, file in enumerate(self.checkpoint.files):
-                readable = file
-                if total:
-                    readable = scratch / f"{number}.safetensors"
-                    if self.gguf:
-                        gguf_file.spool(self.gguf, readable, bar.update)
-                    else:
-                        torch_bin.spool(file, readable, bar.update)
-                loaded: Any = mx.load(str(readable), format="safetensors")
-                weights.update(loaded)
-        # The order of the files, not of a hash map.
-        return {name: weights.pop(name) for header in self.headers.values() for name in header}
+                files.append(scratch / f"{number}.safetensors")
+                if self.gguf:
+                    gguf_file.spool(self.gguf, files[-1], bar.update)
+                else:
+                    torch_bin.spool(file, files[-1], bar.update)
+        return self._in_order(files)
+
+    def _in_order(self, files: list[Path]) -> dict[str, mx.array]:
+        weights: dict[str, Any] = {}
+        for file, header in zip(files, self.headers.values(), strict=True):
+            loaded: Any = mx.load(str(file), format="safetensors")
+            weights.update((name, loaded[name]) for name in header)
+        return weights
 
 
 def _write(source: Source, plan: Plan, options: Options, folder: Path) -> None:
     checkpoint = source.checkpoint
     scratch = folder / "scratch"
     scratch.mkdir()
-    plan = make_plan(source.config, source.open(scratch), options)
+    if not source.is_lazy:
+        plan = make_plan(source.config, source.rewrite(scratch), options)
     largest = max(file.stat().st_size for file in checkpoint.files)
     with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="Writing") as bar:
         write_weights(

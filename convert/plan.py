@@ -25,8 +25,8 @@ from mlx_clex.model_file import Model, ModelArgs
 from mlx_clex.scaling import PREFIX, Scaling
 
 from .card import reach_of
-from .freeze import frozen_config
-from .names import Renaming, rename
+from .freeze import check_names, frozen_config
+from .names import CONVERTED, Renaming, rename
 
 DTYPES = ("float16", "bfloat16", "float32")  # those of mlx_lm.convert
 
@@ -54,10 +54,19 @@ class Options:
             raise InputError("--quant-predicate needs -q and --q-mode affine.")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if self.freeze is None and self.freeze_for != "mlx-lm":
+            raise InputError("--for goes with --freeze SCALE; it is missing.")
+        if self.for_transformers and self.quantize:
+            raise InputError("--for transformers and -q exclude each other: leave out -q.")
         if self.trained_length is not None and self.trained_length < 2:
             raise InputError(
                 f"--trained-length must be at least 2 tokens, got {self.trained_length}."
             )
+
+    @property
+    def for_transformers(self) -> bool:
+        """Whether transformers is to load the result."""
+        return self.freeze is not None and self.freeze_for == "transformers"
 
 
 @dataclass
@@ -104,8 +113,8 @@ def make_plan(config: dict[str, Any], weights: dict[str, mx.array], options: Opt
     scaling: Scaling = model.scaling
     if ours or options.scaling is None:
         scaling.take_weights(ours)
-    rest = {name: weights[name] for name in renaming.kept if not name.startswith(PREFIX)}
-    rest = _sanitize(model, rest)
+    published = {name: weights[name] for name in renaming.kept if not name.startswith(PREFIX)}
+    rest = _sanitize(model, published)
     _quantize_like_source(model, config, rest)
     expected = {name: array.shape for name, array in _flat(model) if not name.startswith(PREFIX)}
     _compare(expected, rest)
@@ -121,11 +130,14 @@ def make_plan(config: dict[str, Any], weights: dict[str, mx.array], options: Opt
     tensors = _in_source_order(model, list(rest))
     if options.freeze is not None:
         tensors = {k: v for k, v in tensors.items() if not k.startswith(PREFIX)}
+    if options.for_transformers:
+        tensors = _published_names(published, tensors, config, renaming)
     # The model must not keep alive what the writer has written.
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))
-    del model, rest, weights
+    del model, rest, published, weights
     gc.collect()
-    return Plan(config, tensors, scaling, method, reach, renaming, notes)
+    file_format = "pt" if options.for_transformers else "mlx"
+    return Plan(config, tensors, scaling, method, reach, renaming, notes, file_format)
 
 
 def _config(
@@ -293,6 +305,23 @@ def _cast_and_quantize(
             raise InputError(f"mlx does not quantise like that: {error}.") from error
         notes.append(printed.getvalue().removeprefix("[INFO]").strip())
     return config
+
+
+def _published_names(
+    published: Mapping[str, mx.array],
+    tensors: Mapping[str, mx.array],
+    config: Mapping[str, Any],
+    renaming: Renaming,
+) -> dict[str, mx.array]:
+    """The tensors as transformers names them, in the type of the others."""
+    if "quantization" in config:
+        raise InputError("--for transformers cannot take MLX's quantised weights: add -d.")
+    if renaming.naming is CONVERTED:
+        check_names(config, published)
+    if config.get("torch_dtype") not in DTYPES:
+        return dict(published)
+    dtype = getattr(mx, config["torch_dtype"])
+    return {name: tensors.get(name, array.astype(dtype)) for name, array in published.items()}
 
 
 def _in_source_order(model: nn.Module, order: list[str]) -> dict[str, mx.array]:

@@ -29,8 +29,11 @@ _NAMES = {
 }
 
 
-def import_torch() -> Any:
+def import_torch(reason: str = "This checkpoint has only .bin files, which need torch") -> Any:
     """torch, or a line that says how to get it.
+
+    Args:
+        reason: start of the error, what it is needed for.
 
     Raises:
         InputError: it is not installed.
@@ -38,9 +41,7 @@ def import_torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise InputError(
-            "This checkpoint has only .bin files, which need torch: pip install 'mlx-clex[bin]'."
-        ) from error
+        raise InputError(f"{reason}: pip install 'mlx-clex[bin]'.") from error
     return torch
 
 
