@@ -22,7 +22,8 @@ from mlx_clex.errors import InputError
 from mlx_clex.hf_config import normalise_config
 from mlx_clex.load import SHIM
 from mlx_clex.model_file import Model, ModelArgs
-from mlx_clex.scaling import PREFIX, Scaling
+from mlx_clex.scaling import PREFIX, SCALINGS, Scaling
+from mlx_clex.scaling.base import parse_config
 
 from .card import reach_of
 from .freeze import check_names, frozen_config
@@ -152,7 +153,7 @@ def _config(
                 f"--scaling {options.scaling['type']} replaces the rope_scaling of the "
                 f"source, {before['type']}."
             )
-        config["rope_scaling"] = dict(options.scaling)
+        config["rope_scaling"] = _in_full(options.scaling)
     if options.trained_length is not None:
         config["max_position_embeddings"] = options.trained_length
     if "max_position_embeddings" not in config:
@@ -176,6 +177,18 @@ def _config(
             "unquantised one, or convert it with mlx_lm.convert first."
         )
     return config
+
+
+def _in_full(scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """A rope_scaling entry with every default spelt out.
+
+    What is left open in a config.json means what the first releases assumed (CLEX: silu,
+    log_scale); what a user leaves open means our defaults.
+    """
+    name = scaling.get("type")
+    if name not in SCALINGS:
+        raise InputError(f"There is no scaling {name!r}; there is: {', '.join(SCALINGS)}.")
+    return {"type": name, **asdict(parse_config(SCALINGS[name].Config, scaling))}
 
 
 def _scaling_weights(weights: Mapping[str, mx.array], renaming: Renaming) -> dict[str, mx.array]:

@@ -9,6 +9,7 @@ is there to reach.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,20 @@ from .attach import ScaledModel, make_prompt_cache
 from .cli import run_command
 from .errors import InputError
 from .load import load
+
+# Of options that mlx-lm checks late, inside a compiled function, or not at all.
+_RANGES = (
+    ("prefill_step_size", 1, math.inf),
+    ("temp", 0, math.inf),
+    ("top_p", 0, 1),
+    ("min_p", 0, 1),
+    ("top_k", 0, math.inf),
+    ("min_tokens_to_keep", 1, math.inf),
+    ("xtc_probability", 0, 1),
+    ("xtc_threshold", 0, 0.5),
+    ("num_draft_tokens", 1, math.inf),
+    ("quantized_kv_start", 0, math.inf),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,14 +201,18 @@ def _check(args: argparse.Namespace) -> None:
             "--max-kv-size drops old text from the cache, which is the text a long-context "
             "model is for. To save memory use --kv-bits 8 or --kv-bits 4."
         )
+    _template_options(args)
     if args.image:
         raise InputError("--image is not supported: models here read text.")
     if args.max_tokens == 0 or args.max_tokens < -1:
         raise InputError(
             f"--max-tokens must be at least 1, or -1 for no limit, got {args.max_tokens}."
         )
-    if args.prefill_step_size < 1:
-        raise InputError(f"--prefill-step-size must be at least 1, got {args.prefill_step_size}.")
+    for name, low, high in _RANGES:
+        value = getattr(args, name)
+        if not low <= value <= high:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} must be within {low:g}..{high:g}, got {value:g}.")
     if args.kv_bits not in (None, 2, 3, 4, 5, 6, 8):
         raise InputError(f"--kv-bits must be 2, 3, 4, 5, 6 or 8, got {args.kv_bits}.")
     if args.draft_model is not None and args.prompt_cache_file is not None:
@@ -255,10 +274,7 @@ def _read_stdin() -> str:
 
 
 def _apply_template(args: argparse.Namespace, tokenizer: Any, text: str, continues: bool) -> str:
-    try:
-        extra = json.loads(args.chat_template_config) if args.chat_template_config else {}
-    except ValueError as error:
-        raise InputError(f"--chat-template-config is no JSON: {error}.") from error
+    extra = _template_options(args)
     messages = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
     messages.append({"role": "user", "content": text})
     prefilled = args.prefill_response is not None
@@ -282,6 +298,15 @@ def _apply_template(args: argparse.Namespace, tokenizer: Any, text: str, continu
     return rendered[render().index("<query>") :]
 
 
+def _template_options(args: argparse.Namespace) -> dict[str, Any]:
+    try:
+        return dict(json.loads(args.chat_template_config or "{}"))
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            f"--chat-template-config must be a JSON object, got {args.chat_template_config!r}."
+        ) from error
+
+
 def _load_cache(file: str) -> list[Any]:
     if not Path(file).is_file():
         raise InputError(f"--prompt-cache-file {file} is no file.")
@@ -292,19 +317,16 @@ def _load_cache(file: str) -> list[Any]:
 
 
 def _sampler(args: argparse.Namespace, tokenizer: Any) -> Callable[[mx.array], mx.array]:
-    try:
-        return make_sampler(
-            args.temp,
-            args.top_p,
-            args.min_p,
-            args.min_tokens_to_keep,
-            top_k=args.top_k,
-            xtc_probability=args.xtc_probability,
-            xtc_threshold=args.xtc_threshold,
-            xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
-        )
-    except ValueError as error:
-        raise InputError(f"The sampling options do not fit together: {error}") from error
+    return make_sampler(
+        args.temp,
+        args.top_p,
+        args.min_p,
+        args.min_tokens_to_keep,
+        top_k=args.top_k,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )
 
 
 def _stream(
@@ -326,13 +348,22 @@ def _stream(
     text, last = "", None
     if args.verbose:
         print("=" * 10)
-    for last in stream_generate(
+    responses = stream_generate(
         model, tokenizer, prompt, prompt_progress_callback=progress, **options
-    ):
-        text += last.text
-        if args.verbose:
-            print(last.text, end="", flush=True)
-    bar.close()
+    )
+    try:
+        for last in responses:
+            text += last.text
+            if args.verbose:
+                print(last.text, end="", flush=True)
+    except InputError:
+        raise
+    except ValueError as error:
+        # mlx-lm checks sampling and KV quantisation only where it uses them.
+        hint = " Try another --kv-group-size." if "[quantize]" in str(error) else ""
+        raise InputError(f"mlx-lm refused an option: {error}{hint}") from error
+    finally:
+        bar.close()
     if not args.verbose:
         print(text)
     elif last is not None:

@@ -112,7 +112,7 @@ def resolve(
     cache = Path(cache_dir or DEFAULT_CACHE).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return _converted(str(path), cache / f"{path.stem}@{_fingerprint([path])}")
-    if path.is_dir():
+    if path.is_dir() and str(path_or_hub_id):
         names = [file.name for file in path.iterdir()]
         config = read_config(path)
         if not _needs_conversion(names, config, path):
@@ -121,7 +121,7 @@ def resolve(
         return _converted(str(path), cache / f"{path.resolve().name}@{_fingerprint(files)}")
     if path.exists() or not _looks_like_hub_id(str(path_or_hub_id)):
         raise InputError(
-            f"{path_or_hub_id} is neither a folder with a model, nor a .gguf file, nor a "
+            f"{str(path_or_hub_id)!r} is neither a folder with a model, nor a .gguf file, nor a "
             "Hugging Face id such as owner/name."
         )
     return _from_hub(str(path_or_hub_id), revision, cache)
@@ -148,14 +148,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _needs_conversion(names: list[str], config: dict[str, Any], where: Any) -> bool:
     """Whether mlx-lm cannot read these files as they are."""
-    if config.get("model_file") == SHIM:
-        return False
     if not any(name.endswith(".safetensors") for name in names):
         if any(name.endswith(".bin") for name in names):
             return True
         raise InputError(
             f"{where} has no weights: no .safetensors and no .bin file. Was its download complete?"
         )
+    if config.get("model_file") == SHIM:
+        return False
     return (normalise_config(config).get("rope_scaling") or {}).get("type") in _PUBLISHED
 
 

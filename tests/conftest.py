@@ -1,6 +1,8 @@
 """Tiny models, the golden checkpoints, and settings all tests share."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub brings its own
@@ -9,6 +11,7 @@ import mlx_clex  # noqa: F401, I001 - first, so that OpenBLAS is found
 import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
+from mlx_lm.utils import save_model
 
 from mlx_clex.attach import attach
 from mlx_clex.scaling import SCALINGS
@@ -33,7 +36,7 @@ CONFIGS = {
 assert CONFIGS.keys() == SCALINGS.keys(), "a new method needs an entry here"
 
 
-def tiny_llama(*, key_heads: int = 4, seed: int = 0, layers: int = 2, length: int = L0):
+def tiny_llama(*, key_heads: int = 4, seed: int = 0, layers: int = 2, vocabulary: int = 64):
     """A random two-layer LLaMA of mlx-lm, 4 heads of 32 dimensions, vocabulary 64."""
     mx.random.seed(seed)
     args = llama.ModelArgs(
@@ -45,8 +48,8 @@ def tiny_llama(*, key_heads: int = 4, seed: int = 0, layers: int = 2, length: in
         num_key_value_heads=key_heads,
         head_dim=32,
         rms_norm_eps=1e-5,
-        vocab_size=64,
-        max_position_embeddings=length,
+        vocab_size=vocabulary,
+        max_position_embeddings=L0,
         tie_word_embeddings=False,
     )
     model = llama.Model(args)
@@ -74,6 +77,20 @@ def scaled_llama(name: str, *, log_scale: bool = False, scale=None, **kwargs):
     model = attach(tiny_llama(**kwargs), entry, scale=scale)
     randomise(model.scaling)
     return model
+
+
+def stock_folder(tmp_path, tokenizer_from, **config):
+    """A plain LLaMA as mlx-lm saves one."""
+    folder = tmp_path / "stock"
+    model = tiny_llama(vocabulary=config.get("vocab_size", 64))
+    save_model(folder, model)
+    entries = {k: v for k, v in vars(model.args).items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(entries | config))
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        source = tokenizer_from / name
+        if source.exists():
+            shutil.copy(source, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -89,7 +89,9 @@ class Clex(Scaling):
         super().__init__(config, **shape)
         hidden = self.config.param_factor * self.dims
         bound = 1 / math.sqrt(hidden)
-        self.up_proj = mx.random.uniform(-bound, bound, (self.dims // 2, hidden))
+        # A key of its own: attaching must not change what a seeded program draws next.
+        key = mx.random.key(0)
+        self.up_proj = mx.random.uniform(-bound, bound, (self.dims // 2, hidden), key=key)
         self.down_proj = mx.zeros((hidden, self.dims // 2))
 
     def scale_at(self, length: int) -> float:
