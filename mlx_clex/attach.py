@@ -9,11 +9,12 @@ modules that scale by themselves (llama3, longrope, ...), which are refused.
 """
 
 import ast
+import contextlib
 import functools
 import inspect
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -168,6 +169,26 @@ def make_prompt_cache(model: nn.Module, expected_length: int | None = None) -> l
     return stock(model)
 
 
+@contextlib.contextmanager
+def given_pass(model: nn.Module, what: Pass) -> Iterator[None]:
+    """Let every forward pass inside rotate as `what` says, instead of by its length.
+
+    The door for training, where scale and positions are drawn: frequencies and positions
+    come in as arrays, so that gradients reach them and a compiled step takes any. It
+    closes behind itself, so no array of a traced step outlives it.
+
+    Args:
+        model: from `load` or `attach`.
+        what: the pass; its gains are taken as they are.
+    """
+    planner = model._planner
+    planner.given = what
+    try:
+        yield
+    finally:
+        planner.given = None
+
+
 def check_length(model: Any, length: int) -> None:
     """Refuse a sequence that no scale of the model serves.
 
@@ -299,12 +320,15 @@ class _Planner:
         self.traditional = rope.traditional
         self.constant = scaling.static or fixed_scale is not None
         self.warned = False
+        self.given: Pass | None = None
 
     def scale_at(self, length: int) -> float:
         return self.scaling.scale_at(length) if self.fixed_scale is None else self.fixed_scale
 
     def begin(self, model: Any, new_tokens: int, caches: Sequence[Any] | None) -> CurrentPass:
         """Enter a pass of `new_tokens` tokens a row; the caches' keys move if need be."""
+        if self.given is not None:
+            return self._enter(self.given)
         if self.constant:
             lengths = [self._length_of_constant(new_tokens, caches)]
         elif caches is None:
@@ -319,8 +343,11 @@ class _Planner:
             for layer, cache in zip(self.layers, scaled, strict=True):
                 if cache.scales != scales:
                     cache.move_to(scales, self._difference_of(layer), self.traditional)
+        return self._enter(self._pass(model, scales, lengths))
+
+    def _enter(self, now: Pass) -> CurrentPass:
         self.current.count += 1
-        self.current.now = self._pass(model, scales, lengths)
+        self.current.now = now
         return self.current
 
     def _length_of_constant(self, new_tokens: int, caches: Sequence[Any] | None) -> int:

@@ -14,9 +14,10 @@ from mlx_lm.models.cache import make_prompt_cache as stock_make_prompt_cache
 from mlx_lm.utils import does_model_support_input_embeddings
 
 from mlx_clex import attach, make_prompt_cache
+from mlx_clex.attach import given_pass
 from mlx_clex.cache import ScaledKVCache
 from mlx_clex.errors import InputError
-from mlx_clex.rotary import Rope
+from mlx_clex.rotary import Pass, Rope
 from mlx_clex.scaling import SCALINGS
 
 from .conftest import CONFIGS, L0, randomise, scaled_llama, tiny_llama
@@ -157,6 +158,23 @@ def test_methods_without_an_end_go_on_without_a_word(name, tokens):
         warnings.simplefilter("error")
         assert mx.isfinite(model(tokens[:1])).all()
     assert model.reach is None
+
+
+def test_a_given_pass_replaces_the_one_of_the_length(tokens):
+    """Training gives frequencies and positions; the door closes behind it, also on errors."""
+    model = scaled_llama("clex")
+    ids = tokens[:1, :50]
+    usual = model(ids)
+    inv_freq = model.scaling.inv_freq(7.0)
+    with given_pass(model, Pass(inv_freq=[inv_freq], positions=2 * mx.arange(50))):
+        spread = model(ids)
+    with given_pass(model, Pass(inv_freq=[2 * inv_freq], positions=mx.arange(50))):
+        same = model(ids)
+    assert worst(spread, same) < 1e-4
+    assert worst(spread, usual) > 1e-2
+    with pytest.raises(ZeroDivisionError), given_pass(model, Pass(inv_freq=[inv_freq])):
+        model(ids[:, : 1 // 0])
+    assert mx.array_equal(model(ids), usual)
 
 
 def test_layers_with_a_window_keep_their_rope_and_cache(tokens):
