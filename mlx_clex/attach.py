@@ -89,13 +89,14 @@ def attach(
         scale = scaling.check_scale(scale)
 
     current = CurrentPass()
+    layers = sorted({layer for layer, *_ in ropes})
     for layer, attention, name, rope in ropes:
-        new = Rope(rope.dims, rope.base, rope.traditional, layer, current)
+        new = Rope(rope.dims, rope.base, rope.traditional, layers.index(layer), current)
         setattr(attention, name, new)
     mx.eval(scaling.parameters())
     model.scaling = scaling
     model.fixed_scale = scale
-    model._planner = _Planner(scaling, scale, current, [layer for layer, *_ in ropes], ropes[0][3])
+    model._planner = _Planner(scaling, scale, current, layers, ropes[0][3])
     model.__class__ = _scaled_class(stock)
     return model
 
@@ -106,6 +107,7 @@ class ScaledModel:
     stock_class: type
     scaling: Scaling
     fixed_scale: float | None  # the scale the model is held at, or None
+    layers: list[nn.Module]  # the stock model's
     _planner: "_Planner"
 
     @property
@@ -288,7 +290,7 @@ def _scaled_class(stock: type) -> type:
     # mlx-lm reads the signature, e.g. for `input_embeddings`.
     @functools.wraps(stock.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tokens = args[0] if args else kwargs.get(names[0])
+        tokens: Any = args[0] if args else kwargs.get(names[0])
         if tokens is None or not tokens.size:
             tokens = kwargs.get("input_embeddings", tokens)
         cache = args[cache_at] if len(args) > cache_at else kwargs.get("cache")

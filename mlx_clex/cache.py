@@ -29,6 +29,8 @@ Difference = Callable[[float, float], mx.array]
 class _OneScale:
     """What the caches of a single sequence share."""
 
+    keys: Any
+    values: Any
     offset: int
     scale: float | None = None
     expected_length: int = 0
@@ -86,11 +88,14 @@ class ScaledQuantizedKVCache(_OneScale, QuantizedKVCache):
     scale; `generate --kv-bits` plans for the whole length and never moves them.
     """
 
+    group_size: int
+    bits: int
+
     def move_to(self, scales: Sequence[float], difference: Difference, traditional: bool) -> None:
         """Rotate the stored keys from their scale to the one of the pass."""
         (scale,) = scales
         if self.scale is not None and self.scale != scale and self.offset:
-            how = {"group_size": self.group_size, "bits": self.bits}
+            how: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits}
             keys = mx.dequantize(*self.keys, **how)
             keys = rotate(keys, difference(self.scale, scale), traditional=traditional)
             self.keys = tuple(mx.quantize(keys, **how))
@@ -114,6 +119,12 @@ class ScaledBatchKVCache(BatchKVCache):
     mlx-lm keeps the rows' padding in an array; reading it would stop the device at every
     token, so the padding is mirrored in a list.
     """
+
+    keys: Any
+    values: Any
+    offset: mx.array
+    left_padding: mx.array
+    _idx: int
 
     def __init__(self, left_padding: Sequence[int]) -> None:
         """`left_padding`: empty places before the first token of each row."""
@@ -182,7 +193,7 @@ class ScaledBatchKVCache(BatchKVCache):
     def filter(self, batch_indices: Any) -> None:
         """Keep only these rows, in place."""
         super().filter(batch_indices)
-        keep = batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices
+        keep: Any = mx.array(batch_indices).tolist()
         padding = [self.padding[row] for row in keep]
         # As the stock method does with its array.
         self.padding = [pad - min(padding) for pad in padding]

@@ -10,6 +10,7 @@ Not covered: conversion itself (`mlx_clex.convert`).
 import functools
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,6 +88,8 @@ def load(
         )
     if adapter_path is not None:
         _add_adapters(model, Path(adapter_path))
+    # Its only complaint is that transformers does not know our rope_scaling types.
+    logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
     tokenizer_options = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
     try:
         tokenizer = load_tokenizer(
@@ -218,7 +221,9 @@ def _add_adapters(model: nn.Module, folder: Path) -> None:
         if scaling_file.is_file():
             if not isinstance(model, ScaledModel):
                 raise InputError(f"{scaling_file} is for a model with a scaling; this has none.")
-            model.scaling.take_weights(mx.load(str(scaling_file)))
+            weights = mx.load(str(scaling_file))
+            assert isinstance(weights, dict)  # what a .safetensors file gives
+            model.scaling.take_weights(weights)
     except InputError:
         raise
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:

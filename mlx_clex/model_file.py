@@ -63,7 +63,7 @@ def Model(args: ModelArgs, scale: float | None = None) -> nn.Module:  # noqa: N8
     # Where the scaling is ours, the stock class must not see it and scale as well.
     stock_config = {**config, "rope_scaling": None} if ours else config
     model = model_class(args_class.from_dict(stock_config))
-    if not ours:
+    if rope_scaling is None or not ours:
         return model
     length = config.get("max_position_embeddings")
     return attach(model, rope_scaling, trained_length=length, scale=scale)

@@ -12,6 +12,7 @@ Angles are float32: position times frequency is off by up to 1.6e-3 radians at 3
 Not covered: which scale a pass has, and keys already cached.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,9 +98,9 @@ def rotate_by(x: mx.array, cos: mx.array, sin: mx.array, *, traditional: bool = 
         first, second = rotated[..., : dims // 2], rotated[..., dims // 2 :]
     turned = (first * cos - second * sin, first * sin + second * cos)
     if traditional:
-        rotated = mx.stack(turned, axis=-1).reshape(rotated.shape)
+        rotated = mx.stack(list(turned), axis=-1).reshape(rotated.shape)
     else:
-        rotated = mx.concatenate(turned, axis=-1)
+        rotated = mx.concatenate(list(turned), axis=-1)
     rotated = rotated.astype(x.dtype)
     if dims == x.shape[-1]:
         return rotated
@@ -111,11 +112,11 @@ class Pass:
     """What one forward pass does to queries and keys, the same in every layer.
 
     `periods` serves the fused rotation; where it is None, `inv_freq` serves the plain
-    one, a single array for all layers or one a layer.
+    one, a single array for all layers or one for each scaled layer, in their order.
     """
 
     periods: mx.array | None = None  # tokens per radian, (D/2,)
-    inv_freq: list[mx.array] | None = None  # radians per token, as `cos_sin` takes them
+    inv_freq: Sequence[mx.array] = ()  # radians per token, as `cos_sin` takes them
     positions: mx.array | None = None  # in tokens, (L,) or (B, L); None: consecutive
     rotary_gain: float = 1.0  # on the rotated dimensions of queries and keys
     # On queries: None, a number, or one a row, (B, 1, 1, 1).
@@ -127,7 +128,8 @@ class Pass:
     def rotate(self, x: mx.array, offset: Offset, layer: int, traditional: bool) -> mx.array:
         """Rotate queries or keys of a layer; shapes as in `rotate`."""
         if self.rotary_gain != 1.0:
-            dims = 2 * (self.periods if self.inv_freq is None else self.inv_freq[0]).shape[-1]
+            pairs = self.inv_freq[0] if self.periods is None else self.periods
+            dims = 2 * pairs.shape[-1]
             x = x.at[..., :dims].multiply(self.rotary_gain)
         if self.periods is not None:
             return _rotate_fused(x, self.periods, offset, traditional)
@@ -179,7 +181,7 @@ class Rope(nn.Module):
         self.dims = dims
         self.base = base
         self.traditional = traditional
-        self.layer = layer
+        self.layer = layer  # counted among the scaled layers
         self._current = current
         self._last_count = 0
 

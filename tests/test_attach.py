@@ -177,21 +177,18 @@ def test_a_given_pass_replaces_the_one_of_the_length(tokens):
     assert mx.array_equal(model(ids), usual)
 
 
+def windowed_llama(layer_types):
+    args = tiny_llama().args
+    args.layer_types = layer_types
+    args.num_hidden_layers = len(layer_types)
+    args.sliding_window = 8
+    mx.random.seed(1)
+    return llama.Model(args)
+
+
 def test_layers_with_a_window_keep_their_rope_and_cache(tokens):
     """A window never sees past its own size, so it needs no scaling."""
-    args = llama.ModelArgs(
-        model_type="llama",
-        hidden_size=64,
-        num_hidden_layers=2,
-        intermediate_size=64,
-        num_attention_heads=4,
-        rms_norm_eps=1e-5,
-        vocab_size=64,
-        max_position_embeddings=L0,
-        layer_types=["sliding_attention", "full_attention"],
-        sliding_window=8,
-    )
-    model = attach(llama.Model(args), {"type": "clex"})
+    model = attach(windowed_llama(["sliding_attention", "full_attention"]), {"type": "clex"})
     window, full = model.layers
     cache = make_prompt_cache(model, 60)
 
@@ -202,6 +199,19 @@ def test_layers_with_a_window_keep_their_rope_and_cache(tokens):
         logits = model(tokens[:1, start:stop], cache=cache)
     assert cache[1].scale == 4.0
     assert worst(logits, model(tokens[:1, :60])[:, -1:]) < 1e-3
+
+
+def test_each_layer_gets_its_own_of_the_learned_frequencies(tokens):
+    """With windows in between, the second scaled layer is not the model's second."""
+    model = windowed_llama(["full_attention", "sliding_attention", "full_attention"])
+    attach(model, {"type": "gene-param", "factor": 2})
+    ids = tokens[:1, :30]
+    before = model(ids)
+    for layer, changes in [(1, False), (2, True), (0, True)]:
+        coefficients = mx.zeros(model.scaling.base_coef.shape)
+        coefficients[layer] = 0.5
+        model.scaling.base_coef = coefficients
+        assert (worst(model(ids), before) > 1e-3) == changes, layer
 
 
 def family(name, **fields):

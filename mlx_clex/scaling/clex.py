@@ -22,6 +22,7 @@ Not covered: drawing scales and positions for training.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,7 +40,8 @@ NETWORK_BASE = 10_000.0
 
 TRAINING_STEPS = 16
 
-_ACTIVATIONS = {
+# For the solve at load, in NumPy, and for training, in MLX.
+_ACTIVATIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "tanh": (np.tanh, mx.tanh),
     # x * sigmoid(x), written so that a large -x does not overflow exp.
     "silu": (lambda x: x * (0.5 * (1 + np.tanh(x / 2))), nn.silu),
