@@ -8,8 +8,8 @@ from mlx_lm.convert import QUANT_RECIPES
 
 from mlx_clex.cli import run_command
 
+from .options import DTYPES, Options
 from .pipeline import convert
-from .plan import DTYPES, Options
 from .scaling_options import add_scaling_arguments, scaling_from
 
 _DEFAULTS = {field.name: field.default for field in fields(Options)}

@@ -12,7 +12,7 @@ def write_card(
     *,
     name: str,
     base_model: str | None,
-    scaling: Scaling,
+    scaling: Scaling | None,
     method: str,
     frozen: float | None = None,
 ) -> None:
@@ -22,21 +22,21 @@ def write_card(
         folder: where to.
         name: title of the card.
         base_model: hub id of the source, where it has one.
-        scaling: the model's scaling.
+        scaling: the model's scaling, or None where it has none of ours.
         method: its name, "clex".
         frozen: the scale a frozen export holds, or None.
     """
     front = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
-    if frozen is None:
+    if scaling is not None and frozen is None:
         front.append("- mlx-clex")
     if base_model:
         front.append(f"base_model: {base_model}")
     lines = [*front, "---", "", f"# {name}", ""]
     source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else name
-    if frozen is not None:
+    if scaling is None:
+        lines += [f"Converted to MLX from {source}, with its rotary embedding as published."]
+    elif frozen is not None:
         lines += _frozen_text(source, scaling, method, frozen)
-    elif method == "none":
-        lines += [f"Converted to MLX from {source}, with its rotary embedding as trained."]
     else:
         lines += _scaled_text(source, scaling, method, base_model or name)
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

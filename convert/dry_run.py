@@ -54,8 +54,7 @@ def describe(
         key = f"{_pattern(name)} {info.dtype} {list(info.shape)}"
         rows.setdefault(key, []).append(name)
     lines += [f"  {key}" + (f" x {len(n)}" if len(n) > 1 else "") for key, n in rows.items()]
-    settings = plan.config.get("rope_scaling")
-    lines.append(f"rope_scaling {settings}, trained length {plan.scaling.trained_length} tokens")
+    lines.append(f"rope_scaling {plan.config.get('rope_scaling')}, reach {plan.reach} tokens")
     return "\n".join(lines)
 
 

@@ -28,7 +28,7 @@ class Naming:
 # LLaMA, Phi and Mixtral models share these names.
 CLEX = Naming(
     name="CLEX release",
-    marker=r"model\.clex_layer\.proj_func\.ode_up_proj",
+    marker=r"model\.clex_layer\.",
     table={
         r"model\.clex_layer\.proj_func\.ode_up_proj": "scaling.up_proj",
         r"model\.clex_layer\.proj_func\.ode_down_proj": "scaling.down_proj",

@@ -14,8 +14,9 @@ from mlx_clex.load import SHIM
 
 from . import gguf_file, safetensors_file, torch_bin
 from .card import write_card
+from .options import Options
 from .output import check_space, check_target, whole_or_nothing, write_weights
-from .plan import Options, Plan, make_plan
+from .plan import Plan, make_plan
 from .safetensors_file import TensorInfo
 from .source import Checkpoint, find
 from .tokenizer import write_tokenizer

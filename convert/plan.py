@@ -7,16 +7,12 @@ and quantising happen tensor by tensor when the output asks for the bytes.
 
 import gc
 from collections.abc import Mapping
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
-from io import StringIO
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path
-from mlx_lm.convert import mixed_quant_predicate_builder
-from mlx_lm.utils import dequantize_model, infer_quant_config, quantize_model
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_clex.errors import InputError
 from mlx_clex.hf_config import normalise_config
@@ -28,46 +24,8 @@ from mlx_clex.scaling.base import parse_config
 from .card import reach_of
 from .freeze import check_names, frozen_config
 from .names import CONVERTED, Renaming, rename
-
-DTYPES = ("float16", "bfloat16", "float32")  # those of mlx_lm.convert
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asked for beside source and target."""
-
-    quantize: bool = False
-    q_group_size: int | None = None  # weights that share a scale
-    q_bits: int | None = None  # per weight
-    q_mode: str = "affine"
-    quant_predicate: str | None = None  # a recipe of mlx_lm.convert
-    dtype: str | None = None  # of what is not quantised
-    dequantize: bool = False
-    scaling: Mapping[str, Any] | None = None  # a rope_scaling entry to switch on
-    trained_length: int | None = None  # tokens
-    freeze: float | None = None  # the scale to hold for good
-    freeze_for: str = "mlx-lm"
-
-    def __post_init__(self) -> None:
-        if self.quantize and self.dequantize:
-            raise InputError("Choose either -q (quantize) or -d (dequantize), not both.")
-        if self.quant_predicate and (not self.quantize or self.q_mode != "affine"):
-            raise InputError("--quant-predicate needs -q and --q-mode affine.")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
-        if self.freeze is None and self.freeze_for != "mlx-lm":
-            raise InputError("--for goes with --freeze SCALE; it is missing.")
-        if self.for_transformers and self.quantize:
-            raise InputError("--for transformers and -q exclude each other: leave out -q.")
-        if self.trained_length is not None and self.trained_length < 2:
-            raise InputError(
-                f"--trained-length must be at least 2 tokens, got {self.trained_length}."
-            )
-
-    @property
-    def for_transformers(self) -> bool:
-        """Whether transformers is to load the result."""
-        return self.freeze is not None and self.freeze_for == "transformers"
+from .options import DTYPES, Options
+from .precision import cast_and_quantize, quantize_like_source
 
 
 @dataclass
@@ -76,7 +34,7 @@ class Plan:
 
     config: dict[str, Any]
     tensors: dict[str, mx.array]  # lazy, in the order of writing; emptied by the writer
-    scaling: Scaling
+    scaling: Scaling | None  # None where the checkpoint has none of ours
     method: str  # name of the scaling
     reach: int  # tokens, for the tokenizer
     renaming: Renaming
@@ -111,21 +69,23 @@ def make_plan(config: dict[str, Any], weights: dict[str, mx.array], options: Opt
             f"({', '.join(ours)}), which --scaling would throw away: leave it out."
         )
     model = _build_model(config)
-    scaling: Scaling = model.scaling
-    if ours or options.scaling is None:
+    scaling: Scaling | None = getattr(model, "scaling", None)
+    if scaling is not None and (ours or options.scaling is None):
         scaling.take_weights(ours)
     published = {name: weights[name] for name in renaming.kept if not name.startswith(PREFIX)}
     rest = _sanitize(model, published)
-    _quantize_like_source(model, config, rest)
+    quantize_like_source(model, config, rest)
     expected = {name: array.shape for name, array in _flat(model) if not name.startswith(PREFIX)}
     _compare(expected, rest)
     model.load_weights(list(rest.items()), strict=False)
-    config = _cast_and_quantize(model, config, options, notes)
+    config = cast_and_quantize(model, config, options, notes)
     method = (config.get("rope_scaling") or {"type": "none"})["type"]
-    reach = reach_of(scaling)
+    reach = reach_of(scaling) if scaling else config["max_position_embeddings"]
     if options.freeze is not None:
+        if scaling is None:
+            raise InputError("--freeze: the checkpoint has no scaling of ours; add --scaling.")
         config, reach = frozen_config(config, scaling, options.freeze, options.freeze_for)
-    elif config.get("rope_scaling"):
+    elif scaling is not None:
         config["rope_scaling"] = {"type": method, **asdict(scaling.config)}
         config["model_file"] = SHIM
     tensors = _in_source_order(model, list(rest))
@@ -218,40 +178,11 @@ def _build_model(config: dict[str, Any]) -> Any:
 
 def _sanitize(model: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
     try:
-        return dict(model.sanitize(weights))
+        return dict(model.sanitize(weights)) if hasattr(model, "sanitize") else weights
     except KeyError as error:
         raise InputError(f"The checkpoint lacks the tensor {error.args[0]}.") from error
     except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"The tensors do not fit together: {error}.") from error
-
-
-def _quantize_like_source(
-    model: nn.Module, config: dict[str, Any], weights: Mapping[str, mx.array]
-) -> None:
-    """Give the model the quantised layers that an MLX source already has."""
-    quantization = config.get("quantization")
-    if quantization is None:
-        return
-
-    def like_source(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if path in quantization:
-            return quantization[path]
-        if not hasattr(module, "to_quantized") or f"{path}.scales" not in weights:
-            return False
-        return infer_quant_config(path, module, weights)
-
-    try:
-        nn.quantize(
-            model,
-            group_size=quantization["group_size"],
-            bits=quantization["bits"],
-            mode=quantization.get("mode", "affine"),
-            class_predicate=like_source,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"config.json has quantization {quantization!r}, which mlx does not take: {error}."
-        ) from error
 
 
 def _compare(expected: Mapping[str, Any], given: Mapping[str, mx.array]) -> None:
@@ -274,50 +205,6 @@ def _compare(expected: Mapping[str, Any], given: Mapping[str, mx.array]) -> None
                 f"The tensor {name} has shape {tuple(array.shape)}; the config asks for "
                 f"{tuple(expected[name])}."
             )
-
-
-def _cast_and_quantize(
-    model: Any, config: dict[str, Any], options: Options, notes: list[str]
-) -> dict[str, Any]:
-    """What mlx_lm.convert does with --dtype, -q and -d; returns the new config."""
-    dtype = options.dtype or config.get("torch_dtype") or config.get("dtype")
-    if dtype in DTYPES:
-        keep = model.cast_predicate
-        mlx_type = getattr(mx, dtype)
-
-        def to_type(path: str, array: mx.array) -> mx.array:
-            floating = mx.issubdtype(array.dtype, mx.floating)
-            return array.astype(mlx_type) if floating and keep(path) else array
-
-        model.update(tree_map_with_path(to_type, model.parameters()))
-        config["torch_dtype"] = dtype
-        config.pop("dtype", None)
-    if options.dequantize:
-        config.pop("quantization", None)
-        config.pop("quantization_config", None)
-        dequantize_model(model)
-    if options.quantize:
-        if "quantization" in config:
-            raise InputError("The checkpoint is quantised already: dequantise it with -d first.")
-        recipe = options.quant_predicate
-        predicate = None
-        if recipe:
-            group = options.q_group_size or 64
-            predicate = mixed_quant_predicate_builder(recipe, model, group)
-        try:
-            with redirect_stdout(StringIO()) as printed:
-                _, config = quantize_model(
-                    model,
-                    config,
-                    options.q_group_size,
-                    options.q_bits,
-                    mode=options.q_mode,
-                    quant_predicate=predicate,
-                )
-        except ValueError as error:
-            raise InputError(f"mlx does not quantise like that: {error}.") from error
-        notes.append(printed.getvalue().removeprefix("[INFO]").strip())
-    return config
 
 
 def _published_names(

@@ -89,7 +89,6 @@ def _from_sentencepiece(source: Path, folder: Path, config: dict[str, Any]) -> d
     transformers 5 takes a lone tokenizer.model without BOS and without the space before
     the first word, and leaves out SentencePiece's own normalising altogether.
     """
-    from tokenizers import Regex, normalizers
     from transformers import LlamaTokenizer
 
     proto = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
@@ -110,16 +109,42 @@ def _from_sentencepiece(source: Path, folder: Path, config: dict[str, Any]) -> d
         except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
             raise InputError(f"{source / 'tokenizer.model'} does not load: {error}") from error
     backend = tokenizer.backend_tokenizer
-    spec = proto.normalizer_spec
+    _normalise_like(proto.normalizer_spec, backend, legacy=config.get("legacy", True))
+    backend.save(str(folder / "tokenizer.json"))
+    # The Llama class would rebuild everything but the vocabulary.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return config
+
+
+def _normalise_like(spec: Any, backend: Any, *, legacy: bool) -> None:
+    """Give a tokenizer SentencePiece's treatment of spaces.
+
+    Args:
+        spec: the model's NormalizerSpec.
+        backend: a `tokenizers.Tokenizer` of transformers' Llama class; changed in place.
+        legacy: put a space before the text after a special token too, as the tokenizers
+            of 2023 did and chat models of that time expect.
+    """
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
     steps: list[Any] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
-        # One leading space stays: it stands for the one that is put before the first word.
-        steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(" +$"), "")]
-    if steps:
-        backend.normalizer = normalizers.Sequence(steps)
-        # The Llama class would rebuild everything but the vocabulary.
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    backend.save(str(folder / "tokenizer.json"))
-    return config
+        steps += [
+            normalizers.Replace(Regex(" {2,}"), " "),
+            normalizers.Replace(Regex(r" \z"), ""),
+        ]
+    if legacy or not spec.add_dummy_prefix:
+        if spec.remove_extra_whitespaces:
+            steps.append(normalizers.Replace(Regex(r"\A "), ""))
+        if spec.add_dummy_prefix:
+            steps.append(normalizers.Prepend("▁"))
+        steps.append(normalizers.Replace(" ", "▁"))
+        backend.pre_tokenizer = None
+    else:
+        if not spec.remove_extra_whitespaces:
+            # Metaspace takes a leading space for the one it would add.
+            steps.append(normalizers.Replace(Regex(r"\A "), "  "))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+    backend.normalizer = normalizers.Sequence(steps)

@@ -7,6 +7,7 @@ the `bin` extra.
 """
 
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -98,21 +99,23 @@ def _load(path: Path) -> dict[Any, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} is corrupt, or asks to run code, which is never done: "
-            f"{_first_line(error)}. Get the checkpoint as safetensors."
-        ) from error
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if wanted:
+            raise InputError(
+                f"{path} asks to run {wanted[1]}, which is never done: it is no checkpoint of "
+                "weights alone. Get it as safetensors."
+            ) from error
+        raise _corrupt(path, error) from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise InputError(
-            f"{path} is corrupt or cut off: {_first_line(error)}. Download or copy it again."
-        ) from error
+        raise _corrupt(path, error) from error
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors.")
     return state
 
 
-def _first_line(error: Exception) -> str:
+def _corrupt(path: Path, error: Exception) -> InputError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    reason = lines[0].rstrip(".")[:200] if lines else type(error).__name__
+    return InputError(f"{path} is corrupt or cut off: {reason}. Download or copy it again.")

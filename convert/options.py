@@ -1,0 +1,47 @@
+"""What the user of a conversion asked for."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_clex.errors import InputError
+
+DTYPES = ("float16", "bfloat16", "float32")  # those of mlx_lm.convert
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for beside source and target."""
+
+    quantize: bool = False
+    q_group_size: int | None = None  # weights that share a scale
+    q_bits: int | None = None  # per weight
+    q_mode: str = "affine"
+    quant_predicate: str | None = None  # a recipe of mlx_lm.convert
+    dtype: str | None = None  # of what is not quantised
+    dequantize: bool = False
+    scaling: Mapping[str, Any] | None = None  # a rope_scaling entry to switch on
+    trained_length: int | None = None  # tokens
+    freeze: float | None = None  # the scale to hold for good
+    freeze_for: str = "mlx-lm"
+
+    def __post_init__(self) -> None:
+        if self.quantize and self.dequantize:
+            raise InputError("Choose either -q (quantize) or -d (dequantize), not both.")
+        if self.quant_predicate and (not self.quantize or self.q_mode != "affine"):
+            raise InputError("--quant-predicate needs -q and --q-mode affine.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if self.freeze is None and self.freeze_for != "mlx-lm":
+            raise InputError("--for goes with --freeze SCALE; it is missing.")
+        if self.for_transformers and self.quantize:
+            raise InputError("--for transformers and -q exclude each other: leave out -q.")
+        if self.trained_length is not None and self.trained_length < 2:
+            raise InputError(
+                f"--trained-length must be at least 2 tokens, got {self.trained_length}."
+            )
+
+    @property
+    def for_transformers(self) -> bool:
+        """Whether transformers is to load the result."""
+        return self.freeze is not None and self.freeze_for == "transformers"
