@@ -14,6 +14,7 @@ Not covered: which scale a pass has, and keys already cached.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -157,10 +158,15 @@ class Pass:
         # In float32: bfloat16 would round the gain itself to three digits.
         return (queries.astype(mx.float32) * gain).astype(queries.dtype)
 
-    @property
+    @cached_property
     def gains(self) -> bool:
         """Whether queries are multiplied by anything."""
         return self.query_gain is not None or self.position_gain is not None
+
+    @cached_property
+    def fused_only(self) -> bool:
+        """Whether one call of the fused kernel is all there is to do."""
+        return self.periods is not None and self.rotary_gain == 1.0 and not self.gains
 
 
 class CurrentPass:
@@ -197,6 +203,17 @@ class Rope(nn.Module):
             raise RuntimeError(
                 "A rope module was called outside a forward pass of its model. Call the "
                 "model itself: its scale is decided once per pass."
+            )
+        if now.fused_only:
+            # What every token takes at inference, without a detour.
+            return mx.fast.rope(
+                x,
+                self.dims,
+                traditional=self.traditional,
+                base=None,
+                scale=1.0,
+                offset=offset,
+                freqs=now.periods,
             )
         out = now.rotate(x, offset, self.layer, self.traditional)
         if now.gains and self._last_count != current.count:
