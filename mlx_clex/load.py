@@ -88,6 +88,9 @@ def load(
         )
     if adapter_path is not None:
         _add_adapters(model, Path(adapter_path))
+    if isinstance(model, ScaledModel):
+        # CLEX's one solve belongs to loading, not to the first token.
+        model.scaling.inv_freq(model.scale_at(1))
     # Its only complaint is that transformers does not know our rope_scaling types.
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
     tokenizer_options = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
