@@ -11,6 +11,7 @@ from typing import Any
 from mlx_clex.errors import InputError
 
 from .gguf_file import GgufFile
+from .spaces import treat_spaces
 
 _KEYS = {
     "model": "tokenizer_type",
@@ -57,11 +58,16 @@ def write(gguf: GgufFile, folder: Path) -> dict[str, Any]:
     }
     try:
         backend, _ = _converter()("llama", given)
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # tokenizers raises the bare class
         raise InputError(f"{gguf.path}: no tokenizer can be made of {kind!r}: {error}") from error
-    backend.save(str(folder / "tokenizer.json"))
+    if kind == "llama":
+        treat_spaces(
+            backend,
+            prefix=metadata.get("tokenizer.ggml.add_space_prefix", True),
+            collapse=metadata.get("tokenizer.ggml.remove_extra_whitespaces", False),
+        )
     config: dict[str, Any] = {
-        "tokenizer_class": "LlamaTokenizer" if kind == "llama" else "PreTrainedTokenizerFast",
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": metadata.get("tokenizer.ggml.add_bos_token", kind == "llama"),
         "add_eos_token": metadata.get("tokenizer.ggml.add_eos_token", False),
         "clean_up_tokenization_spaces": False,
@@ -70,9 +76,24 @@ def write(gguf: GgufFile, folder: Path) -> dict[str, Any]:
         index = metadata.get(f"tokenizer.ggml.{key}")
         if index is not None and 0 <= index < len(tokens):
             config[name] = tokens[index]
+    _add_ends(backend, config)
+    backend.save(str(folder / "tokenizer.json"))
     if "tokenizer.chat_template" in metadata:
         config["chat_template"] = metadata["tokenizer.chat_template"]
     return config
+
+
+def _add_ends(backend: Any, config: dict[str, Any]) -> None:
+    """Put BOS before a text and EOS behind it, as the file asks."""
+    from tokenizers import processors
+
+    before = [config["bos_token"]] if config["add_bos_token"] and "bos_token" in config else []
+    after = [config["eos_token"]] if config["add_eos_token"] and "eos_token" in config else []
+    if before or after:
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after],
+            special_tokens=[(token, backend.token_to_id(token)) for token in (*before, *after)],
+        )
 
 
 def _converter() -> Any:

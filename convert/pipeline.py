@@ -191,6 +191,10 @@ class Source:
 
 def _write(source: Source, plan: Plan, options: Options, folder: Path) -> None:
     checkpoint = source.checkpoint
+    # First, since it may still be found broken.
+    missing = write_tokenizer(checkpoint, folder, plan.reach, source.gguf)
+    if missing:
+        _say(missing)
     scratch = folder / "scratch"
     scratch.mkdir()
     if not source.is_lazy:
@@ -208,9 +212,6 @@ def _write(source: Source, plan: Plan, options: Options, folder: Path) -> None:
     generation = checkpoint.folder / "generation_config.json"
     if generation.exists() and source.gguf is None:
         shutil.copyfile(generation, folder / generation.name)
-    missing = write_tokenizer(checkpoint, folder, plan.reach, source.gguf)
-    if missing:
-        _say(missing)
     write_card(
         folder,
         name=checkpoint.name,

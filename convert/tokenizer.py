@@ -19,6 +19,7 @@ from .chat_templates import template_for
 from .gguf_file import GgufFile
 from .output import write_json
 from .source import TOKENIZER_FILES, Checkpoint, read_json
+from .spaces import treat_spaces
 
 _CONFIG = "tokenizer_config.json"
 # Llama's own; a checkpoint with only a tokenizer.model does not say.
@@ -106,45 +107,18 @@ def _from_sentencepiece(source: Path, folder: Path, config: dict[str, Any]) -> d
         Path(scratch, _CONFIG).write_text(json.dumps(config), encoding="utf-8")
         try:
             tokenizer = LlamaTokenizer.from_pretrained(scratch)
-        except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+        except Exception as error:  # tokenizers raises the bare class
             raise InputError(f"{source / 'tokenizer.model'} does not load: {error}") from error
     backend = tokenizer.backend_tokenizer
-    _normalise_like(proto.normalizer_spec, backend, legacy=config.get("legacy", True))
+    spec = proto.normalizer_spec
+    treat_spaces(
+        backend,
+        prefix=spec.add_dummy_prefix,
+        collapse=spec.remove_extra_whitespaces,
+        charsmap=spec.precompiled_charsmap,
+        legacy=config.get("legacy", True),
+    )
     backend.save(str(folder / "tokenizer.json"))
     # The Llama class would rebuild everything but the vocabulary.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     return config
-
-
-def _normalise_like(spec: Any, backend: Any, *, legacy: bool) -> None:
-    """Give a tokenizer SentencePiece's treatment of spaces.
-
-    Args:
-        spec: the model's NormalizerSpec.
-        backend: a `tokenizers.Tokenizer` of transformers' Llama class; changed in place.
-        legacy: put a space before the text after a special token too, as the tokenizers
-            of 2023 did and chat models of that time expect.
-    """
-    from tokenizers import Regex, normalizers, pre_tokenizers
-
-    steps: list[Any] = []
-    if spec.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
-    if spec.remove_extra_whitespaces:
-        steps += [
-            normalizers.Replace(Regex(" {2,}"), " "),
-            normalizers.Replace(Regex(r" \z"), ""),
-        ]
-    if legacy or not spec.add_dummy_prefix:
-        if spec.remove_extra_whitespaces:
-            steps.append(normalizers.Replace(Regex(r"\A "), ""))
-        if spec.add_dummy_prefix:
-            steps.append(normalizers.Prepend("▁"))
-        steps.append(normalizers.Replace(" ", "▁"))
-        backend.pre_tokenizer = None
-    else:
-        if not spec.remove_extra_whitespaces:
-            # Metaspace takes a leading space for the one it would add.
-            steps.append(normalizers.Replace(Regex(r"\A "), "  "))
-        backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
-    backend.normalizer = normalizers.Sequence(steps)
