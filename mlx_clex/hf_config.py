@@ -54,6 +54,7 @@ def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
     scaling = _merged_scaling(config)
     _hoist(config, scaling)
     _set_base(config)
+    _mirror_gpt_neox(config)
     _set_length(config, scaling)
     name = scaling.get("type", "default")
     if name == "clex":
@@ -100,11 +101,16 @@ def _hoist(config: dict[str, Any], scaling: dict[str, Any]) -> None:
     for key in _MODEL_KEYS:
         if key in scaling:
             config[key] = scaling.pop(key)
-    if config.get("model_type") == "gpt_neox":
-        for ours, theirs in zip(_MODEL_KEYS, ("rotary_emb_base", "rotary_pct"), strict=True):
-            value = config.get(ours, config.get(theirs))
-            if value is not None:  # mlx-lm's gpt_neox knows only the old names
-                config[ours] = config[theirs] = value
+
+
+def _mirror_gpt_neox(config: dict[str, Any]) -> None:
+    """mlx-lm's gpt_neox knows only the old names; the rest of the project ours."""
+    if config.get("model_type") != "gpt_neox":
+        return
+    for ours, theirs in zip(_MODEL_KEYS, ("rotary_emb_base", "rotary_pct"), strict=True):
+        value = config.get(ours, config.get(theirs))
+        if value is not None:
+            config[ours] = config[theirs] = value
 
 
 def _set_base(config: dict[str, Any]) -> None:
