@@ -1,0 +1,1 @@
+"""Fine-tuning: scales and positions, data, loss, step, checkpoints, loop."""

@@ -1,0 +1,221 @@
+"""Which scale and which positions a training step has.
+
+Two independent choices. The scale: `uniform` over whole numbers, as CLEX; `gene`, as
+GeNE; `fixed`, that of the training length. The positions:
+
+    release     CLEX's: a sorted sample over the stretched length, neighbours far apart
+    dense       a sorted sample of whole positions over L0 * scale; a share of the steps
+                is plain, at scale 1 and in rows of L0 tokens
+    skips       one to four runs of neighbours with jumps between them, up to L0 * scale
+                (after PoSE, arXiv 2309.10400)
+    contiguous  0, 1, 2, ..., as GeNE
+
+Random numbers are NumPy's, whose state can be saved and restored exactly.
+
+Not covered: which tokens a step has.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import InputError
+from ..scaling import SCALINGS, Scaling
+
+SCALE_DRAWS = ("uniform", "gene", "fixed")
+SAMPLINGS = ("release", "dense", "skips", "contiguous")
+_MOST_RUNS = 4  # of `skips`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Procedure:
+    """How scales and positions are drawn."""
+
+    scale_draw: str = "fixed"  # one of SCALE_DRAWS
+    sampling: str = "contiguous"  # one of SAMPLINGS
+    plain_share: float = 0.25  # of the steps under `dense`, at scale 1
+
+    def __post_init__(self) -> None:
+        if self.scale_draw not in SCALE_DRAWS:
+            raise InputError(
+                f"--scale-draw must be one of {', '.join(SCALE_DRAWS)}, got {self.scale_draw!r}."
+            )
+        if self.sampling not in SAMPLINGS:
+            raise InputError(
+                f"--sampling must be one of {', '.join(SAMPLINGS)}, got {self.sampling!r}."
+            )
+        if not 0 <= self.plain_share < 1:
+            raise InputError(f"--plain-share must be within 0..1, got {self.plain_share}.")
+
+
+# The papers' own; methods that are not listed have a scale for each length and no draw.
+RELEASED = {
+    "clex": Procedure(scale_draw="uniform", sampling="release"),
+    "gene": Procedure(scale_draw="gene"),
+    "gene-param": Procedure(scale_draw="gene"),
+}
+# Where another procedure measured better than the paper's.
+PREFERRED = RELEASED | {"clex": Procedure(scale_draw="uniform", sampling="skips")}
+
+
+def procedure_for(scaling: Scaling, *, released: bool = False) -> Procedure:
+    """The default procedure of a method, or that of its paper."""
+    (name,) = (name for name, kind in SCALINGS.items() if kind is type(scaling))
+    return (RELEASED if released else PREFERRED).get(name, Procedure())
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The scale and positions of one forward pass."""
+
+    scale: float  # target length / trained length
+    positions: np.ndarray  # tokens, float32, (L / pieces,)
+    pieces: int = 1  # how many sequences of equal length each row is cut into
+
+
+class Draws:
+    """Draws a scale and positions for each step, the same for all rows."""
+
+    def __init__(self, scaling: Scaling, procedure: Procedure, rng: np.random.Generator) -> None:
+        """Check that the scaling can be trained like this.
+
+        Args:
+            scaling: of the model.
+            procedure: how to draw.
+            rng: where random numbers come from; its state decides all that follows.
+
+        Raises:
+            InputError: the scaling has one scale for all lengths, and a draw is asked for.
+        """
+        if scaling.static and procedure.scale_draw != "fixed":
+            raise InputError(
+                f"--scale-draw {procedure.scale_draw} needs a scaling whose scale can change; "
+                f"{type(scaling).__name__} has one for all lengths. Use --scale-draw fixed."
+            )
+        self.scaling = scaling
+        self.procedure = procedure
+        self.rng = rng
+
+    def check(self, length: int) -> None:
+        """Refuse a training length that cannot be drawn for.
+
+        Args:
+            length: of the sequences, tokens.
+
+        Raises:
+            InputError: it is too short, or beyond what the scaling is made for.
+        """
+        trained, largest = self.scaling.trained_length, self._largest
+        if length < 4:
+            raise InputError(f"--max-seq-length must be at least 4 tokens, got {length}.")
+        if self.procedure.scale_draw == "gene" and largest // _steps(length, trained) < 1:
+            raise InputError(
+                f"--max-seq-length {length} is {_steps(length, trained)} times the trained "
+                f"length {trained}, and factor is {largest:g}: lower --max-seq-length to "
+                f"{int(largest) * trained} or raise --factor."
+            )
+        reach = self.scaling.reach if self.scaling.hard_reach else None
+        drawn_reach = trained * int(largest) if self.procedure.scale_draw == "uniform" else None
+        for limit in (reach, drawn_reach):
+            if limit is not None and length > limit:
+                raise InputError(
+                    f"--max-seq-length {length} is beyond {limit} tokens (trained length "
+                    f"{trained} x {limit // trained}), the longest this scaling serves: lower "
+                    "it, or raise --max-factor or --factor."
+                )
+
+    def draw(self, length: int) -> Draw:
+        """The next scale and positions, for sequences of `length` tokens."""
+        procedure, trained = self.procedure, self.scaling.trained_length
+        dense = procedure.sampling == "dense"
+        if dense and procedure.plain_share and self.rng.random() < procedure.plain_share:
+            pieces = max(1, length // trained)
+            return Draw(1.0, np.arange(length // pieces, dtype=np.float32), pieces)
+        scale = self._scale(length)
+        if procedure.sampling == "contiguous":
+            return Draw(scale, np.arange(length, dtype=np.float32))
+        if procedure.sampling == "release":
+            span = int(length * scale) - 2
+            sample = self.rng.choice(span, length - 2, replace=False, shuffle=False)
+            return Draw(scale, release_positions(np.sort(sample), length, int(scale), trained))
+        span = max(length, int(trained * scale))
+        sample = self._dense(length, span) if dense else self._skips(length, span)
+        return Draw(scale, sample.astype(np.float32))
+
+    @property
+    def _largest(self) -> float:
+        """The largest scale there is to draw."""
+        config = self.scaling.config
+        return float(getattr(config, "max_factor", getattr(config, "factor", 1)))
+
+    def _scale(self, length: int) -> float:
+        trained, config = self.scaling.trained_length, self.scaling.config
+        if self.procedure.scale_draw == "uniform":
+            # Positions cannot lie as near as those of a text shorter than this one,
+            # except under `release`, which divides them.
+            released = self.procedure.sampling == "release"
+            least = 1 if released else _steps(length, trained)
+            return float(self.rng.integers(least, int(self._largest) + 1))
+        if self.procedure.scale_draw == "gene" and getattr(config, "gene_random_scale", True):
+            chances = gene_chances(self._largest, length, trained)
+            return float((1 + self.rng.choice(len(chances), p=chances)) * _steps(length, trained))
+        return self.scaling.scale_at(length)
+
+    def _dense(self, length: int, span: int) -> np.ndarray:
+        """0, a sorted sample of whole positions, and span - 1."""
+        inner = self.rng.choice(span - 2, length - 2, replace=False, shuffle=False)
+        return np.concatenate([[0], np.sort(inner) + 1, [span - 1]])
+
+    def _skips(self, length: int, span: int) -> np.ndarray:
+        """Runs of neighbours, each further on than the one before, within the span."""
+        runs = int(self.rng.integers(1, min(_MOST_RUNS, length) + 1))
+        cuts = np.sort(1 + self.rng.choice(length - 1, runs - 1, replace=False, shuffle=False))
+        offsets = np.sort(self.rng.integers(0, span - length + 1, runs))
+        if self.rng.random() < 0.5:
+            offsets = offsets - offsets[0]
+        run = np.searchsorted(cuts, np.arange(length), side="right")
+        return np.arange(length) + offsets[run]
+
+
+def release_positions(sample: np.ndarray, length: int, scale: int, trained: int) -> np.ndarray:
+    """CLEX's training positions for a sample.
+
+    With s = length / L0 in whole steps: 0, each of the sample plus 1 and divided by s,
+    then (length * scale) // s - 1, which may equal or be smaller than its neighbour.
+
+    Args:
+        sample: sorted, (length - 2,) whole numbers below length * scale - 2.
+        length: of the sequences, tokens.
+        scale: target length / trained length.
+        trained: L0, tokens.
+
+    Returns:
+        Tokens, whole or not, float32, (length,).
+
+    Source: CLEX (arXiv 2310.16450); the repository's CLEX/modeling_llama.py,
+        `CLEXScalingRotaryEmbedding.sample_random_times` and `forward`.
+    """
+    s = max(1, length // trained)
+    last = length * scale // s - 1
+    return np.concatenate([[0], (sample + 1) / s, [last]]).astype(np.float32)
+
+
+def gene_chances(factor: float, length: int, trained: int) -> np.ndarray:
+    """GeNE's probabilities of the multiples 1..S of ceil(length / L0).
+
+    S is factor // ceil(length / L0). Above 4, the smallest and the largest have a
+    quarter each and the others share the rest.
+
+    Source: GeNE (Findings of ACL 2024, 249); the repository's gene/gene_rope.py.
+    """
+    count = int(factor // _steps(length, trained))
+    if count <= 4:
+        return np.full(count, 1 / count)
+    chances = np.full(count, 0.5 / (count - 2))
+    chances[[0, -1]] = 0.25
+    return chances
+
+
+def _steps(length: int, trained: int) -> int:
+    """ceil(length / L0)."""
+    return -(-length // trained)

@@ -1,0 +1,208 @@
+"""Cross-entropy in chunks, without all logits at once.
+
+A model is taken apart at the output of its body (the module with the layers): the body
+runs once, the head once a chunk of tokens. Both run the family's own code, so tied,
+untied, quantised and adapted heads, biases, scaled and capped logits need nothing here.
+
+The gradient with respect to the body's output is computed chunk by chunk together with
+the loss, while a chunk's logits are there, and handed on; no chunk is computed twice, and
+the largest array is one chunk's logits, (chunk, V).
+
+Not covered: families whose body ends in logits (GPT-NeoX): their loss is the plain one.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from ..errors import InputError
+
+_CHUNK_ELEMENTS = 1 << 24  # logits of a chunk: 64 MiB in float32
+_SMALLEST_CHUNK = 64  # tokens
+
+
+def chunk_length(vocabulary: int) -> int:
+    """Tokens in a chunk, for a vocabulary of this size."""
+    return max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS // vocabulary)
+
+
+def hidden_states(model: nn.Module, tokens: mx.array) -> mx.array:
+    """What the body gives for tokens (B, L): (B, L, hidden), without the head's work."""
+    seen: list[mx.array] = []
+
+    def capture(body: Callable[..., mx.array], *args: Any, **kwargs: Any) -> mx.array:
+        out = body(*args, **kwargs)
+        seen.append(out)
+        # The head runs on one token, and nobody evaluates even that.
+        return out[:, -1:]
+
+    with _replaced_body(model, capture):
+        model(tokens)
+    return seen[0]
+
+
+def logits_of(model: nn.Module, hidden: mx.array, tokens: mx.array) -> mx.array:
+    """The head's logits, float32, (B, L, V), for the body's output.
+
+    Args:
+        model: any model of mlx-lm.
+        hidden: from `hidden_states`, or a part of it, (B, L, hidden).
+        tokens: the ids it came from, (B, L).
+    """
+    stock = getattr(type(model), "stock_class", type(model))
+    with _replaced_body(model, lambda *_, **__: hidden):
+        return stock.__call__(model, tokens).astype(mx.float32)
+
+
+def token_losses(logits: mx.array, targets: mx.array) -> mx.array:
+    """Cross-entropy of each token, nats, (B, L)."""
+    return nn.losses.cross_entropy(logits, targets, reduction="none")
+
+
+def summed_loss(
+    model: nn.Module, tokens: mx.array, targets: mx.array, weights: mx.array, chunk: int
+) -> mx.array:
+    """The weighted sum of the tokens' losses, for evaluation, where no gradient is wanted.
+
+    Args:
+        model: any model of mlx-lm.
+        tokens: ids, (B, L).
+        targets: the ids that follow them, (B, L).
+        weights: of each target's loss, (B, L).
+        chunk: tokens whose logits are there at once.
+    """
+    hidden = hidden_states(model, tokens)
+    total = mx.array(0.0)
+    for start, stop in _chunks(tokens.shape[1], chunk):
+        part, _ = mx.depends([hidden[:, start:stop], total], [total])
+        logits = logits_of(model, part, tokens[:, start:stop])
+        losses = token_losses(logits, targets[:, start:stop])
+        total = total + (losses * weights[:, start:stop]).sum()
+    return total
+
+
+def loss_for_gradient(
+    model: nn.Module, tokens: mx.array, targets: mx.array, weights: mx.array, chunk: int
+) -> tuple[mx.array, mx.array]:
+    """The weighted sum of the tokens' losses, twice.
+
+    Args:
+        model, tokens, targets, weights, chunk: as in `summed_loss`.
+
+    Returns:
+        A scalar to differentiate: its gradient is that of the loss, its value has no
+        meaning. And the loss itself, whose gradient is zero.
+    """
+    hidden = hidden_states(model, tokens)
+    if _is_logits(model, hidden, tokens):
+        loss = (token_losses(hidden.astype(mx.float32), targets) * weights).sum()
+        return loss, mx.stop_gradient(loss)
+    names = _head_parameters(model)
+    every = dict(_flat(model.trainable_parameters()))
+    parameters = {name: every[name] for name in names}
+    fixed = mx.stop_gradient(hidden)
+
+    def of_chunk(part: mx.array, parameters: dict[str, mx.array], start: int) -> mx.array:
+        stop = start + part.shape[1]
+        with _parameters(model, parameters):
+            logits = logits_of(model, part, tokens[:, start:stop])
+        return (token_losses(logits, targets[:, start:stop]) * weights[:, start:stop]).sum()
+
+    gradient = mx.value_and_grad(of_chunk, argnums=(0, 1))
+    total = mx.array(0.0)
+    parts: list[mx.array] = []
+    summed = tree_map(mx.zeros_like, parameters)
+    frozen = tree_map(mx.stop_gradient, parameters)
+    for start, stop in _chunks(tokens.shape[1], chunk):
+        part = fixed[:, start:stop]
+        if parts:
+            # One chunk after the other: evaluated side by side, all logits would be there.
+            part = mx.depends([part], [parts[-1], total])[0]
+        loss, (of_part, of_parameters) = gradient(part, frozen, start)
+        total = total + loss
+        parts.append(of_part)
+        summed = tree_map(mx.add, summed, of_parameters)
+    # Linear in what is to be differentiated, with the gradient as its factor.
+    surrogate = _inner(mx.concatenate(parts, axis=1), hidden)
+    for name, of_parameter in summed.items():
+        surrogate = surrogate + _inner(of_parameter, parameters[name])
+    return surrogate, mx.stop_gradient(total)
+
+
+def _inner(factor: mx.array, variable: mx.array) -> mx.array:
+    factor = mx.stop_gradient(factor).astype(mx.float32)
+    return (factor * variable.astype(mx.float32)).sum()
+
+
+def _chunks(length: int, chunk: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, length, chunk):
+        yield start, min(start + chunk, length)
+
+
+def _is_logits(model: nn.Module, hidden: mx.array, tokens: mx.array) -> bool:
+    """Whether nothing comes after the body."""
+    stock = getattr(type(model), "stock_class", type(model))
+    with _replaced_body(model, lambda *_, **__: hidden):
+        return stock.__call__(model, tokens) is hidden
+
+
+def _flat(tree: Any) -> list[tuple[str, mx.array]]:
+    return cast(list, tree_flatten(tree))
+
+
+def _head_parameters(model: nn.Module) -> list[str]:
+    """Names of the trainable arrays that the head may use: those outside the layers."""
+    layers = {id(array) for layer in model.layers for _, array in _flat(layer.parameters())}
+    scaling = model.get("scaling")
+    if scaling is not None:
+        layers |= {id(array) for _, array in _flat(scaling.parameters())}
+    flat = _flat(model.trainable_parameters())
+    return [name for name, array in flat if id(array) not in layers]
+
+
+@contextlib.contextmanager
+def _parameters(model: nn.Module, flat: dict[str, mx.array]) -> Iterator[None]:
+    """Let the model have these arrays for the time of the block."""
+    every = dict(_flat(model.parameters()))
+    model.update(tree_unflatten(list(flat.items())) if flat else {})
+    try:
+        yield
+    finally:
+        before = [(name, every[name]) for name in flat]
+        model.update(tree_unflatten(before) if before else {})
+
+
+def _body(model: nn.Module) -> nn.Module:
+    """The child of the model that has its layers."""
+    first = model.layers[0]
+    for child in model.children().values():
+        if isinstance(child, nn.Module) and any(inner is first for inner in child.modules()):
+            return child
+    raise InputError(
+        f"{type(model).__module__}.{type(model).__name__} keeps its layers in no module of "
+        "their own, so it cannot be trained here."
+    )
+
+
+@contextlib.contextmanager
+def _replaced_body(model: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
+    """Let `call(body, *args)` run wherever the model calls its body."""
+    body = _body(model)
+    kind = type(body)
+
+    def instead(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def original(*args: Any, **kwargs: Any) -> Any:
+            return kind.__call__(self, *args, **kwargs)
+
+        return call(original, *args, **kwargs)
+
+    # Python looks __call__ up on the class, so one is made; attributes stay in reach.
+    body.__class__ = type(kind.__name__, (kind,), {"__call__": instead})
+    try:
+        yield
+    finally:
+        body.__class__ = kind

@@ -1,0 +1,247 @@
+"""One training step, compiled once for all scales.
+
+Scale, frequencies and positions enter the compiled step as arrays; a Python number would
+be drawn once for ever. With gradient checkpointing each layer is recomputed in the
+backward pass, with its parameters, frequencies and positions as explicit arguments:
+`mx.checkpoint` gives no gradient to what a function merely closes over.
+
+Not covered: drawing (`draws.py`), batches, and when to update or save.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_map
+
+from ..attach import given_pass
+from ..rotary import Pass, Rope
+from ..scaling import Scaling
+from .draws import Draw
+from .loss import chunk_length, loss_for_gradient
+
+
+class Batch(NamedTuple):
+    """Rows of text: L tokens each, and what follows each of them."""
+
+    tokens: np.ndarray  # ids, (B, L)
+    targets: np.ndarray  # ids, (B, L)
+    weights: np.ndarray  # of each target's loss, float32, (B, L)
+
+    def cut(self, pieces: int) -> "Batch":
+        """Each row cut into `pieces` rows of equal length; a remainder is dropped."""
+        length = self.tokens.shape[1] // pieces
+        return Batch(*(a[:, : pieces * length].reshape(-1, length) for a in self))
+
+
+class Result(NamedTuple):
+    """What a step reports, as lazy scalars."""
+
+    loss: mx.array  # sum over the tokens counted, nats
+    tokens: mx.array  # how many were counted
+    norm: mx.array  # of the gradient before clipping; 0 where nothing was updated
+
+
+class TrainingStep:
+    """Forward, backward and update of a model with a scaling."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        *,
+        grad_checkpoint: bool = False,
+        max_grad_norm: float = 0.0,
+        chunk: int | None = None,
+    ) -> None:
+        """Compile for this model and optimizer.
+
+        Args:
+            model: from `load` or `attach`; its trainable parameters are trained.
+            optimizer: takes the updates.
+            grad_checkpoint: recompute each layer in the backward pass.
+            max_grad_norm: clip the gradient's norm to this; 0 for no clipping.
+            chunk: tokens whose logits are there at once; None takes as many as fit 64 MiB.
+        """
+        self.model = model
+        self.scaling: Scaling = model.scaling
+        self.optimizer = optimizer
+        self.grad_checkpoint = grad_checkpoint
+        self.max_grad_norm = max_grad_norm
+        self.chunk = chunk
+        self.traces = 0  # how often a step was traced anew
+        self._carried: Any = None  # gradients and token count of earlier micro-batches
+        optimizer.init(model.trainable_parameters())
+        self._state = [model.state, optimizer.state, mx.random.state]
+        self._compiled: Any = partial(mx.compile, inputs=self._state, outputs=self._state)(
+            self._step
+        )
+
+    def __call__(self, batch: Batch, draw: Draw, *, update: bool = True) -> Result:
+        """Run one micro-batch.
+
+        Args:
+            batch: the text.
+            draw: its scale and positions.
+            update: change the weights; False keeps the gradient for the next call, which
+                weights it by its number of tokens.
+        """
+        batch = batch.cut(draw.pieces)
+        arrays = [mx.array(a) for a in batch]
+        positions = mx.array(draw.positions)
+        *result, self._carried = self._compiled(
+            *arrays, self._frequencies(draw.scale), positions, self._carried, update
+        )
+        mx.eval(self._state, result, self._carried)
+        return Result(*result)
+
+    @property
+    def learns_scaling(self) -> bool:
+        """Whether the scaling's own tensors are trained."""
+        return bool(self.scaling.trainable_parameters())
+
+    def _frequencies(self, scale: float) -> mx.array:
+        """The scale where frequencies are computed inside the step; else frequencies."""
+        if self.learns_scaling or self.scaling.by_layer:
+            return mx.array(scale, mx.float32)
+        return self.scaling.inv_freq(scale)
+
+    def pass_for(self, frequencies: mx.array, positions: mx.array) -> Pass:
+        """The pass of a step; `frequencies` as the step takes them."""
+        scaling = self.scaling
+        if frequencies.ndim:
+            inv_freq = [frequencies]
+        else:
+            layers = range(scaling.shape.layers or 1) if scaling.by_layer else [0]
+            inv_freq = [scaling.differentiable_inv_freq(frequencies, i) for i in layers]
+        return Pass(
+            inv_freq=inv_freq,
+            positions=positions,
+            # Only scalings that are never drawn have one.
+            rotary_gain=scaling.rotary_gain(scaling.scale_at(1)) if scaling.static else 1.0,
+            # CLEX's log_scale is for inference; GeNE's is part of its training.
+            position_gain=self._position_gain if self._has_position_gain else None,
+        )
+
+    @property
+    def _has_position_gain(self) -> bool:
+        return self.scaling.gain_by_position and bool(self.scaling.config.log_scale)
+
+    def _position_gain(self, positions: mx.array) -> Any:
+        return self.scaling.query_gain(positions, 0)
+
+    def _objective(
+        self,
+        tokens: mx.array,
+        targets: mx.array,
+        weights: mx.array,
+        frequencies: mx.array,
+        positions: mx.array,
+    ) -> tuple[mx.array, mx.array]:
+        model = self.model
+        checkpointing = checkpointed_layers(model) if self.grad_checkpoint else _nothing()
+        # The model's own number of entries is the head's; a wrong guess only moves a chunk.
+        chunk = self.chunk or chunk_length(getattr(model.args, "vocab_size", 32_000))
+        with given_pass(model, self.pass_for(frequencies, positions)), checkpointing:
+            return loss_for_gradient(model, tokens, targets, weights, chunk)
+
+    def _step(
+        self,
+        tokens: mx.array,
+        targets: mx.array,
+        weights: mx.array,
+        frequencies: mx.array,
+        positions: mx.array,
+        carried: Any,
+        update: bool,
+    ) -> tuple[mx.array, mx.array, mx.array, Any]:
+        self.traces += 1
+        count = weights.sum()
+        objective = nn.value_and_grad(self.model, self._objective)
+        mean = weights / mx.maximum(count, 1)
+        (_, loss), gradient = objective(tokens, targets, mean, frequencies, positions)
+        loss = loss * count
+        norm = mx.array(0.0)
+        if carried is None and not update:
+            return loss, count, norm, (tree_map(lambda g: g * count, gradient), count)
+        if carried is not None:
+            before, counted = carried
+            gradient = tree_map(lambda g, b: b + g * count, gradient, before)
+            counted = counted + count
+            if not update:
+                return loss, count, norm, (gradient, counted)
+            gradient = tree_map(lambda g: g / mx.maximum(counted, 1), gradient)
+        limit = self.max_grad_norm or float("inf")
+        gradient, norm = optim.clip_grad_norm(gradient, limit)
+        self.optimizer.update(self.model, gradient)
+        return loss, count, norm, None
+
+
+@contextlib.contextmanager
+def checkpointed_layers(model: nn.Module) -> Iterator[None]:
+    """Recompute each layer's inside in the backward pass, within the block."""
+    kinds = []
+    for layer in model.layers:
+        kind = type(layer)
+        kinds.append((layer, kind))
+        ropes = (inner for inner in layer.modules() if isinstance(inner, Rope))
+        index = next((rope.layer for rope in ropes), 0)
+        layer.__class__ = _checkpointed(kind, model, index)
+    try:
+        yield
+    finally:
+        for layer, kind in kinds:
+            layer.__class__ = kind
+
+
+def _checkpointed(kind: type, model: nn.Module, index: int) -> type:
+    """A subclass of a layer's class that runs under `mx.checkpoint`."""
+
+    def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        current = model._planner.current
+        now = current.now
+        inv_freq = now.inv_freq[min(index, len(now.inv_freq) - 1)]
+        # Every array that may want a gradient must be an argument; whole numbers must not.
+        named: dict[Any, Any] = dict(enumerate(args)) | kwargs
+        floats = [key for key, value in named.items() if _is_float(value)]
+
+        def inside(
+            parameters: dict, arrays: list[mx.array], inv_freq: mx.array, positions: mx.array
+        ) -> Any:
+            before = layer.trainable_parameters()
+            layer.update(parameters)
+            # A pass of its own: the tables of another trace are not to be had, and the
+            # first rotation in it is that of the queries again.
+            current.count += 1
+            current.now = Pass(
+                inv_freq=[inv_freq],
+                positions=positions,
+                rotary_gain=now.rotary_gain,
+                position_gain=now.position_gain,
+            )
+            given = named | dict(zip(floats, arrays, strict=True))
+            positional = [given.pop(i) for i in range(len(args))]
+            try:
+                return kind.__call__(layer, *positional, **given)
+            finally:
+                current.now = now
+                layer.update(before)
+
+        arrays = [named[key] for key in floats]
+        return mx.checkpoint(inside)(layer.trainable_parameters(), arrays, inv_freq, now.positions)
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
+
+
+@contextlib.contextmanager
+def _nothing() -> Iterator[None]:
+    yield
