@@ -141,7 +141,7 @@ def _set_length(config: dict[str, Any], scaling: dict[str, Any]) -> None:
     if length is None:
         return
     whole = isinstance(length, int | float) and not isinstance(length, bool)
-    if not whole or length < 1 or length != int(length):
+    if not whole or not 1 <= length < float("inf") or length % 1:
         raise InputError(
             f"config.json has max_position_embeddings = {length!r}; it must be the "
             "trained length in tokens, a whole number above 0."

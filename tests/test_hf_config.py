@@ -161,6 +161,7 @@ def test_yarn_configs_of_others_name_the_trained_length_inside():
         ({"rope_theta": float("nan")}, "rope_theta = nan"),
         ({"rope_theta": True}, "rope_theta = True"),
         ({"max_position_embeddings": 0}, "max_position_embeddings = 0"),
+        ({"max_position_embeddings": float("inf")}, "max_position_embeddings = inf"),
         ({"max_position_embeddings": 2048.5}, "max_position_embeddings = 2048.5"),
     ],
 )
