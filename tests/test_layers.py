@@ -7,8 +7,18 @@ import pytest
 
 import mlx_clex
 
-ORDER = ["scaling", "rotary", "cache", "attach", "model_file", "load", "convert", "commands"]
-COMMANDS = ["generate", "doctor"]
+ORDER = [
+    "scaling",
+    "rotary",
+    "cache",
+    "families",
+    "attach",
+    "model_file",
+    "load",
+    "convert",
+    "commands",
+]
+COMMANDS = ["generate", "server", "doctor"]
 ANYWHERE = {"errors", "_blas", "hf_config", "cli"}
 PACKAGE = Path(mlx_clex.__file__).parent
 FILES = [

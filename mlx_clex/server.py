@@ -1,0 +1,324 @@
+"""Command: an OpenAI-compatible server for long contexts.
+
+It is mlx_lm.server, its options and its program, with four parts replaced: models are
+loaded by ours; every request is planned for its whole prompt; a cached prefix is reused
+only where all of it was computed at the scale and gain of the new request, so an answer
+never depends on what was served before; and a prompt beyond the reach is refused with
+HTTP 400.
+
+Not covered: sharding over several machines, which stays mlx-lm's own.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import logging
+import sys
+import time
+from typing import Any
+from unittest import mock
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.server as stock
+from huggingface_hub import scan_cache_dir
+from huggingface_hub.errors import CacheNotFound
+from mlx_lm.models.cache import LRUPromptCache
+
+from .attach import ScaledModel, make_prompt_cache
+from .cli import run_command
+from .errors import InputError
+from .generate import scale_policy
+from .load import load
+
+BODY_LIMIT = 64_000_000  # bytes of a request; a million tokens are about 5 MB of text
+
+
+class ContextTooLongError(InputError):
+    """A prompt that leaves no room within the model's reach."""
+
+
+class Refusal(BaseException):
+    """Carries a ContextTooLongError past mlx-lm's `except Exception`, which answers 404."""
+
+
+class ScaledModelProvider(stock.ModelProvider):
+    """Loads models with `mlx_clex.load`."""
+
+    scale: float | None = None
+
+    def _load(
+        self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
+    ) -> None:
+        if self.is_distributed:
+            super()._load(model_path, adapter_path, draft_model_path)
+            return
+        self.reset()
+        gc.collect()
+        mx.clear_cache()
+        if model_path is None:
+            raise InputError("The request names no model, and the server was given none.")
+        trust = self.cli_args.trust_remote_code
+        model, tokenizer = load(
+            model_path,
+            scale=self.scale,
+            adapter_path=adapter_path,
+            trust_remote_code=trust,
+            tokenizer_config=self._tokenizer_config,
+        )
+        if self.cli_args.use_default_chat_template and tokenizer.chat_template is None:
+            tokenizer.chat_template = tokenizer.default_chat_template
+        draft = None
+        if draft_model_path is not None:
+            draft, draft_tokenizer = load(draft_model_path, trust_remote_code=trust)
+            if draft_tokenizer.vocab_size != tokenizer.vocab_size:
+                raise InputError(
+                    f"The draft model {draft_model_path} has {draft_tokenizer.vocab_size} tokens, "
+                    f"the model {tokenizer.vocab_size}: they must share a tokenizer."
+                )
+        self.is_batchable = draft is None and all(
+            hasattr(cache, "merge") for cache in make_prompt_cache(model)
+        )
+        self.model_key = (model_path, adapter_path, draft_model_path)
+        self.model, self.tokenizer, self.draft_model = model, tokenizer, draft
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The models whose caches make up one prompt cache."""
+        return [model for model in (self.model, self.draft_model) if model is not None]
+
+
+class PlannedPromptCache(LRUPromptCache):
+    """Hands out caches that are planned for the whole prompt, reusing fitting prefixes.
+
+    Entries are kept apart by the scale and gain at which all of their tokens were
+    computed; one that was computed at several is not kept.
+    """
+
+    def __init__(self, provider: ScaledModelProvider, max_size: int) -> None:
+        super().__init__(max_size)
+        self.provider = provider
+        self.room = 0  # tokens to plan for beyond the prompt, where keys must not move
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any], list[int]]:
+        """Caches for these tokens, and those of them that are still to be read."""
+        length = len(tokens) + self.room
+        key = (model, tuple(plan_at(each, length) for each in self.provider.models))
+        caches, rest = super().fetch_nearest_cache(key, tokens)
+        if caches is None or not rest:
+            # Nothing to go on from; or all of it, and then no token to predict from.
+            models = self.provider.models
+            return [cache for each in models for cache in make_prompt_cache(each, length)], tokens
+        for cache in caches:
+            if hasattr(cache, "expected_length"):
+                cache.expected_length = length
+        return caches, rest
+
+    def insert_cache(
+        self, model: Any, tokens: list[int], prompt_cache: list[Any], **kwargs: Any
+    ) -> None:
+        """Keep these caches, if one plan made all of them."""
+        plans, start = [], 0
+        for each in self.provider.models:
+            caches = prompt_cache[start : start + len(make_prompt_cache(each))]
+            start += len(caches)
+            plans.append(plan_of(each, caches))
+        if None not in plans:
+            super().insert_cache((model, tuple(plans)), tokens, prompt_cache, **kwargs)
+
+
+def plan_at(model: nn.Module, length: int) -> tuple[Any, ...]:
+    """(scale, gain) of a sequence planned for `length` tokens; () where nothing varies."""
+    if not isinstance(model, ScaledModel):
+        return ()
+    scaling = model.scaling
+    if scaling.static or model.fixed_scale is not None:
+        return ()
+    gain = None if scaling.gain_by_position else scaling.query_gain(None, max(length, 1))
+    return (scaling.scale_at(length), gain)
+
+
+def plan_of(model: nn.Module, caches: list[Any]) -> tuple[Any, ...] | None:
+    """The (scale, gain) at which every token in the caches was computed, or None."""
+    planned = [cache for cache in caches if hasattr(cache, "expected_length")]
+    if not planned:
+        return ()
+    expected = planned[0].expected_length
+    plan = plan_at(model, expected)
+    # Past the expected length scale and gain follow the text, token by token.
+    later = plan_at(model, max(expected, planned[0].offset))
+    return plan if expected and plan == later else None
+
+
+class PlanningResponseGenerator(stock.ResponseGenerator):
+    """Refuses prompts beyond the reach, and says why loading failed."""
+
+    load_error: Exception | None = None
+
+    def _run_generate(self) -> None:
+        try:
+            self._generate()
+        except InputError as error:
+            self.load_error = error
+            self._generation_failed = True
+        except Exception as error:
+            logging.exception("The generation thread died")
+            self.load_error = error
+            self._generation_failed = True
+
+    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        tokenized = super()._tokenize(tokenizer, request, args)
+        model = self.model_provider.model
+        reach = model.reach if isinstance(model, ScaledModel) and model.scaling.hard_reach else None
+        if reach is not None:
+            room = reach - len(tokenized[0])
+            if room < 1:
+                raise ContextTooLongError(
+                    f"This model's maximum context length is {reach} tokens, the "
+                    f"generated ones included; the prompt has {len(tokenized[0])}. Shorten it."
+                )
+            args.max_tokens = min(args.max_tokens, room)
+        # Quantised keys lose precision at every move, so none is to come.
+        self.prompt_cache.room = args.max_tokens if self.cli_args.kv_bits else 0
+        return tokenized
+
+    def generate(self, request: Any, generation_args: Any, progress_callback: Any = None) -> Any:
+        """As mlx-lm's; a prompt that is too long raises Refusal."""
+        try:
+            return super().generate(request, generation_args, progress_callback)
+        except ContextTooLongError as error:
+            raise Refusal(error) from error
+
+
+class Handler(stock.APIHandler):
+    """Answers what mlx-lm's handler leaves open with a proper status."""
+
+    def do_POST(self) -> None:  # noqa: N802 - the name http.server calls
+        """Check what arrives before mlx-lm reads it."""
+        length = self.headers.get("Content-Length", "")
+        if length.lstrip("-").isdigit() and not 0 <= int(length) <= BODY_LIMIT:
+            status = 400 if int(length) < 0 else 413
+            self._refuse(status, f"A request body has 0 to {BODY_LIMIT} bytes, got {length}.")
+            self.close_connection = True
+            return
+        try:
+            super().do_POST()
+        except Refusal as refusal:
+            self._refuse(400, str(refusal), code="context_length_exceeded")
+        except UnicodeDecodeError as error:
+            self._refuse(400, f"The request body is no UTF-8: {error}.")
+        except (BrokenPipeError, ConnectionResetError):
+            # The client hung up; mlx-lm has told the generation to stop.
+            self.close_connection = True
+
+    def handle_models_request(self) -> None:
+        """The models that a request may name: the one served, with its context limit, and
+        those in the hub's cache on this machine."""
+        provider = self.response_generator.model_provider
+        served = provider.cli_args.model
+        models: list[dict[str, Any]] = []
+        if served:
+            reach = provider.model.reach if isinstance(provider.model, ScaledModel) else None
+            models.append({"id": served, "max_model_len": reach})
+        try:
+            repos = scan_cache_dir().repos
+        except CacheNotFound:
+            repos = frozenset()
+        models += [{"id": r.repo_id} for r in repos if r.repo_type == "model"]
+        wanted = self.path.removeprefix("/v1/models").strip("/")
+        if wanted:
+            models = [model for model in models if model["id"] == wanted]
+        data = [{**model, "object": "model", "created": self.created} for model in models]
+        self._set_completion_headers(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"object": "list", "data": data}).encode())
+
+    def _refuse(self, status: int, message: str, code: str | None = None) -> None:
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+        self._set_completion_headers(status)
+        self.end_headers()
+        self.wfile.write(json.dumps({"error": error}).encode())
+
+
+def serve(host: str, port: int, provider: ScaledModelProvider) -> None:
+    """Start generation, wait for the model, then answer requests until interrupted.
+
+    Raises:
+        InputError: the model does not load, or the port is not free.
+    """
+    cache = PlannedPromptCache(provider, provider.cli_args.prompt_cache_size)
+    generator = PlanningResponseGenerator(provider, cache)
+    while provider.cli_args.model and provider.model_key is None:
+        if not generator.generation_available():
+            generator.stop_and_join()
+            raise InputError(f"The model does not load: {generator.load_error}")
+        time.sleep(0.05)
+    try:
+        stock._run_http_server(host, port, generator, handler_class=Handler)
+    except OSError as error:
+        raise InputError(f"Cannot listen on {host}:{port}: {error.strerror}.") from error
+    finally:
+        generator.stop_and_join()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what mlx_lm.server does not have."""
+    parser.add_argument(
+        "--scale",
+        type=scale_policy,
+        default="prompt",
+        metavar="prompt|NUMBER",
+        help="prompt (default): each request has the scale of its whole prompt, then growing "
+        "with the answer. NUMBER: fixed for good.",
+    )
+
+
+def stock_parser() -> argparse.ArgumentParser:
+    """The parser of mlx_lm.server, which it builds inside its `main`."""
+    built: list[argparse.ArgumentParser] = []
+
+    def stop(parser: argparse.ArgumentParser, *_: Any) -> None:
+        built.append(parser)
+        raise StopIteration
+
+    with (
+        mock.patch.object(argparse.ArgumentParser, "parse_args", stop),
+        contextlib.suppress(StopIteration),
+    ):
+        stock.main()
+    return built[0]
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until interrupted.
+
+    Raises:
+        InputError: the model, an option or the address cannot be used.
+    """
+    if args.scale == "grow":
+        raise InputError("--scale grow would let an answer depend on how its prompt arrives.")
+    if not 0 <= args.port < 1 << 16:
+        raise InputError(f"--port must be within 0..65535, got {args.port}.")
+    stock.maybe_set_recommended_wired_limit()
+    logging.basicConfig(level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s")
+    provider = ScaledModelProvider(args)
+    provider.scale = args.scale if isinstance(args.scale, float) else None
+    serve(args.host, args.port, provider)
+
+
+def main() -> None:
+    """Run the command and exit with its status."""
+    sys.exit(
+        run_command(
+            add_arguments,
+            run,
+            prog="mlx_clex.server",
+            description="Serve a model to OpenAI clients, each request at its own scale.",
+            parents=[stock_parser()],
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""The server as a client sees it: the real openai package over a real socket."""
+
+import concurrent.futures
+import http.client
+import json
+import socket
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import pytest
+from mlx_clex.convert import convert
+
+from mlx_clex import load
+from mlx_clex.attach import make_prompt_cache
+from mlx_clex.server import PlannedPromptCache, plan_of
+
+from .conftest import GOLDEN, scaled_llama
+
+openai = pytest.importorskip("openai")
+
+SENTENCE = "The quick brown fox jumps over the lazy dog. "
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """clex_llama in float32, so that equal computations pick equal tokens."""
+    return convert(GOLDEN / "clex_llama", tmp_path_factory.mktemp("f32") / "m", dtype="float32")
+
+
+class Server:
+    """A server process on a free port."""
+
+    def __init__(self, folder, *options):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "mlx_clex.server", "--model", str(folder)]
+        command += ["--port", str(self.port), "--log-level", "WARNING", *options]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        for _ in range(600):
+            if self.process.poll() is not None:
+                raise AssertionError(self.process.stderr.read())
+            try:
+                if self.raw("GET", "/health")[0] == 200:
+                    break
+            except OSError:
+                time.sleep(0.1)
+        self.client = openai.OpenAI(
+            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0
+        )
+
+    def ask(self, prompt, max_tokens=20, **options):
+        """The text that completes a prompt, and the usage."""
+        done = self.client.completions.create(
+            model="default_model", prompt=prompt, max_tokens=max_tokens, temperature=0, **options
+        )
+        return done.choices[0].text, done.usage
+
+    def raw(self, method, path, body=None, headers=None):
+        """(status, body) of a request that no client library would send."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request(method, path, body, headers or {})
+        answer = connection.getresponse()
+        result = answer.status, answer.read()
+        connection.close()
+        return result
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(30)
+        self.process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    server = Server(model, "--prefill-step-size", "32")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """A function from a prompt to what the model answers when nothing was served before."""
+    from mlx_lm.generate import stream_generate
+
+    loaded, tokenizer = load(model)
+
+    def answer(prompt, max_tokens=20):
+        ids = tokenizer.encode(prompt)
+        cache = make_prompt_cache(loaded, len(ids))
+        parts = stream_generate(loaded, tokenizer, ids, max_tokens=max_tokens, prompt_cache=cache)
+        return "".join(part.text for part in parts)
+
+    return answer
+
+
+def test_the_context_limit_is_told(server, model):
+    """A client must be able to know how much it may send."""
+    (listed,) = server.client.models.list().data
+    assert listed.id == str(model)
+    assert listed.max_model_len == 256
+
+
+def test_answers_do_not_depend_on_what_was_served_before(server, alone):
+    """Longer, shorter and branching prompts in turn, each with the scale of its own length."""
+    long = SENTENCE * 6
+    prompts = [SENTENCE * 4, long, SENTENCE * 4, SENTENCE * 5 + "A cat", long + "And", SENTENCE]
+    for prompt in prompts + prompts:
+        assert server.ask(prompt)[0] == alone(prompt), f"{len(prompt)} characters"
+
+
+def test_a_prefix_of_the_same_plan_is_not_read_again(server, alone):
+    """Reuse is what makes a conversation fast, and must not change its answers."""
+    first = SENTENCE * 3 + "One. "
+    server.ask(first, max_tokens=1)
+    text, usage = server.ask(first + "Two")
+    assert usage.prompt_tokens_details.cached_tokens > usage.prompt_tokens // 2
+    assert text == alone(first + "Two")
+
+
+def test_requests_at_once_get_the_answers_they_get_alone(server, alone):
+    """Eight clients with prompts of mixed length, batched row by row."""
+    prompts = [f"{i} " + SENTENCE * (1 + i % 5) for i in range(8)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda prompt: server.ask(prompt)[0], prompts))
+    assert answers == [alone(prompt) for prompt in prompts]
+
+
+def test_streams(server, alone):
+    """The same text, piece by piece."""
+    stream = server.client.completions.create(
+        model="default_model", prompt=SENTENCE * 3, max_tokens=20, temperature=0, stream=True
+    )
+    pieces = [chunk.choices[0].text for chunk in stream if chunk.choices]
+    assert len(pieces) > 3
+    assert "".join(pieces) == alone(SENTENCE * 3)
+
+
+def test_a_prompt_beyond_the_reach_is_refused_with_the_limit(server, alone):
+    """As OpenAI's own servers do, streaming or not; the server lives on."""
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as error:
+            server.ask(SENTENCE * 30, stream=stream)
+        assert error.value.code == "context_length_exceeded"
+        assert "256 tokens" in str(error.value)
+    assert server.ask(SENTENCE)[0] == alone(SENTENCE)
+
+
+def test_the_answer_stops_at_the_reach(server):
+    """max_tokens beyond it is cut, as by `generate`."""
+    done = server.client.completions.create(
+        model="default_model", prompt=SENTENCE * 6, max_tokens=5000, temperature=0
+    )
+    assert done.usage.total_tokens == 256
+    assert done.choices[0].finish_reason == "length"
+
+
+def test_chat_needs_no_template(server):
+    """A base model without one still answers /v1/chat/completions."""
+    done = server.client.chat.completions.create(
+        model="default_model", messages=[{"role": "user", "content": "hi"}], max_tokens=5
+    )
+    assert done.usage.completion_tokens == 5
+
+
+GOOD = {"model": "default_model", "prompt": "hi", "max_tokens": 2}
+BAD = {
+    "no JSON": (b"{", 400),
+    "no object": (b"[1]", 400),
+    "no UTF-8": (b"\xff\xfe\x00", 400),
+    "no prompt": (json.dumps({"model": "default_model"}).encode(), 400),
+    "negative max_tokens": (json.dumps(GOOD | {"max_tokens": -1}).encode(), 400),
+    "negative temperature": (json.dumps(GOOD | {"temperature": -1}).encode(), 400),
+    "a text for a number": (json.dumps(GOOD | {"top_p": "all"}).encode(), 400),
+    "unknown model": (json.dumps(GOOD | {"model": "/nowhere/at/all"}).encode(), 404),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_requests_get_a_status_and_the_next_one_an_answer(kind, server, alone):
+    """One line that says why, no thread lost."""
+    body, status = BAD[kind]
+    answered, text = server.raw("POST", "/v1/completions", body)
+    assert answered == status, text
+    assert json.loads(text)["error"]
+    assert server.ask(SENTENCE)[0] == alone(SENTENCE)
+
+
+@pytest.mark.parametrize(("length", "status"), [("100000000", 413), ("-5", 400), ("ten", 400)])
+def test_a_body_of_impossible_length_is_not_read(length, status, server, alone):
+    """100 MB would sit in memory, and a negative length would read for ever."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        connection.sendall(
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
+        )
+        assert connection.recv(100).split()[1] == str(status).encode()
+    assert server.ask(SENTENCE)[0] == alone(SENTENCE)
+
+
+def test_a_client_that_hangs_up_frees_its_place(server, alone):
+    """Mid-stream, again and again; the next request is answered."""
+    body = json.dumps(GOOD | {"prompt": SENTENCE, "max_tokens": 200, "stream": True}).encode()
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            head = (
+                f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            )
+            connection.sendall(head.encode() + body)
+            connection.recv(200)
+    assert server.ask(SENTENCE)[0] == alone(SENTENCE)
+    assert server.raw("GET", "/health")[0] == 200
+
+
+def test_drafting_fixed_scales_and_quantised_keys(model, alone):
+    """Speculative decoding gives the same text; --kv-bits and --scale start and answer."""
+    server = Server(model, "--draft-model", str(model), "--num-draft-tokens", "2")
+    try:
+        assert server.ask(SENTENCE * 2, max_tokens=8)[0] == alone(SENTENCE * 2, 8)
+        assert server.ask(SENTENCE * 2, max_tokens=8)[0] == alone(SENTENCE * 2, 8)
+    finally:
+        server.stop()
+    server = Server(model, "--scale", "4")
+    try:
+        assert server.ask(SENTENCE * 2)[0] == server.ask(SENTENCE * 2)[0]
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--model", "/nowhere/at/all"), ["/nowhere/at/all"]),
+        (("--scale", "banana"), ["--scale", "banana"]),
+        (("--scale", "grow"), ["--scale grow"]),
+        (("--scale", "99"), ["1..8"]),
+        (("--port", "70000"), ["--port", "65535"]),
+        (("--host", "256.1.1.1"), ["256.1.1.1"]),
+    ],
+)
+def test_a_server_that_cannot_start_says_so_in_one_line(options, words, model):
+    """And exits with status 2, instead of listening without a model."""
+    command = [sys.executable, "-m", "mlx_clex.server", "--model", str(model), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("mlx_clex.server:")]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1
+    assert all(word in lines[0] for word in words), lines
+    assert "Traceback" not in done.stderr
+
+
+class Provider:
+    def __init__(self, *models):
+        self.models = list(models)
+
+
+@pytest.mark.parametrize(
+    ("name", "log_scale", "read", "kept"),
+    [
+        ("clex", False, 60, True),
+        ("clex", False, 70, False),  # past the plan, at another scale
+        ("clex", True, 60, True),
+        ("clex", True, 62, False),  # past the plan, at another gain
+        ("gene", False, 60, True),
+        ("gene", True, 62, True),  # its gain belongs to positions
+        ("linear", False, 300, True),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*past the.*that this model's scaling")
+def test_only_prefixes_of_one_plan_are_kept(name, log_scale, read, kept, tokens):
+    """A cache of mixed scales answers like no single pass over any prompt."""
+    model = scaled_llama(name, log_scale=log_scale)
+    cache = make_prompt_cache(model, 61)
+    model(tokens[:1, :60], cache=cache)
+    for i in range(60, read):
+        model(tokens[:1, i : i + 1], cache=cache)
+    assert (plan_of(model, cache) is not None) == kept
+
+    prompts = PlannedPromptCache(Provider(model), 10)
+    ids = tokens[0, :read].tolist()
+    prompts.insert_cache("m", ids, cache)
+    reused, rest = prompts.fetch_nearest_cache("m", [*ids, 1])
+    same_plan = not log_scale or name != "clex" or len(ids) + 1 == 61
+    assert rest == ([1] if kept and same_plan else [*ids, 1])
+    assert mx.array(reused[0].offset).item() == (read if rest == [1] else 0)
