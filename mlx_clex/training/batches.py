@@ -1,0 +1,148 @@
+"""Token ids into batches, in an order that can be resumed.
+
+`concat` lays all texts end to end and cuts them into sequences of one length, so no token
+is padding and attention needs no mask. `plain` gives every text a row of its own, texts
+of similar length together.
+
+Not covered: scales and positions.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from .data import Corpus
+from .step import Batch
+
+PACKINGS = ("concat", "plain")
+_MULTIPLE = 32  # tokens; rows of `plain` are padded to it, so that few shapes are traced
+
+
+class Batches:
+    """Endless batches of a corpus, shuffled anew in each epoch."""
+
+    def __init__(
+        self, corpus: Corpus, *, packing: str, length: int, batch_size: int, seed: int
+    ) -> None:
+        """Decide what a row is.
+
+        Args:
+            corpus: where texts come from.
+            packing: one of `PACKINGS`.
+            length: of the longest row, tokens.
+            batch_size: rows.
+            seed: of the order.
+
+        Raises:
+            InputError: the corpus is too small for one row or batch.
+        """
+        if packing not in PACKINGS:
+            raise InputError(f"--packing must be one of {', '.join(PACKINGS)}, got {packing!r}.")
+        self.corpus = corpus
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+        self.index = 0  # of the next batch in the epoch
+        self._masked = bool(corpus.prompts.any())
+        self._make = self._windows if packing == "concat" else self._rows
+        self._groups = self._grouped() if packing == "plain" else None
+        if self._groups is None:
+            self._items = (len(corpus.tokens) - 1) // length
+            if self._items < 1:
+                raise InputError(
+                    f"{corpus.name} has {len(corpus.tokens)} tokens, shorter than one sequence "
+                    f"of {length} + 1: give more text, or a smaller --max-seq-length."
+                )
+        self._order = self._shuffled()
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in one pass over the corpus, at least one."""
+        if self._groups is not None:
+            return len(self._groups)
+        return max(1, self._items // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches in the order of the corpus, once."""
+        for index in range(self.per_epoch):
+            yield self._make(np.arange(self._count), index)
+
+    def next(self) -> Batch:
+        """The next batch."""
+        if self.index == self.per_epoch:
+            self.epoch += 1
+            self.index = 0
+            self._order = self._shuffled()
+        batch = self._make(self._order, self.index)
+        self.index += 1
+        return batch
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Where in the data the next batch is."""
+        return {"epoch": self.epoch, "index": self.index}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self.epoch, self.index = state["epoch"], state["index"]
+        self._order = self._shuffled()
+
+    @property
+    def _count(self) -> int:
+        return self._items if self._groups is None else len(self._groups)
+
+    def _shuffled(self) -> np.ndarray:
+        return np.random.default_rng([self.seed, self.epoch]).permutation(self._count)
+
+    def _windows(self, order: np.ndarray, index: int) -> Batch:
+        first = index * self.batch_size
+        # Fewer windows than rows: some come twice.
+        chosen = np.take(order, range(first, first + self.batch_size), mode="wrap")
+        starts = chosen * self.length
+        ids = np.stack([self.corpus.tokens[s : s + self.length + 1] for s in starts])
+        weights = np.stack([self._weights(s + 1, s + 1 + self.length) for s in starts])
+        return _batch(ids, weights)
+
+    def _rows(self, order: np.ndarray, index: int) -> Batch:
+        assert self._groups is not None
+        chosen = self._groups[order[index]]
+        starts = self.corpus.starts[chosen]
+        lengths = np.minimum(self.corpus.ends[chosen] - starts, self.length + 1)
+        padded = -(-(lengths.max() - 1) // _MULTIPLE) * _MULTIPLE
+        width = min(int(padded), self.length) + 1
+        ids = np.zeros((len(chosen), width), np.int64)
+        weights = np.zeros((len(chosen), width - 1), np.float32)
+        for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            ids[row, :length] = self.corpus.tokens[start : start + length]
+            weights[row, : length - 1] = self._weights(start + 1, start + length)
+        return _batch(ids, weights)
+
+    def _grouped(self) -> list[np.ndarray]:
+        """Texts of similar length, `batch_size` each; the shortest that are left over go."""
+        lengths = self.corpus.ends - self.corpus.starts
+        order = np.argsort(lengths, kind="stable")
+        order = order[lengths[order] > 1]
+        if len(order) < self.batch_size:
+            raise InputError(
+                f"{self.corpus.name} has {len(order)} texts of more than one token, fewer than "
+                f"the {self.batch_size} of a batch: lower --batch-size, or use --packing concat."
+            )
+        left_over = len(order) % self.batch_size
+        return np.split(order[left_over:], len(order) // self.batch_size)
+
+    def _weights(self, begin: int, end: int) -> np.ndarray:
+        """1 for tokens the loss counts and 0 for prompts, (end - begin,)."""
+        if not self._masked:
+            return np.ones(end - begin, np.float32)
+        index = np.arange(begin, end)
+        text = np.searchsorted(self.corpus.starts, index, side="right") - 1
+        inside = index - self.corpus.starts[text]
+        return (inside >= self.corpus.prompts[text]).astype(np.float32)
+
+
+def _batch(ids: np.ndarray, weights: np.ndarray) -> Batch:
+    ids = ids.astype(np.int32)
+    return Batch(ids[:, :-1], ids[:, 1:], weights)

@@ -1,0 +1,228 @@
+"""Texts from files to token ids on disk.
+
+Reads what mlx-lm reads (train.jsonl, valid.jsonl, test.jsonl with text, chat or
+completions) and folders of .txt and .md files. Every text is tokenised as it is read and
+appended to one flat file, which training maps into memory; the next run with the same
+files and tokenizer finds it there.
+
+Not covered: cutting tokens into batches (`batches.py`).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from mlx_lm.tuner.datasets import create_dataset
+
+from ..errors import InputError
+
+SPLITS = ("train", "valid", "test")
+_TEXT = (".txt", ".md")
+_HELD_OUT = 0.05  # of a folder of texts without a validation part
+_PIECE = 1 << 20  # characters of a text that are tokenised at once
+_FORMAT = 1  # of the files written here
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token ids of all texts, one after the other, and where each text begins."""
+
+    name: str  # for messages
+    tokens: np.ndarray  # ids, (T,)
+    starts: np.ndarray  # index of each text's first token, (N,)
+    prompts: np.ndarray  # tokens of each text that the loss leaves out, (N,)
+
+    @property
+    def ends(self) -> np.ndarray:
+        """Index after each text's last token, (N,)."""
+        return np.append(self.starts[1:], len(self.tokens))
+
+    def part(self, begin: int, end: int, name: str) -> "Corpus":
+        """The tokens begin..end, cutting texts where need be."""
+        touched = (self.ends > begin) & (self.starts < end)
+        starts = self.starts[touched]
+        prompts = np.maximum(0, self.prompts[touched] - np.maximum(0, begin - starts))
+        return Corpus(name, self.tokens[begin:end], np.maximum(0, starts - begin), prompts)
+
+
+def load_corpora(
+    path: Path, tokenizer: Any, *, mask_prompt: bool, cache_dir: Path, splits: Sequence[str]
+) -> dict[str, Corpus]:
+    """Tokenise what a folder or file has for these splits, or find it done.
+
+    Args:
+        path: a folder with jsonl files or texts, or one text.
+        tokenizer: mlx-lm's wrapper.
+        mask_prompt: leave prompts out of the loss.
+        cache_dir: where token files are kept.
+        splits: of `SPLITS`; those the data does not have are left out of the result.
+
+    Raises:
+        InputError: nothing to read, or a text that cannot be used; says where.
+    """
+    found = find_files(path)
+    if not any(found.values()):
+        raise InputError(
+            f"--data {path} has no data: give a folder with train.jsonl (and valid.jsonl, "
+            "test.jsonl), or with .txt or .md files."
+        )
+    corpora = {
+        split: _tokenised(path, split, found[split], tokenizer, mask_prompt, cache_dir)
+        for split in splits
+        if found[split]
+    }
+    texts = all(file.suffix in _TEXT for file in found["train"])
+    if "valid" in splits and not found["valid"] and texts and "train" in corpora:
+        whole = corpora["train"]
+        cut = int(len(whole.tokens) * (1 - _HELD_OUT))
+        corpora["train"] = whole.part(0, cut, whole.name)
+        corpora["valid"] = whole.part(cut, len(whole.tokens), f"the last 5 % of {whole.name}")
+    return corpora
+
+
+def find_files(path: Path) -> dict[str, list[Path]]:
+    """The files of each split.
+
+    A folder with a jsonl file is read as mlx-lm reads it. Of other folders, those named
+    train, valid and test are the splits; without them every text is for training.
+
+    Raises:
+        InputError: there is no such folder or file.
+    """
+    found: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    if path.is_file() and path.suffix in _TEXT:
+        return found | {"train": [path]}
+    if not path.is_dir():
+        raise InputError(f"--data {path} is neither a folder nor a .txt or .md file.")
+    jsonl = {split: path / f"{split}.jsonl" for split in SPLITS}
+    if any(file.is_file() for file in jsonl.values()):
+        return {split: [file] if file.is_file() else [] for split, file in jsonl.items()}
+    if (path / "train").is_dir():
+        return {split: _texts(path / split) for split in SPLITS}
+    return found | {"train": _texts(path)}
+
+
+def _texts(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in _TEXT)
+
+
+def _tokenised(
+    path: Path, split: str, files: list[Path], tokenizer: Any, mask_prompt: bool, cache_dir: Path
+) -> Corpus:
+    key = _cache_key(files, tokenizer, mask_prompt)
+    target = cache_dir.expanduser() / "tokens" / key
+    if not target.is_dir():
+        _write(target, files, tokenizer, mask_prompt)
+    return Corpus(
+        name=f"{path} ({split})",
+        tokens=np.memmap(target / "tokens.bin", np.uint32, "r"),
+        starts=np.load(target / "starts.npy"),
+        prompts=np.load(target / "prompts.npy"),
+    )
+
+
+def _write(target: Path, files: list[Path], tokenizer: Any, mask_prompt: bool) -> None:
+    """Tokenise into a folder that appears when it is complete."""
+    size = sum(file.stat().st_size for file in files)
+    print(f"[mlx_clex] Tokenising {len(files)} file(s), {size / 1e6:.1f} MB.", file=sys.stderr)
+    temporary = target.with_name(f"{target.name}.incomplete-{os.getpid()}")
+    temporary.mkdir(parents=True, exist_ok=True)
+    starts, prompts, total = [], [], 0
+    try:
+        with (temporary / "tokens.bin").open("wb") as out:
+            for ids, prompt in _documents(files, tokenizer, mask_prompt):
+                if prompt is not None:
+                    starts.append(total)
+                    prompts.append(prompt)
+                out.write(np.asarray(ids, np.uint32).tobytes())
+                total += len(ids)
+        if not total:
+            raise InputError(f"{files[0]} has no text.")
+        np.save(temporary / "starts.npy", np.array(starts, np.int64))
+        np.save(temporary / "prompts.npy", np.array(prompts, np.int64))
+        temporary.rename(target)
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not target.is_dir():  # nor did another process make it meanwhile
+            raise
+
+
+def _documents(
+    files: list[Path], tokenizer: Any, mask_prompt: bool
+) -> Iterator[tuple[list[int], int | None]]:
+    """(ids, length of the prompt) of each text; (ids, None) continues the one before."""
+    for file in files:
+        if file.suffix in _TEXT:
+            yield from _plain_text(file, tokenizer)
+        else:
+            yield from _json_lines(file, tokenizer, mask_prompt)
+
+
+def _plain_text(file: Path, tokenizer: Any) -> Iterator[tuple[list[int], int | None]]:
+    first = True
+    try:
+        with file.open(encoding="utf-8") as lines:
+            # Whole lines, so that no word is cut; a text of any size never sits in memory.
+            while piece := lines.readlines(_PIECE):
+                yield (
+                    tokenizer.encode("".join(piece), add_special_tokens=first),
+                    0 if first else None,
+                )
+                first = False
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is no UTF-8 text: {error}.") from error
+    if not first and tokenizer.eos_token_id is not None:
+        yield [tokenizer.eos_token_id], None
+
+
+def _json_lines(
+    file: Path, tokenizer: Any, mask_prompt: bool
+) -> Iterator[tuple[list[int], int | None]]:
+    options = SimpleNamespace(mask_prompt=mask_prompt)
+    dataset: Any = None
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{file}, line {number}"
+            try:
+                record = json.loads(line)
+            except ValueError as error:  # no JSON, or no UTF-8
+                raise InputError(f"{where} is no JSON: {error}.") from error
+            if not isinstance(record, dict):
+                raise InputError(f'{where} is no JSON object such as {{"text": "..."}}.')
+            try:
+                dataset = dataset or create_dataset([record], tokenizer, options)
+                ids, prompt = dataset.process(record)
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                keys = ", ".join(record) or "none"
+                raise InputError(
+                    f"{where} cannot be used ({type(error).__name__}: {error}); its keys: {keys}. "
+                    "Allowed: text, or messages, or prompt and completion, as in the first line."
+                ) from error
+            except Exception as error:
+                # Templates are programs and fail in ways of their own.
+                raise InputError(f"{where}: the chat template failed: {error}") from error
+            yield list(ids), prompt
+
+
+def _cache_key(files: list[Path], tokenizer: Any, mask_prompt: bool) -> str:
+    """Changes with all that changes the tokens."""
+    digest = hashlib.sha256(f"{_FORMAT} {mask_prompt} {tokenizer.eos_token_id}\n".encode())
+    for file in files:
+        stat = file.stat()
+        digest.update(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    inner = getattr(tokenizer, "_tokenizer", tokenizer)
+    backend = getattr(inner, "backend_tokenizer", None)
+    known = backend.to_str() if backend is not None else json.dumps(sorted(inner.get_vocab()))
+    settings = (known, tokenizer.chat_template, getattr(inner, "add_bos_token", None))
+    digest.update(repr(settings).encode())
+    return digest.hexdigest()[:24]

@@ -1,0 +1,211 @@
+"""Texts to tokens on disk to batches."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mlx_clex.errors import InputError
+from mlx_clex.training.batches import Batches
+from mlx_clex.training.data import Corpus, find_files, load_corpora
+
+
+class Letters:
+    """A tokenizer with one token a letter, and a chat template in four tokens a turn."""
+
+    eos_token_id = 0
+    chat_template = "turns"
+
+    def get_vocab(self):
+        return {chr(i): i for i in range(128)}
+
+    def encode(self, text, add_special_tokens=True):
+        return ([1] if add_special_tokens else []) + [ord(c) for c in text]
+
+    def apply_chat_template(
+        self, messages, tools=None, add_generation_prompt=False, return_dict=False
+    ):
+        ids = [2]
+        for message in messages:
+            ids += [3, *(ord(c) for c in message["content"]), 4]
+        return ids + ([3] if add_generation_prompt else [])
+
+
+def load_from(folder, cache, mask_prompt=False, splits=("train", "valid")):
+    return load_corpora(
+        folder, Letters(), mask_prompt=mask_prompt, cache_dir=cache / "cache", splits=splits
+    )
+
+
+def corpus_of(*texts, prompts=None):
+    starts = np.cumsum([0, *(len(text) for text in texts[:-1])])
+    prompts = np.array(prompts or [0] * len(texts))
+    return Corpus("texts", np.concatenate(texts).astype(np.uint32), starts, prompts)
+
+
+def write_jsonl(file, *records):
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.mark.parametrize(
+    ("record", "ids", "prompt"),
+    [
+        ({"text": "ab"}, [1, 97, 98, 0], 0),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            [2, 3, 97, 4, 3, 98, 4],
+            5,
+        ),
+        ({"prompt": "a", "completion": "b"}, [2, 3, 97, 4, 3, 98, 4], 5),
+    ],
+)
+def test_formats_of_mlx_lm(tmp_path, record, ids, prompt):
+    """text, chat and completions, read by mlx-lm's own code."""
+    write_jsonl(tmp_path / "train.jsonl", record, record)
+    corpus = load_from(tmp_path, tmp_path, mask_prompt=prompt > 0)["train"]
+    assert corpus.tokens.tolist() == ids * 2
+    assert corpus.starts.tolist() == [0, len(ids)]
+    assert corpus.prompts.tolist() == [prompt] * 2
+    assert isinstance(corpus.tokens, np.memmap)
+
+
+def test_a_folder_of_texts_holds_the_last_twentieth_out(tmp_path):
+    """Sub-folders count, other files do not."""
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a.txt").write_text("x" * 100)
+    (tmp_path / "b" / "c.md").write_text("y" * 100)
+    (tmp_path / "d.csv").write_text("z")
+    corpora = load_from(tmp_path, tmp_path)
+    both = corpora["train"].tokens.tolist() + corpora["valid"].tokens.tolist()
+    assert both == [1] + [ord("x")] * 100 + [0] + [1] + [ord("y")] * 100 + [0]
+    assert len(corpora["valid"].tokens) == 11
+    assert corpora["valid"].starts.tolist() == [0]
+
+
+def test_folders_named_as_splits(tmp_path):
+    """train/, valid/ and test/ are what they say."""
+    for split in ("train", "valid", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "a.txt").write_text(split)
+    assert [len(files) for files in find_files(tmp_path).values()] == [1, 1, 1]
+    assert len(load_from(tmp_path, tmp_path)["train"].tokens) == 7
+
+
+def test_a_long_text_is_tokenised_in_pieces(tmp_path, monkeypatch):
+    """Pieces end with lines, and only the first has a beginning-of-text token."""
+    monkeypatch.setattr("mlx_clex.training.data._PIECE", 10)
+    text = "a line\n" * 20
+    (tmp_path / "a.txt").write_text(text)
+    corpus = load_from(tmp_path, tmp_path, splits=("train",))["train"]
+    assert corpus.tokens.tolist() == [1, *(ord(c) for c in text), 0]
+    assert corpus.starts.tolist() == [0]
+
+
+def test_tokens_are_kept_until_something_changes(tmp_path, monkeypatch):
+    """A second run reads no text; a changed file or mask does."""
+    file = tmp_path / "a.txt"
+    file.write_text("first text")
+    load_from(tmp_path, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(Letters, "encode", None)
+        assert len(load_from(tmp_path, tmp_path)["train"].tokens) == 11
+    file.write_text("another, longer text")
+    assert len(load_from(tmp_path, tmp_path)["train"].tokens) > 11
+    made = sorted(path.name for path in (tmp_path / "cache" / "tokens").iterdir())
+    assert len(made) == 2
+    assert not any("incomplete" in name for name in made)
+
+
+@pytest.mark.parametrize(
+    ("lines", "match"),
+    [
+        (b'{"text": "a"}\n{"text": \n', "line 2 is no JSON"),
+        (b'{"text": "a"}\n\n["b"]\n', "line 3 is no JSON object"),
+        (b'{"text": "a"}\n{"words": "a"}\n', "line 2 cannot be used .*keys: words"),
+        (b'{"words": "a"}\n', "line 1 cannot be used"),
+        (b'{"text": "\xff"}\n', "line 1 is no JSON"),
+        (b'{"text": null}\n', "line 1 cannot be used"),
+        (b"\n", "has no text"),
+    ],
+)
+def test_broken_lines_are_named(tmp_path, lines, match):
+    """File and line, and nothing half-written is kept."""
+    (tmp_path / "train.jsonl").write_bytes(lines)
+    with pytest.raises(InputError, match=match):
+        load_from(tmp_path, tmp_path)
+    assert list((tmp_path / "cache" / "tokens").iterdir()) == []
+
+
+def test_missing_and_empty_data_are_refused(tmp_path):
+    """One line that says what may be given."""
+    with pytest.raises(InputError, match="neither a folder"):
+        load_from(tmp_path / "nowhere", tmp_path)
+    with pytest.raises(InputError, match=r"train\.jsonl"):
+        load_from(tmp_path, tmp_path)
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(InputError, match=r"a\.txt is no UTF-8"):
+        load_from(tmp_path, tmp_path)
+
+
+def test_packing_predicts_every_token_once():
+    """Windows overlap by one token, the last of one being the first of the next."""
+    corpus = corpus_of(np.arange(50), np.arange(50, 101))
+    batches = Batches(corpus, packing="concat", length=10, batch_size=2, seed=0)
+    assert batches.per_epoch == 5
+    targets = np.concatenate([batches.next().targets.ravel() for _ in range(5)])
+    assert sorted(targets.tolist()) == list(range(1, 101))
+    again = np.concatenate([batches.next().targets.ravel() for _ in range(5)])
+    assert sorted(again.tolist()) == list(range(1, 101))
+    assert again.tolist() != targets.tolist()
+
+
+def test_prompts_are_left_out_of_the_loss_in_packed_rows_too():
+    """Prompt lengths 3 and 2: targets before them weigh nothing."""
+    corpus = corpus_of(np.arange(6), np.arange(10, 15), prompts=[3, 2])
+    batch = next(iter(Batches(corpus, packing="concat", length=10, batch_size=1, seed=0)))
+    assert batch.targets.tolist() == [[1, 2, 3, 4, 5, 10, 11, 12, 13, 14]]
+    assert batch.weights.tolist() == [[0, 0, 1, 1, 1, 0, 0, 1, 1, 1]]
+
+
+def test_plain_rows_are_texts_of_similar_length():
+    """mlx-lm sorts by a constant; here a batch pads no more than it must."""
+    texts = [np.full(length, length) for length in (100, 5, 90, 7, 40, 6)]
+    corpus = corpus_of(*texts, prompts=[50, 0, 0, 0, 0, 0])
+    batches = Batches(corpus, packing="plain", length=64, batch_size=2, seed=0)
+    shapes = sorted(batch.tokens.shape for batch in batches)
+    assert shapes == [(2, 32), (2, 64), (2, 64)]
+    for batch in batches:
+        lengths = {int(row[0]) for row in batch.tokens}
+        assert lengths in ({5, 6}, {7, 40}, {90, 100})
+        for row, targets, weights in zip(*batch, strict=True):
+            counted = min(row[0] - 1, 64) - (49 if row[0] == 100 else 0)
+            assert weights.sum() == counted
+            assert (targets[weights > 0] == row[0]).all()
+
+
+@pytest.mark.parametrize("packing", ["concat", "plain"])
+def test_the_order_resumes_where_it_was(packing):
+    """From its state alone, across the end of an epoch."""
+    corpus = corpus_of(*(np.full(11 + i, i) for i in range(6)))
+    options = {"packing": packing, "length": 10, "batch_size": 2, "seed": 4}
+    batches = Batches(corpus, **options)
+    for _ in range(4):
+        batches.next()
+    state = json.loads(json.dumps(batches.state))
+    rest = [batches.next().tokens.tolist() for _ in range(8)]
+    resumed = Batches(corpus, **options)
+    resumed.state = state
+    assert [resumed.next().tokens.tolist() for _ in range(8)] == rest
+
+
+def test_too_little_data_says_how_much_there_is():
+    """File and length."""
+    corpus = corpus_of(np.arange(10))
+    with pytest.raises(InputError, match="texts has 10 tokens, shorter than one sequence of 10"):
+        Batches(corpus, packing="concat", length=10, batch_size=1, seed=0)
+    with pytest.raises(InputError, match="1 texts of more than one token, fewer than the 2"):
+        Batches(corpus, packing="plain", length=10, batch_size=2, seed=0)
+    with pytest.raises(InputError, match="concat, plain"):
+        Batches(corpus, packing="pack", length=10, batch_size=2, seed=0)
+    small = Batches(corpus_of(np.arange(12)), packing="concat", length=10, batch_size=3, seed=0)
+    assert small.next().tokens.shape == (3, 10)
