@@ -11,6 +11,7 @@ def write_card(
     folder: Path,
     *,
     name: str,
+    source: str,
     base_model: str | None,
     scaling: Scaling | None,
     method: str,
@@ -20,7 +21,8 @@ def write_card(
 
     Args:
         folder: where to.
-        name: title of the card.
+        name: title of the card, and what to load: a hub id or a folder.
+        source: what it was converted from, in words.
         base_model: hub id of the source, where it has one.
         scaling: the model's scaling, or None where it has none of ours.
         method: its name, "clex".
@@ -32,13 +34,14 @@ def write_card(
     if base_model:
         front.append(f"base_model: {base_model}")
     lines = [*front, "---", "", f"# {name}", ""]
-    source = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else name
+    if base_model:
+        source = f"[{base_model}](https://huggingface.co/{base_model})"
     if scaling is None:
         lines += [f"Converted to MLX from {source}, with its rotary embedding as published."]
     elif frozen is not None:
         lines += _frozen_text(source, scaling, method, frozen)
     else:
-        lines += _scaled_text(source, scaling, method, base_model or name)
+        lines += _scaled_text(source, scaling, method, name)
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -58,6 +58,17 @@ def describe(
     return "\n".join(lines)
 
 
+def describe_download(sizes: Mapping[str, int]) -> str:
+    """Text for --dry-run on a hub id, whose tensors are not known before the download.
+
+    Args:
+        sizes: name -> bytes of the files that would be fetched.
+    """
+    lines = [f"download {len(sizes)} files, {sum(sizes.values()):,} bytes"]
+    lines += [f"  {name}: {size:,} bytes" for name, size in sizes.items()]
+    return "\n".join([*lines, "Download it, then ask again for its tensors."])
+
+
 def _pattern(name: str) -> str:
     return re.sub(r"\.\d+(?=\.)", ".N", name)
 

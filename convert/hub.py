@@ -5,14 +5,15 @@ logging in; `hf auth login` does that.
 """
 
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_clex.errors import InputError, RunError
 
 from .source import CONFIG_FILES, TOKENIZER_FILES, choose_weights, read_json
 
-_SMALL_FILES = [*CONFIG_FILES, *TOKENIZER_FILES]
+T = TypeVar("T")
 
 
 def download(repo: str, revision: str | None = None) -> Path:
@@ -29,25 +30,12 @@ def download(repo: str, revision: str | None = None) -> Path:
         InputError: no such id or revision, no access, or no weights in it.
         RunError: the network failed.
     """
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    patterns: list[str] = []
-
-    def list_files() -> None:
-        info = HfApi().model_info(repo, revision=revision)
-        names = [file.rfilename for file in info.siblings or []]
-        top = [name for name in names if "/" not in name]
-        commit = info.sha or revision
-
-        def read_index(name: str) -> Any:
-            return read_json(Path(hf_hub_download(repo, name, revision=commit)))
-
-        _, weights = choose_weights(top, read_index, f"The repository {repo}")
-        patterns.extend([*_SMALL_FILES, *weights, "*.index.json"])
-
+    sizes: dict[str, int] = {}
     try:
-        _guard(repo, revision, list_files)
+        sizes = needed_files(repo, revision)
     except (OfflineModeIsEnabled, RunError):
         # What was fetched before serves without a network.
         try:
@@ -55,15 +43,39 @@ def download(repo: str, revision: str | None = None) -> Path:
         except LocalEntryNotFoundError:
             pass
         raise
-    folder: list[Path] = []
-    _guard(
+    return _guard(
         repo,
         revision,
-        lambda: folder.append(
-            Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-        ),
+        lambda: Path(snapshot_download(repo, revision=revision, allow_patterns=list(sizes))),
     )
-    return folder[0]
+
+
+def needed_files(repo: str, revision: str | None = None) -> dict[str, int]:
+    """The files of a checkpoint that a conversion needs.
+
+    Returns:
+        Name -> size in bytes.
+
+    Raises:
+        InputError: no such id or revision, no access, or no weights in it.
+        RunError: the network failed.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+
+    def ask() -> dict[str, int]:
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        top = [name for name in sizes if "/" not in name]
+
+        def read_index(name: str) -> Any:
+            return read_json(Path(hf_hub_download(repo, name, revision=info.sha)))
+
+        _, weights = choose_weights(top, read_index, f"The repository {repo}")
+        patterns = [*CONFIG_FILES, *TOKENIZER_FILES, *weights, "*.index.json"]
+        wanted = [name for name in top if any(fnmatch(name, pattern) for pattern in patterns)]
+        return {name: sizes[name] for name in wanted}
+
+    return _guard(repo, revision, ask)
 
 
 def check_upload(repo: str) -> None:
@@ -102,20 +114,18 @@ def upload(folder: Path, repo: str) -> str:
     """
     from huggingface_hub import HfApi
 
-    url: list[str] = []
-
-    def send() -> None:
+    def send() -> str:
         api = HfApi()
-        url.append(str(api.create_repo(repo, repo_type="model", exist_ok=True)))
+        url = api.create_repo(repo, repo_type="model", exist_ok=True)
         api.upload_folder(
             repo_id=repo, folder_path=folder, commit_message="Upload a checkpoint for mlx_clex"
         )
+        return str(url)
 
-    _guard(repo, None, send)
-    return url[0]
+    return _guard(repo, None, send)
 
 
-def _guard(repo: str, revision: str | None, act: Callable[[], None]) -> None:
+def _guard(repo: str, revision: str | None, act: Callable[[], T]) -> T:
     """Run a hub call; its many exceptions become ours."""
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -127,7 +137,7 @@ def _guard(repo: str, revision: str | None, act: Callable[[], None]) -> None:
     )
 
     try:
-        act()
+        return act()
     except GatedRepoError as error:
         raise InputError(
             f"{repo} needs its owner's permission: accept the terms on its page, then run "

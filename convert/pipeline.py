@@ -14,11 +14,12 @@ from mlx_clex.load import SHIM
 
 from . import gguf_file, safetensors_file, torch_bin
 from .card import write_card
+from .dry_run import describe, describe_download
 from .options import Options
 from .output import check_space, check_target, whole_or_nothing, write_weights
 from .plan import Plan, make_plan
 from .safetensors_file import TensorInfo
-from .source import Checkpoint, find
+from .source import Checkpoint, check_hub_id, find, is_local
 from .tokenizer import write_tokenizer
 
 _SHIM_TEXT = """\
@@ -74,7 +75,8 @@ def convert(
         freeze: hold this scale for good and write a checkpoint of stock programs.
         freeze_for: "mlx-lm" or "transformers", which program a frozen one is for.
         upload_repo: hub id to publish the result under.
-        dry_run: say what would happen, and write nothing.
+        dry_run: say what would happen, and write nothing; of a hub id, say what would be
+            downloaded.
 
     Returns:
         The folder written, or None for a dry run.
@@ -102,18 +104,21 @@ def convert(
         from .hub import check_upload
 
         check_upload(upload_repo)
+    if dry_run and not is_local(hf_path):
+        from .hub import needed_files
+
+        print(describe_download(needed_files(check_hub_id(hf_path), revision)))
+        return None
     source = Source(find(hf_path, revision))
     plan = make_plan(source.config, source.weights(), options)
     for note in plan.notes:
         _say(note)
     if dry_run:
-        from .dry_run import describe
-
         print(describe(source.checkpoint, source.headers, plan, target))
         return None
     check_space(target, plan.nbytes + source.spooled_bytes + _SMALL_FILES)
     with whole_or_nothing(target) as folder:
-        _write(source, plan, options, folder)
+        _write(source, plan, options, folder, upload_repo or target.name)
     _say(f"Wrote {target}.")
     if upload_repo is not None:
         from .hub import upload
@@ -189,7 +194,7 @@ class Source:
         return weights
 
 
-def _write(source: Source, plan: Plan, options: Options, folder: Path) -> None:
+def _write(source: Source, plan: Plan, options: Options, folder: Path, name: str) -> None:
     checkpoint = source.checkpoint
     # First, since it may still be found broken.
     missing = write_tokenizer(checkpoint, folder, plan.reach, source.gguf)
@@ -214,7 +219,8 @@ def _write(source: Source, plan: Plan, options: Options, folder: Path) -> None:
         shutil.copyfile(generation, folder / generation.name)
     write_card(
         folder,
-        name=checkpoint.name,
+        name=name,
+        source=checkpoint.name,
         base_model=checkpoint.repo,
         scaling=plan.scaling,
         method=plan.method,

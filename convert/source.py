@@ -45,7 +45,9 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """What to call it in a model card."""
-        return self.repo or self.files[0].stem if self.kind == "gguf" else self.folder.name
+        if self.repo:
+            return self.repo
+        return self.files[0].stem if self.kind == "gguf" else self.folder.resolve().name
 
 
 def find(hf_path: str | Path, revision: str | None = None) -> Checkpoint:
@@ -70,14 +72,28 @@ def find(hf_path: str | Path, revision: str | None = None) -> Checkpoint:
         if revision is not None:
             raise InputError(f"--revision {revision} is for hub ids; {path} is a folder.")
         return _from_folder(path, None)
-    repo = str(hf_path)
-    if not _REPO_ID.fullmatch(repo):
-        raise InputError(
-            f"There is no folder {path}, and it is not a hub id such as owner/name either."
-        )
+    repo = check_hub_id(hf_path)
     from .hub import download
 
     return _from_folder(download(repo, revision), repo)
+
+
+def is_local(hf_path: str | Path) -> bool:
+    """Whether a file or folder of this name is here, which comes before a hub id."""
+    return Path(hf_path).expanduser().exists()
+
+
+def check_hub_id(hf_path: str | Path) -> str:
+    """The hub id, if it can be one.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if not _REPO_ID.fullmatch(str(hf_path)):
+        raise InputError(
+            f"There is no folder {Path(hf_path)}, and it is not a hub id such as owner/name either."
+        )
+    return str(hf_path)
 
 
 def choose_weights(

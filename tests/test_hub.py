@@ -124,6 +124,17 @@ def test_only_what_is_needed_is_downloaded(hub, convert, repo, tmp_path):
     assert f"base_model: {repo}" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_a_dry_run_downloads_no_weights(hub, convert, repo, tmp_path):
+    """Asking what would happen must not cost ninety gigabytes."""
+    status, printed = convert("--hf-path", repo, "--mlx-path", tmp_path / "out", "--dry-run")
+
+    assert status == 0, printed
+    assert "model-00001-of-00002.safetensors: 153,080 bytes" in printed
+    assert "modeling_llama.py" not in printed
+    assert {name for name, _ in hub.ranges} <= {"model.safetensors.index.json"}
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_was_fetched_serves_without_a_network(hub, convert, repo, tmp_path):
     """In the train, a checkpoint in the hub's cache must be enough."""
     assert convert("--hf-path", repo, "--mlx-path", tmp_path / "out")[0] == 0
@@ -196,6 +207,7 @@ def test_an_upload_keeps_our_card(hub, convert, tmp_path):
     uploaded = {name: data for name, data in hub.uploaded.items() if name != ".gitattributes"}
     assert uploaded == written
     assert b"| 33 to 64 | 2 |" in uploaded["README.md"]
+    assert b"mlx_clex.generate --model me/mine" in uploaded["README.md"]
     assert f"{hub.url}/me/mine" in printed
 
 
