@@ -4,15 +4,13 @@ The model keeps its class's code: its rope modules are replaced, and its class b
 subclass made on the fly whose `__call__` decides the scale and gain of the pass, moves
 cached keys that have another scale, and then runs the stock `__call__`.
 
-Not covered: layers with a sliding window, which keep their rope and cache, and rope
-modules that scale by themselves (llama3, longrope, ...), which are refused.
+Not covered: which ropes those are (`families.py`). Layers with a sliding window keep their rope
+and cache; ropes that scale by themselves (llama3, longrope, ...) are refused.
 """
 
-import ast
 import contextlib
 import functools
 import inspect
-import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
+from mlx_lm.models.cache import QuantizedKVCache
 
 from .cache import (
     Difference,
@@ -30,10 +28,9 @@ from .cache import (
     ScaledQuantizedKVCache,
 )
 from .errors import InputError
+from .families import RotatedKeys, Site, config_value, find_sites, model_name, stock_caches
 from .rotary import CurrentPass, Pass, Rope
 from .scaling import PREFIX, Scaling, build_scaling
-
-ROPE = "rope"  # the attribute of an attention module
 
 
 def attach(
@@ -47,8 +44,8 @@ def attach(
     """Give a loaded mlx-lm model a scaling, in place.
 
     Args:
-        model: any mlx-lm model whose attention calls `self.rope(x, offset=...)`. One that
-            has a scaling already gets the new one in its place.
+        model: any mlx-lm model with rotary attention. One that has a scaling already gets
+            the new one in its place.
         rope_scaling: `{"type": "clex", "max_factor": 16}` and the like.
         trained_length: L0 in tokens; None takes max_position_embeddings of the model.
         weights: learned tensors, `scaling.up_proj` and so on; None starts afresh.
@@ -63,40 +60,49 @@ def attach(
             be served: the message says what was looked for and what was found.
     """
     stock = getattr(type(model), "stock_class", type(model))
-    ropes = _find_ropes(model)
+    sites = find_sites(model)
+    rope = sites[0].rope
     if trained_length is None:
-        trained_length = getattr(model.args, "max_position_embeddings", None)
+        trained_length = config_value(model, "max_position_embeddings")
         if trained_length is None:
             raise InputError(
                 f"The config of {stock.__module__} does not say at what length the model "
                 "was trained: pass trained_length, in tokens."
             )
-    heads = getattr(model.args, "num_attention_heads", None)
     scaling = build_scaling(
         rope_scaling,
-        dims=ropes[0][3].dims,
-        base=ropes[0][3].base,
+        dims=rope.dims,
+        base=rope.base,
         trained_length=trained_length,
         weights=weights,
-        heads=heads,
-        key_heads=getattr(model.args, "num_key_value_heads", heads),
+        heads=sites[0].heads,
+        key_heads=sites[0].key_heads,
         layers=len(model.layers),
     )
-    if getattr(scaling.config, "log_scale", False):
-        for _, attention, _, _ in ropes:
-            _check_queries_first(type(attention))
+    _check_gain(model, scaling, sites)
     if scale is not None:
         scale = scaling.check_scale(scale)
+    _check_moves(model, scaling.static or scale is not None, sites)
 
     current = CurrentPass()
-    layers = sorted({layer for layer, *_ in ropes})
-    for layer, attention, name, rope in ropes:
-        new = Rope(rope.dims, rope.base, rope.traditional, layers.index(layer), current)
-        setattr(attention, name, new)
+    layers = sorted({site.layer for site in sites})
+    for site in sites:
+        new = Rope(
+            rope.dims,
+            rope.base,
+            site.rope.traditional,
+            layers.index(site.layer),
+            current,
+            pairs=rope.pairs,
+            calls=site.calls,
+            query_call=site.query_call,
+        )
+        setattr(site.owner, site.name, new)
     mx.eval(scaling.parameters())
     model.scaling = scaling
     model.fixed_scale = scale
-    model._planner = _Planner(scaling, scale, current, layers, ropes[0][3])
+    keys = [cached for site in sites for cached in site.keys]
+    model._planner = _Planner(scaling, scale, current, layers, keys)
     model.__class__ = _scaled_class(stock)
     return model
 
@@ -129,12 +135,16 @@ class ScaledModel:
                 sequence has from its first token on; None: those of what has been read.
         """
         check_length(self, expected_length or 0)
-        make = getattr(super(), "make_cache", None)
-        caches = make() if make else [KVCache() for _ in self.layers]
+        caches: Any = stock_caches(self)
         if self._planner.constant:
             return caches
-        for layer in self._planner.layers:
-            caches[layer] = ScaledKVCache(expected_length or 0)
+        for keys in self._planner.keys:
+            *outer, last = keys.path
+            parent = caches
+            for index in outer:
+                caches_inside = list(parent[index].caches)
+                parent[index].caches = parent = caches_inside
+            parent[last] = ScaledKVCache(expected_length or 0)
         return caches
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
@@ -207,76 +217,23 @@ def check_length(model: Any, length: int) -> None:
         )
 
 
-def _find_ropes(model: nn.Module) -> list[tuple[int, nn.Module, str, Any]]:
-    """(layer, attention, attribute, rope) of every layer that can be scaled."""
-    layers = getattr(model, "layers", None)
-    if layers is None:
-        raise InputError(f"{_name(model)} has no `layers`; attach serves mlx-lm models only.")
-    kinds = _cache_kinds(model, len(layers))
-    found = []
-    for index, layer in enumerate(layers):
-        for module in layer.modules():
-            rope = module.get(ROPE)
-            if rope is not None and kinds[index] is KVCache:
-                found.append((index, module, ROPE, rope))
-    if not found:
-        inside = {
-            f"{type(module).__name__}: {', '.join(module.children())}"
-            for module in layers[0].modules()
-            if "ttention" in type(module).__name__
-        }
+def _check_gain(model: nn.Module, scaling: Scaling, sites: list[Site]) -> None:
+    """Refuse a gain on queries where a rope cannot give it."""
+    why = next((site.ungainable for site in sites if site.ungainable), None)
+    if why is not None and getattr(scaling.config, "log_scale", False):
         raise InputError(
-            f"attach looked for the attribute `{ROPE}` in the attention of {_name(model)}, "
-            f"in layers with a plain KVCache, and found none (it has: "
-            f"{'; '.join(sorted(inside)) or 'no attention module'}; caches: "
-            f"{', '.join(sorted({kind.__name__ for kind in kinds}))})."
+            f"log_scale multiplies queries, which {model_name(model)} does not allow: {why}. "
+            "Set log_scale to false."
         )
-    for _, _, _, rope in found:
-        if not isinstance(rope, Rope | nn.RoPE) or getattr(rope, "scale", 1.0) != 1.0:
-            raise InputError(
-                f"{_name(model)} brings a rope that scales by itself "
-                f"({type(rope).__name__}); two scalings would multiply. Load it without "
-                "its own rope_scaling first."
-            )
-    if len({(rope.dims, rope.base, rope.traditional) for *_, rope in found}) > 1:
+
+
+def _check_moves(model: nn.Module, constant: bool, sites: list[Site]) -> None:
+    """Refuse a scale that grows where cached keys cannot follow it."""
+    why = next((site.unmovable for site in sites if site.unmovable), None)
+    if why is not None and not constant:
         raise InputError(
-            f"The layers of {_name(model)} have ropes of different dimensions or bases; one "
-            "scaling cannot serve them all."
-        )
-    return found
-
-
-def _cache_kinds(model: nn.Module, layers: int) -> list[type]:
-    """Class of each layer's stock cache."""
-    stock = getattr(type(model), "stock_class", type(model))
-    if not hasattr(stock, "make_cache"):
-        return [KVCache] * layers
-    kinds = [type(cache) for cache in stock.make_cache(model)]
-    # A cache list that is not one a layer cannot be matched with layers.
-    return kinds if len(kinds) == layers else [type(None)] * layers
-
-
-def _name(model: nn.Module) -> str:
-    stock = getattr(type(model), "stock_class", type(model))
-    return f"{stock.__module__}.{stock.__qualname__}"
-
-
-def _check_queries_first(attention: type) -> None:
-    """Refuse a gain on queries where the first rope call does not rotate them."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(attention)))
-    calls = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == ROPE
-        and node.args
-    ]
-    calls.sort(key=lambda call: (call.lineno, call.col_offset))
-    if not calls or not ast.unparse(calls[0].args[0]).startswith("q"):
-        raise InputError(
-            f"log_scale multiplies queries, but {attention.__module__}."
-            f"{attention.__qualname__} does not rotate them first: set log_scale to false."
+            f"{model_name(model)} can only be held at one scale: {why}, so they cannot move "
+            "to another scale. Pass scale=, or use linear, ntk or yarn."
         )
 
 
@@ -313,13 +270,13 @@ class _Planner:
         fixed_scale: float | None,
         current: CurrentPass,
         layers: list[int],
-        rope: Any,
+        keys: list[RotatedKeys],
     ) -> None:
         self.scaling = scaling
         self.fixed_scale = fixed_scale
         self.current = current
         self.layers = layers
-        self.traditional = rope.traditional
+        self.keys = keys
         self.constant = scaling.static or fixed_scale is not None
         self.warned = False
         self.given: Pass | None = None
@@ -336,15 +293,15 @@ class _Planner:
         elif caches is None:
             lengths = [new_tokens]
         else:
-            scaled = [self._checked(caches[layer]) for layer in self.layers]
+            scaled = [self._checked(keys.cache(caches)) for keys in self.keys]
             lengths = scaled[0].lengths_after(new_tokens)
         check_length(model, max(lengths))
         self._warn_past_reach(model, max(lengths))
         scales = [self.scale_at(length) for length in lengths]
         if not self.constant and caches is not None:
-            for layer, cache in zip(self.layers, scaled, strict=True):
+            for keys, cache in zip(self.keys, scaled, strict=True):
                 if cache.scales != scales:
-                    cache.move_to(scales, self._difference_of(layer), self.traditional)
+                    cache.move_to(scales, self._difference_of(keys.layer), keys.place)
         return self._enter(self._pass(model, scales, lengths))
 
     def _enter(self, now: Pass) -> CurrentPass:
@@ -354,7 +311,7 @@ class _Planner:
 
     def _length_of_constant(self, new_tokens: int, caches: Sequence[Any] | None) -> int:
         """Length in tokens, for the checks alone; a batch's is not read off its array."""
-        offset = getattr(caches[self.layers[0]], "offset", 0) if caches else 0
+        offset = getattr(self.keys[0].cache(caches), "offset", 0) if caches else 0
         return new_tokens + (offset if isinstance(offset, int) else 0)
 
     def _checked(self, cache: Any) -> ScaledCache:

@@ -13,13 +13,34 @@ Not covered: sliding windows, whose layers keep their own rope and cache.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import mlx.core as mx
 import mlx_lm.models.cache as mlx_lm_cache
 from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
 
-from .rotary import rotate
+from .rotary import Offset, keep_still, rotate
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a cache the rotated part of the keys is, and how it is rotated."""
+
+    part: str = "keys"  # or "values", where latent attention (DeepSeek V3) has it
+    start: int = 0  # its first dimension there
+    traditional: bool = False  # neighbouring dimensions are a pair, not the two halves
+    pairs: int | None = None  # pairs that rotate, the fastest ones; None: all
+
+    def rotated(self, array: mx.array, inv_freq: mx.array, offset: Offset = 0) -> mx.array:
+        """Rotate that part of `array`, (B, H, L, anything); see `rotate`."""
+        part = array[..., self.start :] if self.start else array
+        out = rotate(part, inv_freq, offset, traditional=self.traditional)
+        out = keep_still(out, part, 2 * inv_freq.shape[-1], self.pairs, self.traditional)
+        if not self.start:
+            return out
+        return mx.concatenate([array[..., : self.start], out], axis=-1)
+
 
 # (old scale, new scale) -> difference of the frequencies, radians per token,
 # (D/2,) or (H, D/2).
@@ -53,11 +74,12 @@ class ScaledKVCache(_OneScale, KVCache):
         super().__init__()
         self.expected_length = expected_length
 
-    def move_to(self, scales: Sequence[float], difference: Difference, traditional: bool) -> None:
+    def move_to(self, scales: Sequence[float], difference: Difference, place: Place) -> None:
         """Rotate the stored keys from their scale to the one of the pass."""
         (scale,) = scales
         if self.scale is not None and self.scale != scale and self.offset:
-            self.keys = rotate(self.keys, difference(self.scale, scale), traditional=traditional)
+            moved = place.rotated(getattr(self, place.part), difference(self.scale, scale))
+            setattr(self, place.part, moved)
         self.scale = scale
 
     @property
@@ -91,14 +113,14 @@ class ScaledQuantizedKVCache(_OneScale, QuantizedKVCache):
     group_size: int
     bits: int
 
-    def move_to(self, scales: Sequence[float], difference: Difference, traditional: bool) -> None:
+    def move_to(self, scales: Sequence[float], difference: Difference, place: Place) -> None:
         """Rotate the stored keys from their scale to the one of the pass."""
         (scale,) = scales
         if self.scale is not None and self.scale != scale and self.offset:
             how: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits}
-            keys = mx.dequantize(*self.keys, **how)
-            keys = rotate(keys, difference(self.scale, scale), traditional=traditional)
-            self.keys = tuple(mx.quantize(keys, **how))
+            keys = mx.dequantize(*getattr(self, place.part), **how)
+            keys = place.rotated(keys, difference(self.scale, scale))
+            setattr(self, place.part, tuple(mx.quantize(keys, **how)))
         self.scale = scale
 
     @property
@@ -142,7 +164,7 @@ class ScaledBatchKVCache(BatchKVCache):
         rows = zip(ends, self.padding, self.expected_lengths, strict=True)
         return [max(min(end, row_end) - pad, plan) for row_end, pad, plan in rows]
 
-    def move_to(self, scales: Sequence[float], difference: Difference, traditional: bool) -> None:
+    def move_to(self, scales: Sequence[float], difference: Difference, place: Place) -> None:
         """Rotate the keys of those rows whose scale is another in this pass."""
         if self.keys is not None and self._idx:
             changes = [
@@ -150,17 +172,19 @@ class ScaledBatchKVCache(BatchKVCache):
                 for old, new in zip(self.scales, scales, strict=True)
             ]
             if changes[0] and len(set(changes)) == 1:
-                self.keys = self._rotated(slice(None), difference(*changes[0]), traditional)
+                moved = self._rotated(slice(None), difference(*changes[0]), place)
+                setattr(self, place.part, moved)
             else:
                 for row, change in enumerate(changes):
                     if change:
                         rows = slice(row, row + 1)
-                        self.keys[rows] = self._rotated(rows, difference(*change), traditional)
+                        moved = self._rotated(rows, difference(*change), place)
+                        getattr(self, place.part)[rows] = moved
         self.scales = list(scales)
 
-    def _rotated(self, rows: slice, inv_freq: mx.array, traditional: bool) -> mx.array:
+    def _rotated(self, rows: slice, inv_freq: mx.array, place: Place) -> mx.array:
         starts = mx.array([-pad for pad in self.padding[rows]])
-        return rotate(self.keys[rows], inv_freq, starts, traditional=traditional)
+        return place.rotated(getattr(self, place.part)[rows], inv_freq, starts)
 
     def prepare(
         self,

@@ -108,6 +108,26 @@ def rotate_by(x: mx.array, cos: mx.array, sin: mx.array, *, traditional: bool = 
     return mx.concatenate([rotated, x[..., dims:]], axis=-1)
 
 
+def keep_still(
+    rotated: mx.array, x: mx.array, dims: int, pairs: int | None, traditional: bool
+) -> mx.array:
+    """Put back what must not rotate, where only the fastest `pairs` of D/2 pairs do."""
+    if pairs is None or pairs == dims // 2:
+        return rotated
+    if traditional:
+        return mx.concatenate([rotated[..., : 2 * pairs], x[..., 2 * pairs :]], axis=-1)
+    half = dims // 2
+    return mx.concatenate(
+        [
+            rotated[..., :pairs],
+            x[..., pairs:half],
+            rotated[..., half : half + pairs],
+            x[..., half + pairs :],
+        ],
+        axis=-1,
+    )
+
+
 @dataclass
 class Pass:
     """What one forward pass does to queries and keys, the same in every layer.
@@ -181,21 +201,33 @@ class Rope(nn.Module):
     """Stands where a model's own rope stood and rotates as the current pass says."""
 
     def __init__(
-        self, dims: int, base: float, traditional: bool, layer: int, current: CurrentPass
+        self,
+        dims: int,
+        base: float,
+        traditional: bool,
+        layer: int,
+        current: CurrentPass,
+        *,
+        pairs: int | None = None,
+        calls: int = 2,
+        query_call: int = 0,
     ) -> None:
         super().__init__()
         self.dims = dims
         self.base = base
         self.traditional = traditional
+        self.pairs = dims // 2 if pairs is None else pairs  # that rotate, the fastest ones
         self.layer = layer  # counted among the scaled layers
         self._current = current
+        self._calls = calls  # in one pass, of this module
+        self._query_call = query_call  # which of them has the queries, from 0
         self._last_count = 0
+        self._called = 0
 
     def __call__(self, x: mx.array, offset: Offset = 0) -> mx.array:
         """Rotate queries or keys, (B, H, L, head_dim), the first at position `offset`.
 
-        The first call of a pass has the queries, later ones the keys; `attach` refuses
-        a gain on queries for families where that is not so.
+        Which call of a pass has the queries is told when the module is made.
         """
         current = self._current
         now = current.now
@@ -204,7 +236,7 @@ class Rope(nn.Module):
                 "A rope module was called outside a forward pass of its model. Call the "
                 "model itself: its scale is decided once per pass."
             )
-        if now.fused_only:
+        if now.fused_only and self.pairs == self.dims // 2:
             # What every token takes at inference, without a detour.
             return mx.fast.rope(
                 x,
@@ -216,9 +248,14 @@ class Rope(nn.Module):
                 freqs=now.periods,
             )
         out = now.rotate(x, offset, self.layer, self.traditional)
-        if now.gains and self._last_count != current.count:
-            out = now.gain(out, offset)
-        self._last_count = current.count
+        out = keep_still(out, x, self.dims, self.pairs, self.traditional)
+        if now.gains:
+            if self._last_count != current.count:
+                self._last_count, self._called = current.count, 0
+            # A layer computed again for its gradient calls once more in the same order.
+            if self._called % self._calls == self._query_call:
+                out = now.gain(out, offset)
+            self._called += 1
         return out
 
     def _extra_repr(self) -> str:

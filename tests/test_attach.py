@@ -250,9 +250,10 @@ def test_partial_rotary_and_interleaved_models_are_served(kind, tokens):
     growing, moved = make_prompt_cache(model), make_prompt_cache(model)
     model(tokens[:1, :10], cache=growing)
     model(tokens[:1, :10], cache=moved)
-    moved[0].move_to([4.0], model._planner._difference_of(0), kind != "phi")
+    place = model._planner.keys[0].place
+    moved[0].move_to([4.0], model._planner._difference_of(0), place)
     assert worst(moved[0].keys, growing[0].keys) > 1e-2
-    moved[0].move_to([1.0], model._planner._difference_of(0), kind != "phi")
+    moved[0].move_to([1.0], model._planner._difference_of(0), place)
     assert worst(moved[0].keys, growing[0].keys) < 1e-5
 
 
@@ -294,26 +295,6 @@ def test_a_trained_length_that_nobody_knows_is_asked_for():
         attach(llama.Model(args), {"type": "clex"})
     model = attach(llama.Model(args), {"type": "clex"}, trained_length=32)
     assert model.reach == 16 * 32
-
-
-def test_log_scale_is_refused_where_keys_come_first():
-    """The gain goes on the first rope call of a layer; in these families that is a key."""
-
-    class KeysFirst(nn.Module):
-        def __init__(self, rope):
-            super().__init__()
-            self.rope = rope
-
-        def __call__(self, x, cache=None):
-            keys = self.rope(x, offset=0)
-            return self.rope(keys, offset=0)
-
-    model = tiny_llama()
-    for layer in model.layers:
-        layer.self_attn = KeysFirst(layer.self_attn.rope)
-    attach(model, {"type": "clex"})
-    with pytest.raises(InputError, match=r"log_scale .*KeysFirst does not rotate them first"):
-        attach(model, {"type": "clex", "log_scale": True})
 
 
 def test_a_bad_entry_leaves_the_model_as_it_was(tokens):
