@@ -9,6 +9,10 @@ BACKEND ?= $(if $(filter Linux,$(shell uname -s)),cpu)
 comma := ,
 extras = [$(1)$(if $(BACKEND),$(comma)$(BACKEND))]
 
+# A CPU multiplies float32 fastest with OpenBLAS, and bfloat16 without.
+DTYPE = $(shell $(BIN)/python -c 'from mlx_clex._blas import use_openblas; \
+	print("float32" if use_openblas() else "bfloat16")')
+
 SMOLLM2 := build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: test demo lint bench clean
@@ -26,7 +30,8 @@ demo: .venv/demo build/smollm2-clex
 	$(BIN)/python examples/long_document.py > build/document.txt
 	@echo 'Asking about a document of 2,900 tokens; "banana" is the right answer.'
 	$(BIN)/python -m mlx_clex.generate --model build/smollm2-clex --max-tokens 30 \
-		--prompt-file build/document.txt --prompt "What is the secret word of the library?"
+		--prefill-step-size 256 --prompt-file build/document.txt \
+		--prompt "What is the secret word of the library?"
 
 bench: .venv/dev $(SMOLLM2)
 	$(BIN)/python benchmarks/ode.py
@@ -37,7 +42,7 @@ clean:
 	rm -rf build .venv
 
 build/smollm2-clex: $(SMOLLM2)
-	$(BIN)/python -m mlx_clex.convert --hf-path $(SMOLLM2) --mlx-path $@ --dtype float32 \
+	$(BIN)/python -m mlx_clex.convert --hf-path $(SMOLLM2) --mlx-path $@ --dtype $(DTYPE) \
 		--scaling clex --trained-length 2048
 
 $(SMOLLM2): | .venv/demo
