@@ -1,0 +1,29 @@
+"""What pyproject.toml lists must be what there is; a list by hand goes stale."""
+
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_every_package_is_installed():
+    """`mlx_clex.training` was missing from the wheel, though it imported from the source."""
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "mlx_clex").rglob("__init__.py")}
+    there = {".".join(folder.parts) for folder in folders}
+
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == there | {"mlx_clex.convert"}
+
+
+def test_every_command_has_a_console_script():
+    """`mlx_clex.server` ran as a module only."""
+    files = [*(ROOT / "mlx_clex").glob("*.py"), ROOT / "convert" / "__main__.py"]
+    there = {file for file in files if "\ndef main(" in file.read_text()}
+    scripts = PROJECT["project"]["scripts"]
+
+    modules = {module.removesuffix(":main") for module in scripts.values()}
+    assert modules == {
+        f"mlx_clex.{file.stem}" if file.parent.name == "mlx_clex" else "mlx_clex.convert.__main__"
+        for file in there
+    }
+    assert all(module.removesuffix(".__main__") in scripts for module in modules)
