@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from .attach import ScaledModel, make_prompt_cache
 from .cli import run_command
-from .errors import InputError
+from .errors import InputError, RunError
 from .load import load
 
 # Of options that mlx-lm checks late, inside a compiled function, or not at all.
@@ -362,6 +362,9 @@ def _stream(
         # mlx-lm checks sampling and KV quantisation only where it uses them.
         hint = " Try another --kv-group-size." if "[quantize]" in str(error) else ""
         raise InputError(f"mlx-lm refused an option: {error}{hint}") from error
+    except RuntimeError as error:
+        # Out of memory, above all.
+        raise RunError(f"MLX failed after {len(text)} characters: {error}") from error
     finally:
         bar.close()
     if not args.verbose:

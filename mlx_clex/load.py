@@ -18,15 +18,18 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
-from .attach import ScaledModel
+from .attach import ScaledModel, attach
 from .errors import InputError
 from .hf_config import normalise_config
 from .model_file import Model, ModelArgs
 
 SHIM = "mlx_clex_model.py"  # the model_file of converted checkpoints
 ADAPTER_SCALING = "scaling.safetensors"  # beside adapters, when they train the scaling
+EXTRA_WEIGHTS = "norms_embeddings.safetensors"  # likewise, when they train those
+CURRENT = "current"  # in a folder of adapters: a link to the newest save
 DEFAULT_CACHE = Path("~/.cache/mlx_clex")
 
 # Published under these types only in formats that mlx-lm cannot read.
@@ -81,13 +84,14 @@ def load(
         raise
     except (ValueError, RuntimeError, FileNotFoundError, KeyError, TypeError) as error:
         raise InputError(f"{folder} does not load: {_summary(error)}") from error
+    if adapter_path is not None:
+        _add_adapters(model, Path(adapter_path), scale)
     if scale is not None and not isinstance(model, ScaledModel):
         raise InputError(
             f"{path_or_hub_id} has no scaling of ours, so a scale of {scale} has no meaning: "
             "convert it with mlx_clex.convert --scaling NAME first."
         )
-    if adapter_path is not None:
-        _add_adapters(model, Path(adapter_path))
+    _fit_to_cpu(model)
     if isinstance(model, ScaledModel):
         # CLEX's one solve belongs to loading, not to the first token.
         model.scaling.inv_freq(model.scale_at(1))
@@ -213,23 +217,45 @@ def _fingerprint(files: list[Path]) -> str:
     return digest.hexdigest()[:12]
 
 
-def _add_adapters(model: nn.Module, folder: Path) -> None:
+def _fit_to_cpu(model: nn.Module) -> None:
+    """Hold experts in float32 where MLX multiplies gathered matrices in nothing else."""
+    if mx.default_device() != mx.cpu:
+        return
+    for module in model.modules():
+        if type(module) is SwitchLinear and module.weight.dtype != mx.float32:
+            module.weight = module.weight.astype(mx.float32)
+
+
+def _add_adapters(model: nn.Module, folder: Path, scale: float | None) -> None:
+    # All files from one save, even if training replaces it meanwhile.
+    folder = (folder / CURRENT).resolve() if (folder / CURRENT).is_dir() else folder
     if not (folder / "adapter_config.json").is_file():
         raise InputError(
             f"{folder} has no adapter_config.json; give the folder that training wrote."
         )
     try:
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        for setting, name in (("scaling", ADAPTER_SCALING), ("extra", EXTRA_WEIGHTS)):
+            if settings.get(f"trained_{setting}") and not (folder / name).is_file():
+                raise InputError(
+                    f"{folder} lacks {name}, which was trained with its adapters; without it "
+                    "they would give wrong answers. Copy the whole folder."
+                )
+        if settings.get("rope_scaling"):
+            # Of a base that got its scaling only for training.
+            length = settings.get("trained_length")
+            attach(model, settings["rope_scaling"], trained_length=length, scale=scale)
         load_adapters(model, str(folder))
-        scaling_file = folder / ADAPTER_SCALING
+        scaling_file, extra_file = folder / ADAPTER_SCALING, folder / EXTRA_WEIGHTS
         if scaling_file.is_file():
             if not isinstance(model, ScaledModel):
                 raise InputError(f"{scaling_file} is for a model with a scaling; this has none.")
-            weights = mx.load(str(scaling_file))
-            assert isinstance(weights, dict)  # what a .safetensors file gives
-            model.scaling.take_weights(weights)
+            model.scaling.take_weights(mx.load(str(scaling_file)))
+        if extra_file.is_file():
+            model.load_weights(str(extra_file), strict=False)
     except InputError:
         raise
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"The adapters in {folder} do not load: {_summary(error)}") from error
     model.eval()
 

@@ -18,7 +18,7 @@ from mlx_lm.models.cache import save_prompt_cache
 from mlx_clex import generate, load, make_prompt_cache
 from mlx_clex.cli import run_command
 
-from .conftest import GOLDEN, stock_folder
+from .conftest import GOLDEN, GOLDEN_NAMES, stock_folder
 
 SENTENCE = "The quick brown fox jumps over the lazy dog. "
 
@@ -255,6 +255,28 @@ def test_bad_input_is_one_line_and_status_two(cli, model, args, words):
     assert out == ""
     assert len(err.strip().splitlines()) == 1, err
     assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_every_published_format_generates(cli, converted, name):
+    """In the type it was published in; MLX multiplies experts on the CPU only in float32."""
+    status, out, err = cli("--model", converted(name), "--prompt", "hello", "--max-tokens", "20")
+    assert status == 0, err
+    assert "Generation: " in out
+
+
+def test_a_run_that_fails_is_one_line_and_status_one(cli, model, monkeypatch):
+    """Out of memory is no bad input, and no traceback either."""
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("[metal::malloc] Attempting to allocate 99 bytes\nwhich is too much")
+        yield
+
+    monkeypatch.setattr(generate, "stream_generate", fail)
+    status, _, err = cli("--model", model)
+    assert status == 1
+    assert len(err.strip().splitlines()) == 1
+    assert "99 bytes which" in err
 
 
 def test_no_model_is_asked_for(cli):

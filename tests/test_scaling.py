@@ -223,6 +223,8 @@ BAD = [
     ({"type": "clex", "max_facter": 16}, ["max_facter", "max_factor", "param_factor"]),
     ({"type": "clex", "max_factor": 0}, ["max_factor", "0"]),
     ({"type": "clex", "max_factor": 2.5}, ["max_factor", "whole number", "2.5"]),
+    ({"type": "clex", "max_factor": float("nan")}, ["max_factor", "whole number", "nan"]),
+    ({"type": "gene", "factor": float("inf")}, ["factor", "number", "inf"]),
     ({"type": "clex", "max_factor": True}, ["max_factor", "True"]),
     ({"type": "clex", "param_factor": 0}, ["param_factor", "0"]),
     ({"type": "clex", "act": "relu"}, ["act", "relu", "tanh", "silu"]),

@@ -254,6 +254,7 @@ def _cast(key: str, value: Any, wanted: Any) -> Any:
             return None
         (wanted,) = (t for t in get_args(wanted) if t is not NoneType)
     number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = number and math.isfinite(value)
     if wanted is float and number:
         return float(value)
     if wanted is int and number and value == int(value):
