@@ -156,6 +156,21 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def adapter_files(folder: Path) -> Path:
+    """Where the files of adapters are.
+
+    Raises:
+        InputError: they are not in this folder.
+    """
+    # All files from one save, even if training replaces it meanwhile.
+    folder = (folder / CURRENT).resolve() if (folder / CURRENT).is_dir() else folder
+    if not (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{folder} has no adapter_config.json; give the folder that training wrote."
+        )
+    return folder
+
+
 def _needs_conversion(names: list[str], config: dict[str, Any], where: Any) -> bool:
     """Whether mlx-lm cannot read these files as they are."""
     if not any(name.endswith(".safetensors") for name in names):
@@ -227,12 +242,7 @@ def _fit_to_cpu(model: nn.Module) -> None:
 
 
 def _add_adapters(model: nn.Module, folder: Path, scale: float | None) -> None:
-    # All files from one save, even if training replaces it meanwhile.
-    folder = (folder / CURRENT).resolve() if (folder / CURRENT).is_dir() else folder
-    if not (folder / "adapter_config.json").is_file():
-        raise InputError(
-            f"{folder} has no adapter_config.json; give the folder that training wrote."
-        )
+    folder = adapter_files(folder)
     try:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         for setting, name in (("scaling", ADAPTER_SCALING), ("extra", EXTRA_WEIGHTS)):
@@ -250,7 +260,8 @@ def _add_adapters(model: nn.Module, folder: Path, scale: float | None) -> None:
         if scaling_file.is_file():
             if not isinstance(model, ScaledModel):
                 raise InputError(f"{scaling_file} is for a model with a scaling; this has none.")
-            model.scaling.take_weights(mx.load(str(scaling_file)))
+            weights: Any = mx.load(str(scaling_file))
+            model.scaling.take_weights(weights)
         if extra_file.is_file():
             model.load_weights(str(extra_file), strict=False)
     except InputError:

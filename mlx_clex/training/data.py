@@ -74,12 +74,14 @@ def load_corpora(
             f"--data {path} has no data: give a folder with train.jsonl (and valid.jsonl, "
             "test.jsonl), or with .txt or .md files."
         )
+    texts = all(file.suffix in _TEXT for file in found["train"])
+    if mask_prompt and texts:
+        raise InputError(f"--mask-prompt: {path} has plain texts, which have no prompts.")
     corpora = {
         split: _tokenised(path, split, found[split], tokenizer, mask_prompt, cache_dir)
         for split in splits
         if found[split]
     }
-    texts = all(file.suffix in _TEXT for file in found["train"])
     if "valid" in splits and not found["valid"] and texts and "train" in corpora:
         whole = corpora["train"]
         cut = int(len(whole.tokens) * (1 - _HELD_OUT))

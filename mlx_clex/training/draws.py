@@ -22,8 +22,8 @@ import numpy as np
 from ..errors import InputError
 from ..scaling import SCALINGS, Scaling
 
-SCALE_DRAWS = ("uniform", "gene", "fixed")
-SAMPLINGS = ("release", "dense", "skips", "contiguous")
+SCALE_DRAWS = UNIFORM, GENE, FIXED = "uniform", "gene", "fixed"
+SAMPLINGS = RELEASE, DENSE, SKIPS, CONTIGUOUS = "release", "dense", "skips", "contiguous"
 _MOST_RUNS = 4  # of `skips`
 
 
@@ -31,8 +31,8 @@ _MOST_RUNS = 4  # of `skips`
 class Procedure:
     """How scales and positions are drawn."""
 
-    scale_draw: str = "fixed"  # one of SCALE_DRAWS
-    sampling: str = "contiguous"  # one of SAMPLINGS
+    scale_draw: str = FIXED  # one of SCALE_DRAWS
+    sampling: str = CONTIGUOUS  # one of SAMPLINGS
     plain_share: float = 0.25  # of the steps under `dense`, at scale 1
 
     def __post_init__(self) -> None:
@@ -50,12 +50,12 @@ class Procedure:
 
 # The papers' own; methods that are not listed have a scale for each length and no draw.
 RELEASED = {
-    "clex": Procedure(scale_draw="uniform", sampling="release"),
-    "gene": Procedure(scale_draw="gene"),
-    "gene-param": Procedure(scale_draw="gene"),
+    "clex": Procedure(scale_draw=UNIFORM, sampling=RELEASE),
+    "gene": Procedure(scale_draw=GENE),
+    "gene-param": Procedure(scale_draw=GENE),
 }
 # Where another procedure measured better than the paper's.
-PREFERRED = RELEASED | {"clex": Procedure(scale_draw="uniform", sampling="skips")}
+PREFERRED = RELEASED | {"clex": Procedure(scale_draw=UNIFORM, sampling=SKIPS)}
 
 
 def procedure_for(scaling: Scaling, *, released: bool = False) -> Procedure:
@@ -87,7 +87,7 @@ class Draws:
         Raises:
             InputError: the scaling has one scale for all lengths, and a draw is asked for.
         """
-        if scaling.static and procedure.scale_draw != "fixed":
+        if scaling.static and procedure.scale_draw != FIXED:
             raise InputError(
                 f"--scale-draw {procedure.scale_draw} needs a scaling whose scale can change; "
                 f"{type(scaling).__name__} has one for all lengths. Use --scale-draw fixed."
@@ -108,14 +108,14 @@ class Draws:
         trained, largest = self.scaling.trained_length, self._largest
         if length < 4:
             raise InputError(f"--max-seq-length must be at least 4 tokens, got {length}.")
-        if self.procedure.scale_draw == "gene" and largest // _steps(length, trained) < 1:
+        if self.procedure.scale_draw == GENE and largest // _steps(length, trained) < 1:
             raise InputError(
                 f"--max-seq-length {length} is {_steps(length, trained)} times the trained "
                 f"length {trained}, and factor is {largest:g}: lower --max-seq-length to "
                 f"{int(largest) * trained} or raise --factor."
             )
         reach = self.scaling.reach if self.scaling.hard_reach else None
-        drawn_reach = trained * int(largest) if self.procedure.scale_draw == "uniform" else None
+        drawn_reach = trained * int(largest) if self.procedure.scale_draw == UNIFORM else None
         for limit in (reach, drawn_reach):
             if limit is not None and length > limit:
                 raise InputError(
@@ -127,14 +127,14 @@ class Draws:
     def draw(self, length: int) -> Draw:
         """The next scale and positions, for sequences of `length` tokens."""
         procedure, trained = self.procedure, self.scaling.trained_length
-        dense = procedure.sampling == "dense"
+        dense = procedure.sampling == DENSE
         if dense and procedure.plain_share and self.rng.random() < procedure.plain_share:
             pieces = max(1, length // trained)
             return Draw(1.0, np.arange(length // pieces, dtype=np.float32), pieces)
         scale = self._scale(length)
-        if procedure.sampling == "contiguous":
+        if procedure.sampling == CONTIGUOUS:
             return Draw(scale, np.arange(length, dtype=np.float32))
-        if procedure.sampling == "release":
+        if procedure.sampling == RELEASE:
             span = int(length * scale) - 2
             sample = self.rng.choice(span, length - 2, replace=False, shuffle=False)
             return Draw(scale, release_positions(np.sort(sample), length, int(scale), trained))
@@ -150,13 +150,13 @@ class Draws:
 
     def _scale(self, length: int) -> float:
         trained, config = self.scaling.trained_length, self.scaling.config
-        if self.procedure.scale_draw == "uniform":
+        if self.procedure.scale_draw == UNIFORM:
             # Positions cannot lie as near as those of a text shorter than this one,
             # except under `release`, which divides them.
-            released = self.procedure.sampling == "release"
+            released = self.procedure.sampling == RELEASE
             least = 1 if released else _steps(length, trained)
             return float(self.rng.integers(least, int(self._largest) + 1))
-        if self.procedure.scale_draw == "gene" and getattr(config, "gene_random_scale", True):
+        if self.procedure.scale_draw == GENE and getattr(config, "gene_random_scale", True):
             chances = gene_chances(self._largest, length, trained)
             return float((1 + self.rng.choice(len(chances), p=chances)) * _steps(length, trained))
         return self.scaling.scale_at(length)

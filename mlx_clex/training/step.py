@@ -9,7 +9,7 @@ Not covered: drawing (`draws.py`), batches, and when to update or save.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ..attach import given_pass
 from ..rotary import Pass, Rope
@@ -40,11 +40,11 @@ class Batch(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a step reports, as lazy scalars."""
+    """What a step reports."""
 
-    loss: mx.array  # sum over the tokens counted, nats
-    tokens: mx.array  # how many were counted
-    norm: mx.array  # of the gradient before clipping; 0 where nothing was updated
+    loss: float  # sum over the tokens counted, nats
+    tokens: int  # how many were counted
+    norm: float  # of the gradient before clipping; 0 where nothing was updated
 
 
 class TrainingStep:
@@ -77,10 +77,7 @@ class TrainingStep:
         self.traces = 0  # how often a step was traced anew
         self._carried: Any = None  # gradients and token count of earlier micro-batches
         optimizer.init(model.trainable_parameters())
-        self._state = [model.state, optimizer.state, mx.random.state]
-        self._compiled: Any = partial(mx.compile, inputs=self._state, outputs=self._state)(
-            self._step
-        )
+        self._compile()
 
     def __call__(self, batch: Batch, draw: Draw, *, update: bool = True) -> Result:
         """Run one micro-batch.
@@ -94,11 +91,26 @@ class TrainingStep:
         batch = batch.cut(draw.pieces)
         arrays = [mx.array(a) for a in batch]
         positions = mx.array(draw.positions)
-        *result, self._carried = self._compiled(
+        loss, count, norm, self._carried = self._compiled(
             *arrays, self._frequencies(draw.scale), positions, self._carried, update
         )
-        mx.eval(self._state, result, self._carried)
-        return Result(*result)
+        mx.eval(self._state, loss, count, norm, self._carried)
+        return Result(float(loss), int(count), float(norm))
+
+    def optimizer_arrays(self) -> dict[str, mx.array]:
+        """The optimizer's state by name, for a save."""
+        return dict(tree_flatten(self.optimizer.state))
+
+    def restore(self, arrays: Mapping[str, mx.array]) -> None:
+        """Take back what `optimizer_arrays` gave."""
+        state = tree_map_with_path(lambda name, _: arrays[name], self.optimizer.state)
+        self.optimizer.state = state
+        self._compile()
+
+    def _compile(self) -> None:
+        self._state = [self.model.state, self.optimizer.state, mx.random.state]
+        compiled = partial(mx.compile, inputs=self._state, outputs=self._state)
+        self._compiled: Any = compiled(self._step)
 
     @property
     def learns_scaling(self) -> bool:

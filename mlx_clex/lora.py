@@ -1,0 +1,497 @@
+"""Command: fine-tune a model for texts longer than it was trained on.
+
+Takes the options and YAML files of `mlx_lm.lora`; adapters are in mlx-lm's own format.
+Added are the scaling and how its scales and positions are drawn, packing, clipping,
+warm-up and cosine, perplexity by length, and going on after an interruption.
+
+Not covered: several machines, hub datasets.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import yaml  # type: ignore[import-untyped]
+from mlx_lm.lora import CONFIG_DEFAULTS, build_parser, yaml_loader
+from mlx_lm.tuner.callbacks import get_reporting_callbacks
+from mlx_lm.tuner.utils import print_trainable_parameters
+from mlx_lm.utils import _parse_size
+
+from .attach import ScaledModel, attach
+from .cli import run_command
+from .convert.scaling_options import add_scaling_arguments, scaling_from
+from .errors import InputError
+from .load import DEFAULT_CACHE, load, read_config, resolve
+from .training.batches import PACKINGS, Batches
+from .training.checkpoints import Checkpoints
+from .training.data import Corpus, load_corpora
+from .training.draws import SAMPLINGS, SCALE_DRAWS, Draws, Procedure, procedure_for
+from .training.evaluation import check_lengths, mean_loss
+from .training.loop import LoopOptions, Run
+from .training.setup import (
+    FINE_TUNE_TYPES,
+    SCALING_SHARE,
+    build_optimizer,
+    choose_trained,
+    learning_rate_schedule,
+)
+from .training.step import TrainingStep
+
+# mlx-lm's, without what has no meaning here.
+_DEFAULTS: dict[str, Any] = {
+    key: value
+    for key, value in CONFIG_DEFAULTS.items()
+    if key not in ("model", "data", "config", "clear_cache_threshold")
+} | {
+    "model": None,
+    "data": None,
+    "trained_length": None,
+    "scale_draw": None,
+    "sampling": None,
+    "plain_share": Procedure.plain_share,
+    "release_recipe": False,
+    "scaling_learning_rate": None,
+    "train_norms_and_embeddings": False,
+    "packing": PACKINGS[0],
+    "max_grad_norm": 0.0,
+    "warmup": 0,
+    "cosine": False,
+    "resume": False,
+    "keep": 2,
+    "eval_lengths": None,
+}
+_AT_LEAST = {
+    "batch_size": 1,
+    "iters": 1,
+    "steps_per_report": 1,
+    "steps_per_eval": 1,
+    "save_every": 1,
+    "grad_accumulation_steps": 1,
+    "max_seq_length": 4,
+    "keep": 1,
+    "warmup": 0,
+    "max_grad_norm": 0,
+    "learning_rate": 0,
+}
+# May change from one start of a run to the next: they decide no update.
+_FREE = {
+    "adapter_path",
+    "config",
+    "data",  # its tokens may not
+    "eval_lengths",
+    "iters",
+    "keep",
+    "model",  # its weights may not
+    "project_name",
+    "report_to",
+    "resume",
+    "save_every",
+    "steps_per_eval",
+    "test",
+    "test_batches",
+    "train",
+    "trust_remote_code",
+    "val_batches",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `mlx_lm.lora` does not have, or has otherwise."""
+    flag: dict[str, Any] = {"action": "store_true", "default": None}
+    parser.add_argument(
+        "--data",
+        help="A folder with train.jsonl, valid.jsonl and test.jsonl (text, messages, or prompt "
+        "and completion), or with .txt and .md files.",
+    )
+    parser.add_argument(
+        "--fine-tune-type",
+        choices=FINE_TUNE_TYPES,
+        help="What to train: lora or dora adapters, full weights, or the scaling alone.",
+    )
+    parser.add_argument(
+        "--clear-cache-threshold", type=_parse_size, help=argparse.SUPPRESS, default=None
+    )
+    parser.add_argument(
+        "--trained-length",
+        type=int,
+        help="With --scaling: length the base was trained at, tokens. Default: "
+        "max_position_embeddings.",
+    )
+    parser.add_argument(
+        "--scale-draw",
+        choices=SCALE_DRAWS,
+        help="How each step's scale is drawn. Default: what measured best for the scaling.",
+    )
+    parser.add_argument(
+        "--sampling",
+        choices=SAMPLINGS,
+        help="Which positions a step has. Default: what measured best for the scaling.",
+    )
+    parser.add_argument(
+        "--plain-share",
+        type=float,
+        help=f"--sampling dense: share of steps at scale 1. Default: {Procedure.plain_share}.",
+    )
+    parser.add_argument(
+        "--release-recipe",
+        **flag,
+        help="Draw as the scaling's paper does, with one learning rate for everything.",
+    )
+    parser.add_argument(
+        "--scaling-learning-rate",
+        type=float,
+        help=f"Of the scaling's own tensors; 0 leaves them. Default: {SCALING_SHARE} x "
+        "--learning-rate.",
+    )
+    parser.add_argument(
+        "--train-norms-and-embeddings", **flag, help="Train these as well (LongLoRA)."
+    )
+    parser.add_argument(
+        "--packing",
+        choices=PACKINGS,
+        help="concat: texts end to end, cut to --max-seq-length. plain: one text a row.",
+    )
+    parser.add_argument("--max-grad-norm", type=float, help="Clip the gradient. Default: 0, no.")
+    parser.add_argument(
+        "--warmup", type=int, help="Updates of growing learning rate before the full one."
+    )
+    parser.add_argument("--cosine", **flag, help="Let the learning rate fall along a cosine.")
+    parser.add_argument(
+        "--resume", **flag, help="Go on from the newest save in --adapter-path, if there is one."
+    )
+    parser.add_argument("--keep", type=int, help="Saves to keep. Default: 2.")
+    parser.add_argument(
+        "--eval-lengths",
+        type=int,
+        nargs="+",
+        metavar="TOKENS",
+        help="Lengths at which validation reports the perplexity.",
+    )
+    add_scaling_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, test, or both.
+
+    Raises:
+        InputError: options, data or a folder that cannot be used.
+        RunError: the loss is no longer a number.
+    """
+    args = with_config(args)
+    check(args)
+    entry = scaling_from(args)
+    mx.random.seed(args.seed)
+    corpora_wanted = [s for s, on in (("train", args.train), ("valid", args.train)) if on]
+    model, tokenizer = load(
+        args.model,
+        adapter_path=None if args.train else (args.adapter_path or None),
+        trust_remote_code=args.trust_remote_code,
+    )
+    if entry is not None and args.train:
+        if isinstance(model, ScaledModel) and model.scaling.learned:
+            raise InputError(
+                f"--scaling {args.scaling}: {args.model} has a scaling with weights of its own, "
+                "which this would throw away. Leave the option out, or start from the base."
+            )
+        attach(model, entry, trained_length=args.trained_length)
+    if not isinstance(model, ScaledModel):
+        raise InputError(
+            f"{args.model} has no scaling of ours: say which with --scaling NAME (clex, gene, "
+            "..., or none for a plain fine-tune)."
+        )
+    corpora = load_corpora(
+        Path(args.data).expanduser(),
+        tokenizer,
+        mask_prompt=args.mask_prompt,
+        cache_dir=DEFAULT_CACHE,
+        splits=corpora_wanted + (["test"] if args.test else []),
+    )
+    for split in ("train", "test"):
+        if getattr(args, split) and split not in corpora:
+            raise InputError(f"--data {args.data} has no {split} part: give {split}.jsonl.")
+    if args.train:
+        _train(args, model, corpora, entry)
+    if args.test:
+        batches = _batches(args, corpora["test"])
+        count = batches.per_epoch if args.test_batches == -1 else args.test_batches
+        loss = mean_loss(model, (b for b, _ in zip(batches, range(count), strict=False)))
+        print(f"Test loss {loss:.3f}, Test ppl {math.exp(min(loss, 700)):.3f}.")
+
+
+def with_config(args: argparse.Namespace) -> argparse.Namespace:
+    """The options with what is left open taken from the YAML file, then the defaults.
+
+    Raises:
+        InputError: the file cannot be read, or has a key that no option has.
+    """
+    values = dict(vars(args))
+    known = sorted(values.keys() | _DEFAULTS.keys())
+    if args.config:
+        try:
+            text = Path(args.config).read_text(encoding="utf-8")
+            given = yaml.load(text, yaml_loader) or {}  # noqa: S506 - a SafeLoader
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise InputError(f"--config {args.config} cannot be read: {error}") from error
+        if not isinstance(given, dict):
+            raise InputError(f"--config {args.config} is no list of `key: value` lines.")
+        for key, value in given.items():
+            if key not in known:
+                raise InputError(
+                    f"--config {args.config} has the key {key!r}, which is none of: "
+                    f"{', '.join(known)}."
+                )
+            if values.get(key) is None:
+                values[key] = value
+    for key, value in _DEFAULTS.items():
+        if values.get(key) is None:
+            values[key] = value
+    return argparse.Namespace(**values)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse options before anything is loaded.
+
+    Raises:
+        InputError: the message names the option.
+    """
+    if not (args.train or args.test):
+        raise InputError("Nothing to do: give --train, --test or both.")
+    if args.model is None:
+        raise InputError("No model: give a folder, a .gguf file or a Hugging Face id as --model.")
+    if args.data is None:
+        raise InputError("No data: give a folder as --data.")
+    for key, default in _DEFAULTS.items():
+        value = getattr(args, key)
+        number = isinstance(default, int | float) and not isinstance(default, bool)
+        whole = isinstance(default, int)
+        kinds = (int,) if whole else (int, float)
+        if number and (not isinstance(value, kinds) or isinstance(value, bool)):
+            kind = "a whole number" if whole else "a number"
+            raise InputError(f"{_option(key)} must be {kind}, got {value!r}.")
+    for key, least in _AT_LEAST.items():
+        if not getattr(args, key) >= least:
+            raise InputError(f"{_option(key)} must be at least {least}, got {getattr(args, key)}.")
+    share = args.scaling_learning_rate
+    if share is not None and not (isinstance(share, int | float) and share >= 0):
+        raise InputError(f"--scaling-learning-rate must be at least 0, got {share!r}.")
+    if args.trained_length is not None and args.scaling is None:
+        raise InputError("--trained-length needs --scaling; a converted model knows its own.")
+    dropout = (args.lora_parameters or {}).get("dropout", 0)
+    if args.grad_checkpoint and dropout:
+        raise InputError(
+            "--grad-checkpoint runs every layer twice, and dropout would differ between the two: "
+            "set dropout to 0 in lora_parameters, or leave --grad-checkpoint out."
+        )
+    if args.resume and args.resume_adapter_file:
+        raise InputError("--resume and --resume-adapter-file exclude each other.")
+
+
+def _train(
+    args: argparse.Namespace,
+    model: Any,
+    corpora: dict[str, Corpus],
+    entry: dict[str, Any] | None,
+) -> None:
+    checkpoints = Checkpoints(Path(args.adapter_path).expanduser(), keep=args.keep)
+    if checkpoints.newest is not None and not args.resume:
+        raise InputError(
+            f"{args.adapter_path} holds a run already: go on with --resume, or give another "
+            "--adapter-path."
+        )
+    share = _scaling_share(args)
+    extra = choose_trained(
+        model,
+        fine_tune_type=args.fine_tune_type,
+        num_layers=args.num_layers,
+        lora_parameters=args.lora_parameters,
+        scaling=share > 0,
+        norms_and_embeddings=args.train_norms_and_embeddings,
+    )
+    if args.resume_adapter_file is not None:
+        try:
+            model.load_weights(args.resume_adapter_file, strict=False)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise InputError(
+                f"--resume-adapter-file {args.resume_adapter_file} does not load: {error}"
+            ) from error
+    print_trainable_parameters(model)
+
+    batches = _batches(args, corpora["train"])
+    draws = Draws(model.scaling, _procedure(args, model), np.random.default_rng(args.seed))
+    draws.check(args.max_seq_length)
+    valid = corpora.get("valid")
+    lengths = tuple(args.eval_lengths or ())
+    if lengths and valid is None:
+        raise InputError(f"--eval-lengths needs validation data; {args.data} has none.")
+    if valid is not None:
+        check_lengths(model, valid, lengths)
+    updates = -(-args.iters // args.grad_accumulation_steps)
+    schedule = learning_rate_schedule(
+        args.learning_rate,
+        updates=updates,
+        warmup=args.warmup,
+        cosine=args.cosine,
+        config=args.lr_schedule,
+    )
+    optimizer = build_optimizer(
+        args.optimizer,
+        (args.optimizer_config or {}).get(args.optimizer) or {},
+        schedule,
+        scaling_share=share,
+    )
+    callback: Any = _reporting(args)
+    training = Run(
+        step=TrainingStep(
+            model,
+            optimizer,
+            grad_checkpoint=args.grad_checkpoint,
+            max_grad_norm=args.max_grad_norm,
+        ),
+        draws=draws,
+        batches=batches,
+        options=LoopOptions(
+            iters=args.iters,
+            grad_accumulation_steps=args.grad_accumulation_steps,
+            steps_per_report=args.steps_per_report,
+            steps_per_eval=args.steps_per_eval,
+            save_every=args.save_every,
+            val_batches=args.val_batches,
+            eval_lengths=lengths,
+        ),
+        checkpoints=checkpoints,
+        config=_adapter_config(args, model, entry),
+        valid=_valid_batches(args, valid),
+        valid_corpus=valid,
+        extra=extra,
+        seed=args.seed,
+    )
+    if callback is not None:
+        training.on_report = callback.on_train_loss_report
+        training.on_validation = callback.on_val_loss_report
+    same = _same(args, corpora["train"])
+    if args.resume:
+        if not training.resume(same):
+            _say(f"{args.adapter_path} has no save yet; starting at iteration 0.")
+        elif training.progress.iteration >= args.iters:
+            _say(f"{args.adapter_path} has all {training.progress.iteration} iterations already.")
+            return
+        else:
+            _say(f"Going on after iteration {training.progress.iteration}.")
+    training.train(same)
+
+
+def _scaling_share(args: argparse.Namespace) -> float:
+    """The scaling's learning rate / the model's."""
+    if args.scaling_learning_rate is None:
+        return 1.0 if args.release_recipe else SCALING_SHARE
+    if args.scaling_learning_rate and not args.learning_rate:
+        raise InputError("--scaling-learning-rate needs a --learning-rate above 0.")
+    return args.scaling_learning_rate / args.learning_rate if args.scaling_learning_rate else 0.0
+
+
+def _procedure(args: argparse.Namespace, model: Any) -> Procedure:
+    default = procedure_for(model.scaling, released=args.release_recipe)
+    return Procedure(
+        scale_draw=args.scale_draw or default.scale_draw,
+        sampling=args.sampling or default.sampling,
+        plain_share=args.plain_share,
+    )
+
+
+def _batches(args: argparse.Namespace, corpus: Corpus) -> Batches:
+    return Batches(
+        corpus,
+        packing=args.packing,
+        length=args.max_seq_length,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+
+
+def _valid_batches(args: argparse.Namespace, corpus: Corpus | None) -> Batches | None:
+    """Batches to validate on, or None, said aloud, where there is too little."""
+    if corpus is None:
+        _say("No validation data; training goes on without.")
+        return None
+    try:
+        return _batches(args, corpus)
+    except InputError as error:
+        if args.eval_lengths:
+            raise
+        _say(f"Training goes on without validation: {error}")
+        return None
+
+
+def _reporting(args: argparse.Namespace) -> Any:
+    try:
+        return get_reporting_callbacks(
+            args.report_to,
+            project_name=args.project_name,
+            log_dir=args.adapter_path,
+            config=vars(args),
+        )
+    except (ValueError, ImportError) as error:
+        raise InputError(f"--report-to {args.report_to}: {error}") from error
+
+
+def _adapter_config(
+    args: argparse.Namespace, model: Any, entry: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What mlx-lm's loader reads, the options, and the scaling that the base lacks."""
+    config = {key: value for key, value in vars(args).items() if key in _DEFAULTS}
+    if args.num_layers <= 0 or args.num_layers > len(model.layers):
+        config["num_layers"] = len(model.layers)
+    if args.fine_tune_type == "scaling":
+        # For mlx-lm's loader: adapters in no layer.
+        config["lora_parameters"] = {**args.lora_parameters, "keys": []}
+    if entry is not None:
+        config["rope_scaling"] = {**entry, **vars(model.scaling.config)}
+        config["trained_length"] = model.scaling.trained_length
+    return config
+
+
+def _same(args: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
+    """What a resumed run must have in common with the one before."""
+    settings = {key: value for key, value in vars(args).items() if key not in _FREE}
+    settings.pop("clear_cache_threshold", None)
+    folder = resolve(args.model)
+    digest = hashlib.sha256(json.dumps(read_config(folder), sort_keys=True).encode())
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    ends = np.concatenate([corpus.tokens[: 1 << 20], corpus.tokens[-(1 << 20) :]])
+    return settings | {
+        "the model": digest.hexdigest()[:16],
+        "the training data": f"{len(corpus.tokens)} tokens, {zlib.crc32(ends.tobytes()):08x}",
+    }
+
+
+def _option(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
+def _say(text: str) -> None:
+    print(f"[mlx_clex] {text}", file=sys.stderr)
+
+
+def main() -> None:
+    """Run the command and exit with its status."""
+    sys.exit(
+        run_command(
+            add_arguments,
+            run,
+            prog="mlx_clex.lora",
+            description="Fine-tune a model for texts longer than it was trained on.",
+            parents=[build_parser()],
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

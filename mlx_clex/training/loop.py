@@ -1,0 +1,309 @@
+"""The training loop: steps, reports, evaluations, saves, and going on from one.
+
+What decides the next step is saved in full: weights, optimizer, generator of the draws,
+place in the data, iteration. A resumed run on the CPU is bit-identical to one that was
+never stopped.
+
+Not covered: what is trained and with which optimizer (`setup.py`).
+"""
+
+import contextlib
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from tqdm import tqdm
+
+from ..errors import InputError, RunError
+from ..load import ADAPTER_SCALING, EXTRA_WEIGHTS
+from ..scaling import PREFIX
+from .batches import Batches
+from .checkpoints import ADAPTERS, OPTIMIZER, STATE, Checkpoints, read_json
+from .data import Corpus
+from .draws import Draws
+from .evaluation import mean_loss, perplexity
+from .step import Result, TrainingStep
+
+LOSSES = "losses.jsonl"  # in the adapters' folder: loss and scale of every iteration
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopOptions:
+    """When to do what, in iterations; one iteration is one micro-batch."""
+
+    iters: int
+    grad_accumulation_steps: int = 1
+    steps_per_report: int = 10
+    steps_per_eval: int = 200
+    save_every: int = 100
+    val_batches: int = 25  # -1: all
+    eval_lengths: tuple[int, ...] = ()  # tokens
+    eval_windows: int = 4  # sequences at each of these lengths
+
+
+@dataclass
+class Progress:
+    """What is counted on the way."""
+
+    iteration: int = 0
+    trained_tokens: int = 0
+    # Since the last report:
+    losses: float = 0.0
+    tokens: int = 0
+
+
+@dataclass
+class Run:
+    """A training run, from its parts."""
+
+    step: TrainingStep
+    draws: Draws
+    batches: Batches
+    options: LoopOptions
+    checkpoints: Checkpoints
+    config: Mapping[str, Any]  # written as adapter_config.json
+    valid: Batches | None = None
+    valid_corpus: Corpus | None = None
+    extra: frozenset[str] = frozenset()  # trained names that no adapter loader knows
+    seed: int = 0
+    on_report: Callable[[dict[str, Any]], None] = lambda info: None
+    on_validation: Callable[[dict[str, Any]], None] = lambda info: None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model in training."""
+        return self.step.model
+
+    def resume(self, same: Mapping[str, Any]) -> bool:
+        """Go on from the newest save.
+
+        Args:
+            same: settings that must be as they were.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            InputError: it is of another run; the message says what differs.
+        """
+        newest = self.checkpoints.newest
+        if newest is None:
+            return False
+        state = read_json(newest / STATE)
+        before = state["same"]
+        differing = [
+            f"{key} was {before.get(key)!r} and is {same.get(key)!r}"
+            for key in sorted(before.keys() | same.keys())
+            if before.get(key) != _as_json(same.get(key))
+        ]
+        if differing:
+            raise InputError(
+                f"{self.checkpoints.folder} holds a run with other settings: "
+                f"{'; '.join(differing)}. Resume with the same ones, or give another "
+                "--adapter-path."
+            )
+        for name in (ADAPTERS, ADAPTER_SCALING, EXTRA_WEIGHTS):
+            if (newest / name).is_file():
+                weights: Any = mx.load(str(newest / name))
+                self.model.load_weights(list(weights.items()), strict=False)
+        optimizer: Any = mx.load(str(newest / OPTIMIZER))
+        self.step.restore(optimizer)
+        self.draws.rng.bit_generator.state = state["rng"]
+        self.batches.state = state["data"]
+        self.progress = Progress(**state["progress"])
+        return True
+
+    def train(self, same: Mapping[str, Any]) -> None:
+        """Run to the last iteration, saving as it goes and at the end.
+
+        Args:
+            same: settings that a later resume must have as well.
+
+        Raises:
+            RunError: the loss is no longer a number; the last save stays.
+            KeyboardInterrupt: Ctrl-C, after a save.
+        """
+        options, progress = self.options, self.progress
+        self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+        log = self._open_log()
+        self.model.train()
+        started = time.perf_counter()
+        save_due = False
+        bar = tqdm(total=options.iters, initial=progress.iteration, desc="Training", leave=False)
+        with log, bar, _stop_request() as stopped:
+            if progress.iteration == 0:
+                self._validate()
+                started = time.perf_counter()
+            while progress.iteration < options.iters:
+                iteration = progress.iteration + 1
+                update = (
+                    iteration % options.grad_accumulation_steps == 0 or iteration == options.iters
+                )
+                result, scale = self._iterate(iteration, update)
+                loss = result.loss / max(result.tokens, 1)
+                line = {"iteration": iteration, "loss": loss, "scale": scale}
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                self._check_finite(line, result)
+                progress.iteration = iteration
+                progress.losses += result.loss
+                progress.tokens += result.tokens
+                progress.trained_tokens += result.tokens
+                bar.update()
+                if iteration % options.steps_per_report == 0 or iteration == options.iters:
+                    self._report(time.perf_counter() - started)
+                    started = time.perf_counter()
+                if iteration % options.steps_per_eval == 0 or iteration == options.iters:
+                    self._validate()
+                    started = time.perf_counter()
+                save_due = save_due or iteration % options.save_every == 0
+                # Between micro-batches of one update there is a half-made gradient.
+                if update and (save_due or stopped() or iteration == options.iters):
+                    self._save(same)
+                    save_due = False
+                    if stopped():
+                        raise KeyboardInterrupt
+
+    def _iterate(self, iteration: int, update: bool) -> tuple[Result, float]:
+        batch = self.batches.next()
+        draw = self.draws.draw(batch.tokens.shape[1])
+        # Dropout of an iteration depends on nothing that came before it.
+        mx.random.seed(self.seed * 1_000_003 + iteration)
+        return self.step(batch, draw, update=update), draw.scale
+
+    def _check_finite(self, line: Mapping[str, Any], result: Result) -> None:
+        if math.isfinite(line["loss"]) and math.isfinite(result.norm):
+            return
+        newest = self.checkpoints.newest
+        kept = f"the last good save is {newest}" if newest else "nothing was saved yet"
+        raise RunError(
+            f"Iteration {line['iteration']}, scale {line['scale']:g}: the loss is "
+            f"{line['loss']:g}, the gradient's norm {result.norm:g}; {kept}. Lower "
+            "--learning-rate or --scaling-learning-rate, or set --max-grad-norm."
+        )
+
+    def _report(self, seconds: float) -> None:
+        progress = self.progress
+        # Of several optimizers the last is the model's.
+        optimizer = getattr(self.step.optimizer, "optimizers", [self.step.optimizer])[-1]
+        learning_rate = mx.array(optimizer.learning_rate).item()
+        steps = (progress.iteration - 1) % self.options.steps_per_report + 1
+        info = {
+            "iteration": progress.iteration,
+            "train_loss": progress.losses / max(progress.tokens, 1),
+            "learning_rate": learning_rate,
+            "iterations_per_second": steps / seconds,
+            "tokens_per_second": progress.tokens / seconds,
+            "trained_tokens": progress.trained_tokens,
+            "peak_memory": mx.get_peak_memory() / 1e9,
+        }
+        tqdm.write(
+            f"Iter {info['iteration']}: Train loss {info['train_loss']:.3f}, "
+            f"Learning Rate {learning_rate:.3e}, "
+            f"It/sec {info['iterations_per_second']:.3f}, "
+            f"Tokens/sec {info['tokens_per_second']:.3f}, "
+            f"Trained Tokens {progress.trained_tokens}, "
+            f"Peak mem {info['peak_memory']:.3f} GB"
+        )
+        self.on_report(info)
+        progress.losses, progress.tokens = 0.0, 0
+
+    def _validate(self) -> None:
+        options, info = self.options, {"iteration": self.progress.iteration}
+        if self.valid is None or self.valid_corpus is None:
+            return
+        started = time.perf_counter()
+        count = self.valid.per_epoch if options.val_batches == -1 else options.val_batches
+        batches = (batch for batch, _ in zip(self.valid, range(count), strict=False))
+        loss = mean_loss(self.model, batches)
+        found = {
+            n: perplexity(self.model, self.valid_corpus, n, options.eval_windows)
+            for n in options.eval_lengths
+        }
+        seconds = time.perf_counter() - started
+        text = f"Iter {self.progress.iteration}: Val loss {loss:.3f}, Val took {seconds:.3f}s"
+        tqdm.write(text)
+        if found:
+            table = ", ".join(f"{n} tokens {value:.3f}" for n, value in found.items())
+            tqdm.write(f"Iter {self.progress.iteration}: Perplexity at {table}")
+        by_length = {f"perplexity_{n}": value for n, value in found.items()}
+        self.on_validation(info | {"val_loss": loss, "val_time": seconds} | by_length)
+
+    def _save(self, same: Mapping[str, Any]) -> None:
+        trained = dict(tree_flatten(self.model.trainable_parameters()))
+        scaling = {k: v for k, v in trained.items() if k.startswith(PREFIX)}
+        extra = {k: v for k, v in trained.items() if k in self.extra}
+        rest = {k: v for k, v in trained.items() if k not in scaling and k not in extra}
+        arrays = {ADAPTERS: rest, OPTIMIZER: self.step.optimizer_arrays()}
+        if scaling:
+            arrays[ADAPTER_SCALING] = scaling
+        if extra:
+            arrays[EXTRA_WEIGHTS] = extra
+        config = {
+            **self.config,
+            "trained_scaling": bool(scaling),
+            "trained_extra": bool(extra),
+        }
+        state = {
+            "same": _as_json(same),
+            "rng": self.draws.rng.bit_generator.state,
+            "data": self.batches.state,
+            "progress": vars(self.progress),
+        }
+        saved = self.checkpoints.save(self.progress.iteration, arrays, config, state)
+        tqdm.write(f"Iter {self.progress.iteration}: Saved {saved}.")
+
+    def _open_log(self) -> Any:
+        """The file of losses, without what a killed run wrote past its last save."""
+        path = self.checkpoints.folder / LOSSES
+        lines = read_losses(path)[: self.progress.iteration]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        return path.open("a", encoding="utf-8")
+
+
+def read_losses(path: Path) -> list[dict[str, float]]:
+    """Loss and scale of every iteration; a line that was cut off ends it."""
+    lines = []
+    if path.is_file():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+    return lines
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+@contextlib.contextmanager
+def _stop_request() -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C be asked for, and the second stop at once."""
+    asked: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+        tqdm.write("Stopping after this step; Ctrl-C again stops without a save.")
+
+    try:
+        before = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not in the main thread, where no signal comes
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,171 @@
+"""What is trained, and by which optimizer.
+
+Layers, schedules and optimizers are mlx-lm's and mlx's own; added are the scaling's
+tensors, with a learning rate of their own, and norms and embeddings (after LongLoRA,
+arXiv 2309.12307, which found adapters alone too weak for longer contexts).
+
+Not covered: the steps themselves.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
+
+from ..errors import InputError
+from ..scaling import PREFIX
+
+FINE_TUNE_TYPES = ("lora", "dora", "full", "scaling")
+OPTIMIZERS: dict[str, Any] = {
+    "adam": optim.Adam,
+    "adamw": optim.AdamW,
+    "muon": optim.Muon,
+    "sgd": optim.SGD,
+    "adafactor": optim.Adafactor,
+}
+# Of the model's learning rate: at 1 x CLEX's network squeezes all frequencies.
+SCALING_SHARE = 0.01
+
+
+def choose_trained(
+    model: Any,
+    *,
+    fine_tune_type: str,
+    num_layers: int,
+    lora_parameters: Mapping[str, Any],
+    scaling: bool,
+    norms_and_embeddings: bool,
+) -> frozenset[str]:
+    """Freeze the model but for what is to be trained.
+
+    Args:
+        model: from `load` or `attach`.
+        fine_tune_type: one of `FINE_TUNE_TYPES`.
+        num_layers: how many of the last layers; -1 for all.
+        lora_parameters: rank, scale, dropout and, if wanted, keys, as in mlx-lm.
+        scaling: train the scaling's tensors, where it has some.
+        norms_and_embeddings: train these too, in all layers.
+
+    Returns:
+        Names of norms and embeddings that would otherwise not be trained.
+
+    Raises:
+        InputError: nothing would be trained, or a quantised weight would.
+    """
+    if fine_tune_type not in FINE_TUNE_TYPES:
+        raise InputError(
+            f"--fine-tune-type must be one of {', '.join(FINE_TUNE_TYPES)}, got {fine_tune_type!r}."
+        )
+    model.freeze()
+    count = len(model.layers)
+    last = model.layers[-num_layers:] if 0 < num_layers < count else model.layers
+    if fine_tune_type == "full":
+        if any(isinstance(m, nn.QuantizedLinear) for layer in last for m in layer.modules()):
+            raise InputError(
+                "--fine-tune-type full cannot train quantised weights: use lora or dora, or an "
+                "unquantised model."
+            )
+        for layer in last:
+            layer.unfreeze()
+    elif fine_tune_type != "scaling":
+        try:
+            linear_to_lora_layers(
+                model, len(last), dict(lora_parameters), use_dora=fine_tune_type == "dora"
+            )
+        except (KeyError, ValueError, TypeError) as error:
+            raise InputError(f"lora_parameters cannot be used: {error}.") from error
+    if scaling and model.scaling.learned:
+        model.scaling.unfreeze()
+    before = set(dict(tree_flatten(model.trainable_parameters())))
+    if norms_and_embeddings:
+        _unfreeze_norms_and_embeddings(model)
+    after = set(dict(tree_flatten(model.trainable_parameters())))
+    if not after:
+        raise InputError(
+            f"--fine-tune-type {fine_tune_type} trains nothing: {type(model.scaling).__name__} has "
+            "no tensors of its own, or --scaling-learning-rate is 0. Use lora, dora or full."
+        )
+    return frozenset(after - before)
+
+
+def _unfreeze_norms_and_embeddings(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.QuantizedEmbedding):
+            raise InputError(
+                f"--train-norms-and-embeddings cannot train {name}, which is quantised: use an "
+                "unquantised model, or leave the option out."
+            )
+        if isinstance(module, nn.Embedding) or "Norm" in type(module).__name__:
+            module.unfreeze()
+
+
+def build_optimizer(
+    name: str,
+    options: Mapping[str, Any],
+    learning_rate: Any,
+    *,
+    scaling_share: float,
+) -> optim.Optimizer:
+    """One optimizer for the model and one for the scaling.
+
+    Args:
+        name: one of `OPTIMIZERS`.
+        options: its own settings, as in mlx-lm's `optimizer_config`.
+        learning_rate: a number, or a schedule from `learning_rate_schedule`.
+        scaling_share: the scaling's learning rate / the model's.
+
+    Raises:
+        InputError: an unknown optimizer or setting.
+    """
+    if name not in OPTIMIZERS:
+        raise InputError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
+    try:
+        return optim.MultiOptimizer(
+            [
+                OPTIMIZERS[name](learning_rate=_times(learning_rate, scaling_share), **options),
+                OPTIMIZERS[name](learning_rate=learning_rate, **options),
+            ],
+            [lambda path, _: path.startswith(PREFIX)],
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"optimizer_config of {name} cannot be used: {error}.") from error
+
+
+def learning_rate_schedule(
+    learning_rate: float, *, updates: int, warmup: int, cosine: bool, config: Any = None
+) -> Any:
+    """A number, or a function from the update to the learning rate.
+
+    Args:
+        learning_rate: the highest.
+        updates: of the whole run.
+        warmup: updates of linear growth from 0 before it.
+        cosine: fall to 0 along a half cosine after it.
+        config: mlx-lm's `lr_schedule`, in place of the others.
+
+    Raises:
+        InputError: a schedule that mlx-lm does not know.
+    """
+    if config is None:
+        if not (warmup or cosine):
+            return learning_rate
+        # Where nothing falls, a straight line from the rate to itself.
+        config = {"name": "linear_schedule", "arguments": [learning_rate, learning_rate, 1]}
+        if cosine:
+            arguments = [learning_rate, max(1, updates - warmup)]
+            config = {"name": "cosine_decay", "arguments": arguments}
+        config["warmup"] = warmup
+    try:
+        return build_schedule(config)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(f"lr_schedule cannot be used: {error!r}.") from error
+
+
+def _times(learning_rate: Any, share: float) -> Any:
+    if not callable(learning_rate):
+        return learning_rate * share
+    return lambda step: mx.array(learning_rate(step)) * share

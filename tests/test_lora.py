@@ -1,0 +1,383 @@
+"""The fine-tuning command: runs, saves, resumes, refuses."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+import yaml
+
+from mlx_clex import load, lora
+from mlx_clex.cli import run_command
+from mlx_clex.errors import InputError
+from mlx_clex.lora import build_parser
+from mlx_clex.training.checkpoints import Checkpoints
+from mlx_clex.training.loop import read_losses
+
+from .conftest import GOLDEN, stock_folder
+
+WORDS = "the quick brown fox jumps over the lazy dog and runs away from it all . "
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A home directory for the cache of tokens."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A folder with train and valid texts."""
+    folder = tmp_path_factory.mktemp("texts")
+    for split, count in (("train", 60), ("valid", 40), ("test", 20)):
+        (folder / split).mkdir()
+        (folder / split / "a.txt").write_text(WORDS * count)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _at_home(home, monkeypatch):
+    """Without compiling, which takes a C++ compiler seconds a kernel on the CPU."""
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")  # in processes started here
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture(scope="module")
+def base(converted):
+    """A converted CLEX checkpoint: L0 32, max_factor 8."""
+    return converted("clex_llama")
+
+
+def argv_for(model, texts, adapters, *more):
+    options = f"--batch-size 2 --max-seq-length 32 --num-layers 2 --learning-rate 1e-3 {more[0]}"
+    paths = ["--model", str(model), "--data", str(texts), "--adapter-path", str(adapters)]
+    return ["--train", *paths, *options.split(), *more[1:]]
+
+
+def call(argv):
+    return run_command(
+        lora.add_arguments,
+        lora.run,
+        prog="mlx_clex.lora",
+        description="",
+        argv=argv,
+        parents=[build_parser()],
+    )
+
+
+def whole_parser():
+    parser = argparse.ArgumentParser(parents=[build_parser()], conflict_handler="resolve")
+    lora.add_arguments(parser)
+    return parser
+
+
+def arrays(folder):
+    names = ("adapters.safetensors", "scaling.safetensors", "norms_embeddings.safetensors")
+    return {name: mx.load(str(folder / name)) for name in names if (folder / name).is_file()}
+
+
+def equal(one, two):
+    return one.keys() == two.keys() and all(
+        one[name].keys() == two[name].keys()
+        and all(mx.array_equal(one[name][key], two[name][key]).item() for key in one[name])
+        for name in one
+    )
+
+
+def test_a_run_trains_reports_and_saves(base, texts, tmp_path, capsys):
+    """Losses fall, perplexities by length are printed, and adapters change the answers."""
+    mx.enable_compile()
+    adapters = tmp_path / "adapters"
+    more = "--iters 30 --save-every 15 --steps-per-eval 30 --eval-lengths 32 64 --grad-checkpoint"
+    assert call(argv_for(base, texts, adapters, more, "--test")) == 0
+
+    losses = [line["loss"] for line in read_losses(adapters / "losses.jsonl")]
+    assert len(losses) == 30
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert len({line["scale"] for line in read_losses(adapters / "losses.jsonl")}) > 3
+    printed = capsys.readouterr().out
+    assert "Iter 30: Train loss" in printed
+    assert "Iter 30: Perplexity at 32 tokens" in printed
+    assert "Test ppl" in printed
+    saves = sorted(path.name for path in (adapters / "checkpoints").iterdir())
+    assert saves == ["0000015", "0000030"]
+    before, after = load(base)[0], load(base, adapter_path=adapters)[0]
+    ids = mx.arange(40)[None]
+    assert mx.abs(before(ids) - after(ids)).max().item() > 0
+    assert not mx.array_equal(before.scaling.down_proj, after.scaling.down_proj)
+
+
+def test_stock_mlx_lm_reads_the_adapters(base, texts, tmp_path):
+    """Its loader refuses every leaf it does not know."""
+    from mlx_lm.tuner.utils import load_adapters
+
+    for kind in ("lora", "dora", "scaling", "full"):
+        adapters = tmp_path / kind
+        assert call(argv_for(base, texts, adapters, f"--iters 1 --fine-tune-type {kind}")) == 0
+        model = load(base)[0]
+        load_adapters(model, str(adapters))
+        assert (adapters / "scaling.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        ("--optimizer adamw --warmup 2 --cosine --max-grad-norm 1", "clex_llama"),
+        (
+            "--grad-accumulation-steps 3 --train-norms-and-embeddings --grad-checkpoint",
+            "gene_llama",
+        ),
+        ("--sampling dense --fine-tune-type full --packing plain --batch-size 1", "clex_phi"),
+    ],
+)
+def test_resuming_is_bit_identical(more, name, converted, texts, tmp_path):
+    """Weights and every loss, with dropout, accumulation and a schedule."""
+    model, whole, parts = converted(name), tmp_path / "whole", tmp_path / "parts"
+    config = tmp_path / "config.yaml"
+    dropout = 0.0 if "checkpoint" in more else 0.1
+    rank = {"rank": 4, "scale": 10.0, "dropout": dropout}
+    config.write_text(yaml.safe_dump({"lora_parameters": rank, "save_every": 4}))
+    more = f"{more} --iters 14 -c {config}"
+    assert call(argv_for(model, texts, whole, more)) == 0
+    step = lora.TrainingStep.__call__
+    calls = []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 10:
+            raise KeyboardInterrupt  # as a kill would, in the middle of a step
+        return step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(lora.TrainingStep, "__call__", interrupted)
+        assert call(argv_for(model, texts, parts, more)) == 130
+    assert call(argv_for(model, texts, parts, more, "--resume")) == 0
+    assert read_losses(whole / "losses.jsonl") == read_losses(parts / "losses.jsonl")
+    assert equal(arrays(whole), arrays(parts))
+
+
+def start(argv, home, texts):
+    return subprocess.Popen(
+        [sys.executable, "-m", "mlx_clex.lora", *argv],
+        env=os.environ | {"HOME": str(home)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(adapters, lines):
+    deadline = time.monotonic() + 60
+    while len(read_losses(adapters / "losses.jsonl")) < lines:
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.02)
+
+
+def test_killed_and_interrupted_processes_go_on(base, texts, tmp_path, home):
+    """SIGKILL at any moment, then Ctrl-C, then to the end: as if nothing had been."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = "--iters 40 --save-every 3"
+    assert call(argv_for(base, texts, whole, more)) == 0
+
+    killed = start(argv_for(base, texts, parts, more), home, texts)
+    wait_for(parts, 8)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    newest = Checkpoints(parts, keep=2).newest
+    assert newest is not None
+    load(base, adapter_path=parts)
+
+    before = int(newest.name)
+    stopped = start(argv_for(base, texts, parts, more, "--resume"), home, texts)
+    wait_for(parts, before + 5)
+    stopped.send_signal(signal.SIGINT)
+    out, _ = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130, out
+    assert f"Going on after iteration {before}" in out
+    at = int(Checkpoints(parts, keep=2).newest.name)
+    assert at == len(read_losses(parts / "losses.jsonl"))
+
+    assert call(argv_for(base, texts, parts, more, "--resume")) == 0
+    assert read_losses(whole / "losses.jsonl") == read_losses(parts / "losses.jsonl")
+    assert equal(arrays(whole), arrays(parts))
+
+
+def test_resume_without_a_save_and_after_the_end(base, texts, tmp_path, capsys):
+    """The one starts at 0 and says so, the other has nothing to do."""
+    argv = argv_for(base, texts, tmp_path / "a", "--iters 2", "--resume")
+    assert call(argv) == 0
+    assert "no save yet" in capsys.readouterr().err
+    assert call(argv) == 0
+    assert "has all 2 iterations" in capsys.readouterr().err
+
+
+def test_resume_refuses_another_run(base, texts, tmp_path, capsys):
+    """What differs is said; starting over in the folder is refused too."""
+    assert call(argv_for(base, texts, tmp_path / "a", "--iters 2")) == 0
+    other = argv_for(base, texts, tmp_path / "a", "--iters 4 --seed 5", "--resume")
+    assert call(other) == 2
+    assert "seed was 0 and is 5" in capsys.readouterr().err
+    assert call(argv_for(base, texts, tmp_path / "a", "--iters 2")) == 2
+    assert "go on with --resume" in capsys.readouterr().err
+
+
+def test_nan_stops_and_keeps_the_last_good_save(base, texts, tmp_path, capsys):
+    """Step and scale are named, and what was saved still loads."""
+    adapters = tmp_path / "a"
+    argv = argv_for(base, texts, adapters, "--iters 3")
+    assert call(argv) == 0
+    good = arrays(adapters)
+    huge = "--iters 9 --save-every 1 --learning-rate 1e30 --optimizer sgd"
+    assert call(argv_for(base, texts, tmp_path / "b", huge)) == 1
+    assert "the loss is" in capsys.readouterr().err
+    newest = Checkpoints(tmp_path / "b", keep=2).newest
+    for weights in arrays(newest).values():
+        assert all(mx.isfinite(value).all().item() for value in weights.values())
+    assert equal(good, arrays(adapters))
+
+
+def test_a_full_disk_leaves_the_save_before(base, texts, tmp_path, monkeypatch, capsys):
+    """Exit 1, one line, and the links still lead to a whole save."""
+    from mlx_clex.training import checkpoints
+
+    adapters = tmp_path / "a"
+    real, writes = checkpoints.write, []
+
+    def full(path, *args):
+        writes.append(path)
+        if len(writes) > 4:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(path, *args)
+
+    monkeypatch.setattr(checkpoints, "write", full)
+    assert call(argv_for(base, texts, adapters, "--iters 4 --save-every 1")) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert [path.name for path in (adapters / "checkpoints").iterdir()] == ["0000001"]
+    load(base, adapter_path=adapters)
+
+
+def test_a_base_without_a_scaling_gets_one(texts, tmp_path):
+    """Its adapters bring the scaling along, also when it is held at a scale."""
+    folder = stock_folder(tmp_path, GOLDEN / "clex_llama", vocab_size=512)
+    for name in ("clex --max-factor 4", "gene --factor 4 --training-seq-len 32", "none"):
+        adapters = tmp_path / name.split()[0]
+        more = f"--iters 2 --scaling {name} --trained-length 32"
+        assert call(argv_for(folder, texts, adapters, more)) == 0
+        model, _ = load(folder, adapter_path=adapters)
+        assert model.scaling.trained_length == 32
+    model, _ = load(folder, adapter_path=tmp_path / "clex", scale=3)
+    assert model.fixed_scale == 3
+    assert model.scaling.config.max_factor == 4
+    assert mx.abs(model.scaling.down_proj).max().item() > 0
+
+
+@pytest.mark.parametrize("name", ["scaling.safetensors", "norms_embeddings.safetensors"])
+def test_adapters_without_a_trained_part_are_refused(base, texts, tmp_path, name):
+    """They would load, and answer wrongly."""
+    adapters = tmp_path / "a"
+    assert call(argv_for(base, texts, adapters, "--iters 1 --train-norms-and-embeddings")) == 0
+    load(base, adapter_path=adapters)
+    (adapters / "current").resolve().joinpath(name).unlink()
+    with pytest.raises(InputError, match=f"lacks {name}"):
+        load(base, adapter_path=adapters)
+
+
+def test_the_network_learns_at_its_own_rate(base, texts, tmp_path):
+    """--scaling-learning-rate 0 leaves it as it was, and no file for it."""
+    assert call(argv_for(base, texts, tmp_path / "a", "--iters 2 --scaling-learning-rate 0")) == 0
+    assert not (tmp_path / "a" / "scaling.safetensors").exists()
+    moved = {}
+    for rate in ("1e-2", "1e-4"):
+        adapters = tmp_path / rate
+        assert (
+            call(argv_for(base, texts, adapters, f"--iters 4 --scaling-learning-rate {rate}")) == 0
+        )
+        after = mx.load(str(adapters / "scaling.safetensors"))["scaling.down_proj"]
+        moved[rate] = mx.abs(after - load(base)[0].scaling.down_proj).max().item()
+    assert 20 < moved["1e-2"] / moved["1e-4"] < 500
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ("--iters 0", "--iters must be at least 1"),
+        ("--max-seq-length 320", "beyond 256 tokens"),
+        ("--max-seq-length 200 --sampling release --packing plain --batch-size 9", "fewer than"),
+        ("--eval-lengths 300", "beyond the reach"),
+        ("--scaling clex", "weights of its own"),
+        ("--trained-length 5", "needs --scaling"),
+        ("--max-factor 5", "needs --scaling"),
+        ("--mask-prompt", "no prompts"),
+        ("--plain-share 2", "--plain-share"),
+        ("--resume-adapter-file nowhere.safetensors", "does not load"),
+        ("--report-to nothing", "--report-to nothing"),
+    ],
+)
+def test_bad_options_are_one_line(base, texts, tmp_path, more, match, capsys):
+    """Exit 2, nothing written."""
+    assert call(argv_for(base, texts, tmp_path / "a", more)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert match in error
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("samplng: skips", "'samplng', which is none of"),
+        ("- a", "no list of"),
+        ("a: [", "cannot be read"),
+        ("sampling: skip", "release, dense, skips, contiguous"),
+        ("iters: many", "must be a whole number"),
+        ("lora_parameters: {rank: 8, dropout: 0.0}", "lora_parameters cannot be used"),
+        ("lora_parameters: {rank: 8, scale: 1.0, dropout: 0.5}\ngrad_checkpoint: true", "twice"),
+        ("lr_schedule: {name: nothing, arguments: [1]}", "lr_schedule cannot be used"),
+        ("optimizer: adamw\noptimizer_config: {adamw: {decay: 1}}", "optimizer_config of adamw"),
+    ],
+)
+def test_bad_yaml_is_one_line(base, texts, tmp_path, text, match, capsys):
+    """The key is named."""
+    (tmp_path / "c.yaml").write_text(text)
+    argv = argv_for(base, texts, tmp_path / "a", f"-c {tmp_path / 'c.yaml'}")
+    assert call(argv) == 2
+    assert match in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_options_come_before_yaml_and_yaml_before_defaults(tmp_path):
+    """As in mlx_lm.lora."""
+    (tmp_path / "c.yaml").write_text("iters: 7\nbatch_size: 3\nlearning_rate: 1e-4\n")
+    args = ["-c", str(tmp_path / "c.yaml"), "--iters", "5"]
+    args = lora.with_config(whole_parser().parse_args(args))
+    assert (args.iters, args.batch_size, args.learning_rate, args.seed) == (5, 3, 1e-4, 0)
+
+
+def test_every_option_of_mlx_lm_is_taken():
+    """A script for mlx_lm.lora must run with the other name in front."""
+    ours, theirs = (
+        {option for action in parser._actions for option in action.option_strings}
+        for parser in (whole_parser(), build_parser())
+    )
+    assert theirs <= ours
+    assert {"--resume", "--keep", "--eval-lengths", "--scaling", "--max-grad-norm"} <= ours
+
+
+def test_the_root_changes_in_one_step(base, texts, tmp_path):
+    """All files at the root go through one link, so none is of another save."""
+    adapters = tmp_path / "a"
+    assert call(argv_for(base, texts, adapters, "--iters 2 --save-every 1")) == 0
+    for name in ("adapters.safetensors", "adapter_config.json", "scaling.safetensors"):
+        assert (adapters / name).readlink() == Path("current", name)
+    assert (adapters / "current").readlink() == Path("checkpoints/0000002")
+    config = json.loads((adapters / "adapter_config.json").read_text())
+    assert config["fine_tune_type"] == "lora"
+    assert config["trained_scaling"] is True
