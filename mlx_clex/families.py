@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_map
 from mlx_lm.models.cache import CacheList, KVCache
 
 from .cache import Place
@@ -176,11 +177,14 @@ def _listen(model: nn.Module, ropes: list[tuple[nn.Module, str, nn.Module]]) -> 
     caches = stock_caches(model)
     for index, cache in enumerate(caches):
         _tap(cache, (index,), log)
+    weights = model.parameters()
     stock: Any = stock_class(model)
     (_, tokens, *_) = inspect.signature(stock.__call__).parameters
     try:
         for index, (owner, name, rope) in enumerate(ropes):
             setattr(owner, name, _Spy(rope, index, log))
+        # Where a key is joined to something else, that is computed; let it cost nothing.
+        model.update(tree_map(_nothing_like, weights))
         stock.__call__(model, **{tokens: mx.array([[0, 1]]), "cache": caches})
     except Exception as error:  # whatever a model file may raise
         raise InputError(
@@ -190,7 +194,12 @@ def _listen(model: nn.Module, ropes: list[tuple[nn.Module, str, nn.Module]]) -> 
     finally:
         for owner, name, rope in ropes:
             setattr(owner, name, rope)
+        model.update(weights)
     return log
+
+
+def _nothing_like(weight: mx.array) -> mx.array:
+    return mx.broadcast_to(mx.array(0, weight.dtype), weight.shape)
 
 
 def _tap(cache: Any, path: tuple[int, ...], log: _Log) -> None:
@@ -217,23 +226,31 @@ def _sort_out(
     sites: dict[int, Site] = {}  # by rope, those in use with a full cache
     window: set[int] = set()  # ropes in use with any other cache
     found: dict[Any, tuple[int, Place] | None] = {}  # attentions alike are looked at once
-    recent: list[_Rotated] = []
+    waiting: list[_Rotated] = []  # calls whose output no cache has been given yet
     for event in log:
         if isinstance(event, _Rotated):
-            recent.append(event)
+            if not _stands_still(ropes[event.rope][2], event.out):
+                waiting.append(event)
             continue
-        calls = [call for call in recent if call.rope == recent[-1].rope]
-        recent = []
-        if not calls or _stands_still(ropes[calls[0].rope][2], calls[0].out):
-            continue  # a layer without positions
-        rope = calls[0].rope
+        # The rope called last is the likeliest, but an indexer may have come in between.
+        candidates = list(dict.fromkeys(call.rope for call in reversed(waiting)))
+        for rope in candidates:
+            calls = [call for call in waiting if call.rope == rope]
+            shapes = [array.shape for array in (*_outs(calls), event.keys, event.values)]
+            alike = (type(ropes[rope][0]), ropes[rope][1], *shapes)
+            if alike not in found:
+                found[alike] = _find_keys(calls, event)
+            if found[alike] is not None:
+                break
+        else:
+            if not candidates:
+                continue  # a layer without positions
+            rope = candidates[0]
+            calls = [call for call in waiting if call.rope == rope]
+        waiting = [call for call in waiting if call.rope != rope]
         if event.kind is not KVCache:
             window.add(rope)
             continue
-        owner = ropes[rope][0]
-        alike = (type(owner), *(a.shape for a in (*_outs(calls), event.keys, event.values)))
-        if alike not in found:
-            found[alike] = _find_keys(calls, event)
         if rope not in sites:
             sites[rope] = _site(model, ropes, rope, calls, log)
         every = [other for other in log if isinstance(other, _Rotated) and other.rope == rope]

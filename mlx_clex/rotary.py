@@ -218,6 +218,7 @@ class Rope(nn.Module):
         self.traditional = traditional
         self.pairs = dims // 2 if pairs is None else pairs  # that rotate, the fastest ones
         self.layer = layer  # counted among the scaled layers
+        self._all_rotate = self.pairs == dims // 2
         self._current = current
         self._calls = calls  # in one pass, of this module
         self._query_call = query_call  # which of them has the queries, from 0
@@ -236,7 +237,7 @@ class Rope(nn.Module):
                 "A rope module was called outside a forward pass of its model. Call the "
                 "model itself: its scale is decided once per pass."
             )
-        if now.fused_only and self.pairs == self.dims // 2:
+        if now.fused_only and self._all_rotate:
             # What every token takes at inference, without a detour.
             return mx.fast.rope(
                 x,

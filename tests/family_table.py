@@ -1,0 +1,70 @@
+"""Prints docs/families.md: `python -m tests.family_table > docs/families.md`."""
+
+from .tiny_families import FAMILIES, Family
+
+HEAD = """# Model families
+
+Every model file of mlx-lm {version}, and what `attach` and `convert` do with it. Each row
+is held by `tests/test_families.py`, on tiny random weights: scale 1 equals the stock
+model; a pass at a higher scale equals the stock model with those frequencies put in by
+hand; decoding across two steps of the scale equals a cache that keeps keys unrotated.
+
+- **scaled**: layers whose rope is replaced. Layers with a sliding window, a recurrent
+  state or no positions keep what they have.
+- **log_scale**: whether queries can be multiplied. In latent attention (DeepSeek and
+  its kin) the rope sees a part of each query only, so it is refused there.
+- A model that brings a scaling of its own (llama3, yarn, longrope, dynamic) is refused:
+  two would multiply. Load it without its own `rope_scaling` first.
+
+{served} model files are served at a growing scale, {fixed} at one fixed scale (`scale=`,
+`--scale T`, or linear, ntk and yarn), {refused} are refused, {absent} are not tested.
+
+"""
+
+
+def kind(family: Family) -> str:
+    """served, fixed, refused or absent."""
+    if family.absent:
+        return "absent"
+    if family.refused:
+        return "refused"
+    return "fixed" if family.one_scale else "served"
+
+
+REASONS = {
+    "found none": "no rotary attention",
+    "only in layers with other caches": "rotary only in layers with a window",
+}
+CLOSER = {
+    "deepseek_v41": "keys go, compressed, into a cache of its own",
+    "nanochat": "rotates in a function, not a module that could be replaced",
+    "talkie": "rotates in a function, not a module that could be replaced",
+}
+
+
+def table() -> str:
+    """The page, as Markdown."""
+    from importlib.metadata import version
+
+    kinds = [kind(family) for family in FAMILIES.values()]
+    counts = {name: kinds.count(name) for name in ("served", "fixed", "refused", "absent")}
+    lines = [HEAD.format(version=version("mlx-lm"), **counts)]
+    lines += ["| family | scaled | keys | log_scale |", "|---|---|---|---|"]
+    for name, family in FAMILIES.items():
+        if kind(family) in ("served", "fixed"):
+            layers = "all layers" if family.scaled is None else "full-attention layers"
+            keys = "move" if not family.one_scale else "stay: one fixed scale"
+            if family.part == "values" or family.at_end:
+                keys += ", rotated part only"
+            lines.append(f"| {name} | {layers} | {keys} | {'no' if family.no_gain else 'yes'} |")
+    lines += ["", "| family | not served because |", "|---|---|"]
+    for name, family in FAMILIES.items():
+        if family.refused:
+            lines.append(f"| {name} | {CLOSER.get(name, REASONS[family.refused])} |")
+        if family.absent:
+            lines.append(f"| {name} | not tested: {family.absent} |")
+    return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")
