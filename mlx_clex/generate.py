@@ -18,14 +18,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import DEFAULT_PROMPT, setup_arg_parser, stream_generate
-from mlx_lm.models.cache import load_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from tqdm import tqdm
 
 from .attach import ScaledModel, make_prompt_cache
+from .cache_file import is_ours, load_cache, quantised
 from .cli import run_command
 from .errors import InputError, RunError
-from .load import load
+from .fingerprint import fingerprint
+from .load import load, resolve
+from .plans import plan_at, plan_of, planned_caches, single_caches
 
 # Of options that mlx-lm checks late, inside a compiled function, or not at all.
 _RANGES = (
@@ -38,7 +40,6 @@ _RANGES = (
     ("xtc_probability", 0, 1),
     ("xtc_threshold", 0, 0.5),
     ("num_draft_tokens", 1, math.inf),
-    ("quantized_kv_start", 0, math.inf),
 )
 
 
@@ -101,8 +102,9 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     if args.seed is not None:
         mx.random.seed(args.seed)
+    source = resolve(args.model) if args.prompt_cache_file else args.model
     model, tokenizer = load(
-        args.model,
+        source,
         scale=args.scale if isinstance(args.scale, float) else None,
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
@@ -112,20 +114,19 @@ def run(args: argparse.Namespace) -> None:
         tokenizer.add_eos_token(token)
     draft = load(args.draft_model)[0] if args.draft_model is not None else None
 
-    saved = _load_cache(args.prompt_cache_file) if args.prompt_cache_file else None
+    saved = _saved_cache(args, model, Path(source)) if args.prompt_cache_file else None
     prompt = encode_prompt(args, tokenizer, continues=saved is not None)
-    read = max((getattr(cache, "offset", 0) for cache in saved or []), default=0)
+    read = max((getattr(c, "offset", 0) for c in single_caches(saved or [])), default=0)
     max_tokens = cap_max_tokens(model, read + len(prompt), args.max_tokens)
-    expected = _expected_length(args, model, read + len(prompt), max_tokens)
+    fixed = args.kv_bits is not None or (saved is not None and quantised(saved) is not None)
+    expected = _expected_length(args, model, read + len(prompt), max_tokens, fixed)
     if saved is None:
         caches = make_prompt_cache(model, expected)
         if draft is not None:
             caches += make_prompt_cache(draft, expected)
     else:
         caches = saved
-        for cache in caches:
-            if hasattr(cache, "expected_length"):
-                cache.expected_length = expected or 0
+        _plan_on(model, caches, expected)
 
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -152,11 +153,11 @@ def encode_prompt(args: argparse.Namespace, tokenizer: Any, *, continues: bool) 
     Raises:
         InputError: no text, or a file that cannot be read.
     """
-    text = _prompt_text(args)
+    text = prompt_text(args)
     templated = not args.ignore_chat_template and tokenizer.has_chat_template
     if templated:
         text = _apply_template(args, tokenizer, text, continues)
-    tokens = tokenizer.encode(text, add_special_tokens=not templated)
+    tokens = tokenizer.encode(text, add_special_tokens=not (templated or continues))
     if not tokens:
         raise InputError("The prompt is empty; give a text with --prompt or --prompt-file.")
     return tokens
@@ -192,40 +193,64 @@ def cap_max_tokens(model: nn.Module, prompt_length: int, max_tokens: int) -> int
     return room
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Refuse options before anything is loaded."""
-    if args.model is None:
-        raise InputError("No model: give a folder, a .gguf file or a Hugging Face id as --model.")
+def check_cache_options(args: argparse.Namespace) -> None:
+    """Refuse options of caches that cannot be used.
+
+    Raises:
+        InputError: --max-kv-size, or a number out of range.
+    """
     if args.max_kv_size is not None:
         raise InputError(
             "--max-kv-size drops old text from the cache, which is the text a long-context "
             "model is for. To save memory use --kv-bits 8 or --kv-bits 4."
         )
-    _template_options(args)
-    if args.image:
-        raise InputError("--image is not supported: models here read text.")
+    if args.kv_bits not in (None, 2, 3, 4, 5, 6, 8):
+        raise InputError(f"--kv-bits must be 2, 3, 4, 5, 6 or 8, got {args.kv_bits}.")
+    if args.quantized_kv_start < 0:
+        raise InputError(f"--quantized-kv-start must be at least 0, got {args.quantized_kv_start}.")
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """Refuse numbers that cannot be used, of the sampling options that there are.
+
+    Raises:
+        InputError: one is out of range; the message names it.
+    """
     if args.max_tokens == 0 or args.max_tokens < -1:
         raise InputError(
             f"--max-tokens must be at least 1, or -1 for no limit, got {args.max_tokens}."
         )
     for name, low, high in _RANGES:
-        value = getattr(args, name)
+        value = getattr(args, name, low)
         if not low <= value <= high:
             option = name.replace("_", "-")
             raise InputError(f"--{option} must be within {low:g}..{high:g}, got {value:g}.")
-    if args.kv_bits not in (None, 2, 3, 4, 5, 6, 8):
-        raise InputError(f"--kv-bits must be 2, 3, 4, 5, 6 or 8, got {args.kv_bits}.")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options before anything is loaded."""
+    if args.model is None:
+        raise InputError("No model: give a folder, a .gguf file or a Hugging Face id as --model.")
+    check_cache_options(args)
+    _template_options(args)
+    if args.image:
+        raise InputError("--image is not supported: models here read text.")
+    check_ranges(args)
     if args.draft_model is not None and args.prompt_cache_file is not None:
         raise InputError("--draft-model cannot be used with --prompt-cache-file.")
 
 
 def _expected_length(
-    args: argparse.Namespace, model: nn.Module, prompt_length: int, max_tokens: int
+    args: argparse.Namespace,
+    model: nn.Module,
+    prompt_length: int,
+    max_tokens: int,
+    quantised: bool,
 ) -> int | None:
     """The length the caches are planned for, in tokens; None for that of what is read."""
     if not isinstance(model, ScaledModel) or isinstance(args.scale, float):
         return None
-    if args.kv_bits is None or model.scaling.static:
+    if not quantised or model.scaling.static:
         return prompt_length if args.scale == "prompt" else None
     # Quantised keys lose precision at every move, so none is to come.
     if max_tokens == -1:
@@ -242,7 +267,12 @@ def _expected_length(
     return expected
 
 
-def _prompt_text(args: argparse.Namespace) -> str:
+def prompt_text(args: argparse.Namespace) -> str:
+    """What --prompt and --prompt-file say.
+
+    Raises:
+        InputError: a file that cannot be read, or is no UTF-8.
+    """
     message = args.prompt
     if message is not None:
         message = message.replace("\\n", "\n").replace("\\t", "\t")
@@ -307,13 +337,44 @@ def _template_options(args: argparse.Namespace) -> dict[str, Any]:
         ) from error
 
 
-def _load_cache(file: str) -> list[Any]:
-    if not Path(file).is_file():
-        raise InputError(f"--prompt-cache-file {file} is no file.")
-    try:
-        return load_prompt_cache(file)
-    except (ValueError, RuntimeError, KeyError, IndexError) as error:
-        raise InputError(f"--prompt-cache-file {file} is no saved cache: {error}") from error
+def _saved_cache(args: argparse.Namespace, model: nn.Module, folder: Path) -> list[Any]:
+    """The caches of --prompt-cache-file, which must be this model's."""
+    here = fingerprint(model, folder, args.adapter_path)
+    caches, metadata = load_cache(args.prompt_cache_file, model, here)
+    if not is_ours(metadata):
+        print(
+            f"[mlx_clex] {args.prompt_cache_file} does not say which model and scaling it belongs "
+            "to; mlx_clex.cache_prompt writes files that do.",
+            file=sys.stderr,
+        )
+    kept = quantised(caches)
+    asked = (args.kv_bits, args.kv_group_size)
+    if None not in (kept, args.kv_bits) and (kept.bits, kept.group_size) != asked:
+        raise InputError(
+            f"--prompt-cache-file {args.prompt_cache_file} is quantised with --kv-bits "
+            f"{kept.bits} --kv-group-size {kept.group_size}: give the same, or neither."
+        )
+    return caches
+
+
+def _plan_on(model: nn.Module, caches: list[Any], expected: int | None) -> None:
+    """Plan saved caches for a text that goes on, and say where that is not one pass over it.
+
+    A cache read for a longer text keeps its plan.
+    """
+    planned = planned_caches(caches)
+    if not planned or not isinstance(model, ScaledModel):
+        return
+    length = max(planned[0].expected_length, expected or 0)
+    if expected and plan_of(model, caches) != plan_at(model, length):
+        print(
+            f"[mlx_clex] The saved text was read at the scale of fewer tokens than the {length} it "
+            "is now part of: its keys are moved, its values stay. For the answer of one pass, "
+            f"cache it with --expected-length {length}.",
+            file=sys.stderr,
+        )
+    for cache in planned:
+        cache.expected_length = length
 
 
 def _sampler(args: argparse.Namespace, tokenizer: Any) -> Callable[[mx.array], mx.array]:
@@ -383,7 +444,7 @@ def _stream(
 
 
 def _final_scale(model: Any, caches: list[Any]) -> float:
-    scales = [cache.scale for cache in caches if getattr(cache, "scale", None) is not None]
+    scales = [cache.scale for cache in planned_caches(caches) if cache.scale is not None]
     return scales[0] if scales else model.scale_at(1)
 
 

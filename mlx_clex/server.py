@@ -31,6 +31,7 @@ from .cli import run_command
 from .errors import InputError
 from .generate import scale_policy
 from .load import load
+from .plans import plan_at, plan_of
 
 BODY_LIMIT = 64_000_000  # bytes of a request; a million tokens are about 5 MB of text
 
@@ -126,29 +127,6 @@ class PlannedPromptCache(LRUPromptCache):
             plans.append(plan_of(each, caches))
         if None not in plans:
             super().insert_cache((model, tuple(plans)), tokens, prompt_cache, **kwargs)
-
-
-def plan_at(model: nn.Module, length: int) -> tuple[Any, ...]:
-    """(scale, gain) of a sequence planned for `length` tokens; () where nothing varies."""
-    if not isinstance(model, ScaledModel):
-        return ()
-    scaling = model.scaling
-    if scaling.static or model.fixed_scale is not None:
-        return ()
-    gain = None if scaling.gain_by_position else scaling.query_gain(None, max(length, 1))
-    return (scaling.scale_at(length), gain)
-
-
-def plan_of(model: nn.Module, caches: list[Any]) -> tuple[Any, ...] | None:
-    """The (scale, gain) at which every token in the caches was computed, or None."""
-    planned = [cache for cache in caches if hasattr(cache, "expected_length")]
-    if not planned:
-        return ()
-    expected = planned[0].expected_length
-    plan = plan_at(model, expected)
-    # Past the expected length scale and gain follow the text, token by token.
-    later = plan_at(model, max(expected, planned[0].offset))
-    return plan if expected and plan == later else None
 
 
 class PlanningResponseGenerator(stock.ResponseGenerator):

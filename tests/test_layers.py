@@ -16,10 +16,13 @@ ORDER = [
     "model_file",
     "load",
     "convert",
+    "plans",
+    "fingerprint",
+    "cache_file",
     "training",
     "commands",
 ]
-COMMANDS = ["generate", "server", "lora", "fuse", "perplexity", "doctor"]
+COMMANDS = ["generate", "cache_prompt", "server", "lora", "fuse", "perplexity", "doctor"]
 ANYWHERE = {"errors", "_blas", "hf_config", "cli"}
 PACKAGE = Path(mlx_clex.__file__).parent
 FILES = [

@@ -1,0 +1,180 @@
+"""Command: read a document once and save the caches for `generate --prompt-cache-file`.
+
+Takes the options of `mlx_lm.cache_prompt`. What is added is the scale policy: scale and gain
+of the document hold for the length it is read for, so that a query within that length is
+answered as in one pass over both.
+
+Not covered: `--max-kv-size`, whose window would drop the text that a scaling is there to
+reach.
+"""
+
+import argparse
+import json
+import sys
+import time
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.cache_prompt import setup_arg_parser
+from mlx_lm.generate import generate_step
+from tqdm import tqdm
+
+from .attach import ScaledModel, check_length, make_prompt_cache
+from .cache_file import file_for, save_cache
+from .cli import run_command
+from .errors import InputError, RunError
+from .fingerprint import fingerprint
+from .generate import check_cache_options, prompt_text, scale_policy
+from .load import load, resolve
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `mlx_lm.cache_prompt` does not have, or has otherwise."""
+    parser.add_argument(
+        "--prompt",
+        default=None,
+        help="The text to read ('-' reads from stdin). With --prompt-file it follows the file's.",
+    )
+    parser.add_argument(
+        "--prompt-file",
+        default=None,
+        metavar="FILE",
+        help="Read the text from a UTF-8 file of any size ('-' reads from stdin).",
+    )
+    parser.add_argument(
+        "--ignore-chat-template",
+        action="store_true",
+        help="Cache the bare text, for generate --ignore-chat-template.",
+    )
+    parser.add_argument(
+        "--scale",
+        type=scale_policy,
+        default="prompt",
+        metavar="prompt|grow|NUMBER",
+        help="prompt (default): the scale of --expected-length. grow: that of what has been read "
+        "so far. NUMBER: fixed for good; give generate the same.",
+    )
+    parser.add_argument(
+        "--expected-length",
+        type=int,
+        default=None,
+        metavar="TOKENS",
+        help="Of text and query together (with --kv-bits the answer too), under --scale prompt. "
+        "Up to it a query is answered as in one pass (default: the text's own length).",
+    )
+    parser.add_argument(
+        "--max-kv-size", type=int, default=None, help="Refused: it would drop the long context."
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Read the text and write the file.
+
+    Raises:
+        InputError: options, files or lengths that cannot be used.
+        RunError: the file cannot be written, or MLX failed.
+    """
+    check_cache_options(args)
+    if args.prompt is None and args.prompt_file is None:
+        raise InputError("No text: give one with --prompt or --prompt-file.")
+    if args.expected_length is not None and args.scale != "prompt":
+        raise InputError("--expected-length goes with --scale prompt only.")
+    file = file_for(args.prompt_cache_file)
+    text = prompt_text(args)
+    folder = resolve(args.model)
+    tokenizer_config = {"eos_token": args.eos_token} if args.eos_token is not None else {}
+    model, tokenizer = load(
+        folder,
+        scale=args.scale if isinstance(args.scale, float) else None,
+        adapter_path=args.adapter_path,
+        trust_remote_code=args.trust_remote_code,
+        tokenizer_config=tokenizer_config,
+    )
+    tokens = _encode(tokenizer, text, templated=not args.ignore_chat_template)
+    expected = _expected_length(args, model, len(tokens))
+    caches = make_prompt_cache(model, expected)
+    start = time.perf_counter()
+    _read(args, model, tokens, caches)
+    seconds = time.perf_counter() - start
+    metadata = {"model": args.model, "tokenizer_config": json.dumps(tokenizer_config)}
+    save_cache(file, caches, fingerprint(model, folder, args.adapter_path), metadata)
+    print(f"Prompt: {len(tokens)} tokens, {len(tokens) / seconds:.3f} tokens-per-sec")
+    print(f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB")
+    if isinstance(model, ScaledModel):
+        planned = expected or len(tokens)
+        print(f"Scale: {model.scale_at(planned):g}, that of {planned} tokens")
+    print(f"Saved: {file}, {file.stat().st_size / 1e6:.1f} MB")
+
+
+def _encode(tokenizer: Any, text: str, *, templated: bool) -> list[int]:
+    """The tokens of the text; with a chat template, as an unfinished message of the user."""
+    if templated and tokenizer.has_chat_template:
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "<query>"}], tokenize=False, add_generation_prompt=True
+        )
+        # `generate` goes on with what the template has from the query on.
+        begin = rendered[: rendered.index("<query>")]
+        tokens = tokenizer.encode(begin + text, add_special_tokens=False)
+    else:
+        tokens = tokenizer.encode(text)
+    if not text or not tokens:
+        raise InputError("The text is empty; give one with --prompt or --prompt-file.")
+    return tokens
+
+
+def _expected_length(args: argparse.Namespace, model: nn.Module, length: int) -> int | None:
+    """The length the caches are planned for, in tokens; None for that of what is read."""
+    if not isinstance(model, ScaledModel):
+        return None
+    check_length(model, length)
+    if args.scale != "prompt":
+        return None
+    if args.expected_length is not None and args.expected_length < length:
+        raise InputError(
+            f"--expected-length {args.expected_length} is less than the {length} tokens of the "
+            "text alone: give the length of text and query together."
+        )
+    return args.expected_length or length
+
+
+def _read(args: argparse.Namespace, model: nn.Module, tokens: list[int], caches: list[Any]) -> None:
+    with tqdm(total=len(tokens), unit="tok", desc="Reading") as bar:
+        steps = generate_step(
+            mx.array(tokens),
+            model,
+            max_tokens=0,
+            prompt_cache=caches,
+            kv_bits=args.kv_bits,
+            kv_group_size=args.kv_group_size,
+            quantized_kv_start=args.quantized_kv_start,
+            prompt_progress_callback=lambda done, _: bar.update(done - bar.n),
+        )
+        try:
+            for _ in steps:
+                pass
+        except InputError:
+            raise
+        except ValueError as error:
+            hint = " Try another --kv-group-size." if "[quantize]" in str(error) else ""
+            raise InputError(f"mlx-lm refused an option: {error}{hint}") from error
+        except RuntimeError as error:
+            # Out of memory, above all.
+            raise RunError(f"MLX failed after {bar.n} tokens: {error}") from error
+
+
+def main() -> None:
+    """Run the command and exit with its status."""
+    sys.exit(
+        run_command(
+            add_arguments,
+            run,
+            prog="mlx_clex.cache_prompt",
+            description="Read a text once and save the caches for mlx_clex.generate.",
+            parents=[setup_arg_parser()],
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

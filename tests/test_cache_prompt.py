@@ -1,0 +1,395 @@
+"""A document read once, saved, and continued: by the model it belongs to, and by no other."""
+
+import argparse
+import io
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_clex.convert import convert
+from mlx_lm.cache_prompt import setup_arg_parser as stock_parser
+from mlx_lm.generate import setup_arg_parser
+from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlx_clex import cache_prompt, generate, load, make_prompt_cache
+from mlx_clex.cache import ScaledKVCache, ScaledQuantizedKVCache
+from mlx_clex.cli import run_command
+
+from .conftest import GOLDEN, stock_folder
+
+SENTENCE = "The quick brown fox jumps over the lazy dog. "
+DOCUMENT = SENTENCE * 4
+QUERY = "And so"
+COUNT = 20  # tokens of an answer
+EIGHT_BITS = ("--kv-bits", "8", "--kv-group-size", "32", "--quantized-kv-start", "0")
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """Run a command in this process: (status, stdout, stderr)."""
+
+    def run(module, *args, stdin=""):
+        stream = SimpleNamespace(buffer=io.BytesIO(stdin.encode()))
+        monkeypatch.setattr(sys, "stdin", stream)
+        capsys.readouterr()  # of conversions meanwhile
+        parent = setup_arg_parser if module is generate else stock_parser
+        try:
+            status = run_command(
+                module.add_arguments,
+                module.run,
+                prog=module.__name__,
+                description="",
+                argv=[str(arg) for arg in args],
+                parents=[parent()],
+            )
+        except SystemExit as error:
+            status = error.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A function from a name to a converted folder, in float32."""
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            target = tmp_path_factory.mktemp("models") / name
+            if name == "wide":  # heads of 32 dimensions, which can be quantised
+                source = stock_folder(target.parent, GOLDEN / "clex_llama", vocab_size=512)
+                made[name] = convert(source, target, scaling={"type": "clex", "max_factor": 16})
+            elif name == "stock":
+                made[name] = stock_folder(target.parent, GOLDEN / "clex_llama", vocab_size=512)
+            else:
+                made[name] = convert(GOLDEN / name, target, dtype="float32")
+        return made[name]
+
+    return folder
+
+
+def text_of(out):
+    return out.split("=" * 10)[1].strip("\n")
+
+
+def answer(folder, plan, *, scale=None, quantised=False):
+    """The text of greedy decoding, through the library and without a file."""
+    model, tokenizer = load(folder, scale=scale)
+    document = tokenizer.encode(DOCUMENT)
+    query = tokenizer.encode(QUERY, add_special_tokens=False)
+    caches = make_prompt_cache(model, plan)
+    # As mlx-lm reads: the last token by itself.
+    for part in (document[:-1], document[-1:]):
+        model(mx.array([part]), cache=caches)
+    if quantised:
+        caches = [cache.to_quantized(group_size=32, bits=8) for cache in caches]
+    logits = model(mx.array([query]), cache=caches)
+    detokenizer = tokenizer.detokenizer
+    for _ in range(COUNT):
+        token = logits[0, -1].argmax().item()
+        if token in tokenizer.eos_token_ids:
+            break
+        detokenizer.add_token(token)
+        logits = model(mx.array([[token]]), cache=caches)
+    detokenizer.finalize()
+    return detokenizer.text.strip("\n")
+
+
+def length_of(folder, text):
+    return len(load(folder)[1].encode(text))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind"),
+    [
+        ("clex_llama", ("--expected-length", "192"), ScaledKVCache),
+        ("clex_llama_gqa_log_scale", ("--expected-length", "192"), ScaledKVCache),
+        ("clex_llama", ("--scale", "grow"), ScaledKVCache),
+        ("clex_llama", ("--scale", "3.3"), KVCache),
+        ("wide", ("--expected-length", "192", *EIGHT_BITS), ScaledQuantizedKVCache),
+        ("gene_param_llama", (), ScaledKVCache),
+        ("stock", (), KVCache),
+    ],
+)
+def test_the_answer_is_that_of_the_text_read_at_once(cli, folders, tmp_path, name, options, kind):
+    """Every form of cache comes back from the disk as it went there."""
+    folder, file = folders(name), tmp_path / "document.safetensors"
+    cached = ("--model", folder, "--prompt-cache-file", file)
+    status, out, err = cli(cache_prompt, *cached, "--prompt", DOCUMENT, *options)
+    assert status == 0, err
+    assert f"Prompt: {length_of(folder, DOCUMENT)} tokens" in out
+    assert {type(cache) for cache in load_prompt_cache(str(file))} == {kind}
+
+    policy = options[:2] if "--scale" in options else ()
+    status, out, err = cli(
+        generate, *cached, "--prompt", QUERY, "-m", COUNT, "--temp", "0", *policy
+    )
+
+    assert status == 0, err
+    assert "saved text was read" not in err
+    scale = float(policy[1]) if policy and policy[1] != "grow" else None
+    plan = 192 if "--expected-length" in options else None
+    expected = answer(folder, plan, scale=scale, quantised=kind is ScaledQuantizedKVCache)
+    assert text_of(out) == expected
+
+
+def test_a_query_past_the_plan_is_told(cli, folders, tmp_path):
+    """It moves keys but not values, which nobody could know from the answer."""
+    folder, file = folders("clex_llama"), tmp_path / "document.safetensors"
+    cached = ("--model", folder, "--prompt-cache-file", file)
+    tokens = length_of(folder, DOCUMENT)
+    assert cli(cache_prompt, *cached, "--prompt", DOCUMENT)[0] == 0
+
+    status, _, err = cli(generate, *cached, "--prompt", SENTENCE, "-m", "1")
+
+    assert status == 0
+    longer = tokens + len(load(folder)[1].encode(SENTENCE, add_special_tokens=False))
+    assert f"--expected-length {longer}" in err
+    options = ("--prompt", DOCUMENT, "--expected-length", longer)
+    assert cli(cache_prompt, *cached, *options)[0] == 0
+    assert cli(generate, *cached, "--prompt", SENTENCE, "-m", "1")[2] == ""
+
+
+def test_scales_keep_all_their_digits(cli, tmp_path, folders):
+    """mlx-lm saves numbers as float32, and keys at 2.3 were moved to 2.3 once more."""
+    entry = {"type": "gene", "factor": 2.3}
+    folder = convert(folders("stock"), tmp_path / "m", scaling=entry)
+    cached = ("--model", folder, "--prompt-cache-file", tmp_path / "c.safetensors")
+    assert cli(cache_prompt, *cached, "--prompt", "A fox")[0] == 0
+    moves = []
+    kept = ScaledKVCache.move_to
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScaledKVCache, "move_to", lambda *args: moves.append(args[1]) or kept(*args))
+        assert cli(generate, *cached, "--prompt", QUERY, "-m", "2")[0] == 0
+    assert moves == []
+
+
+def edited(folder, target, **config):
+    """A copy of a folder with another config."""
+    shutil.copytree(folder, target)
+    entries = json.loads((target / "config.json").read_text())
+    entries["rope_scaling"] |= config.pop("rope_scaling", {})
+    (target / "config.json").write_text(json.dumps(entries | config))
+    return target
+
+
+def with_tensor(folder, target, name):
+    """A copy of a folder with one tensor changed a little."""
+    shutil.copytree(folder, target)
+    (file,) = target.glob("model*.safetensors")
+    weights = dict(mx.load(str(file)))
+    weights[name] = weights[name] * 1.01
+    mx.eval(weights)
+    mx.save_safetensors(str(file), weights, metadata={"format": "mlx"})
+    return target
+
+
+def adapter(folder, target, seed):
+    """Random adapters for a model."""
+    mx.random.seed(seed)
+    model, _ = load(folder)
+    settings = {"rank": 2, "scale": 4.0, "dropout": 0.0}
+    model.freeze()
+    linear_to_lora_layers(model, 2, settings)
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    target.mkdir()
+    lora = {k: mx.random.normal(v.shape) * 0.1 for k, v in weights.items() if "lora" in k}
+    mx.save_safetensors(str(target / "adapters.safetensors"), lora)
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": settings}
+    (target / "adapter_config.json").write_text(json.dumps(config))
+    return target
+
+
+def test_caches_of_another_model_adapter_or_scaling_are_refused(cli, folders, tmp_path):
+    """Each of them would have given a wrong answer without a word."""
+    mine, file = folders("clex_llama"), tmp_path / "c.safetensors"
+    assert cli(cache_prompt, "--model", mine, "--prompt-cache-file", file, "--prompt", "A")[0] == 0
+
+    first, second = adapter(mine, tmp_path / "a", 1), adapter(mine, tmp_path / "b", 2)
+    others = [
+        (("--model", folders("gene_llama")), ["weights", "rope_scaling"]),
+        (("--model", edited(mine, tmp_path / "e", rms_norm_eps=1e-6)), ["config.json"]),
+        (
+            ("--model", with_tensor(mine, tmp_path / "w", "model.layers.1.mlp.up_proj.weight")),
+            ["weights"],
+        ),
+        (
+            ("--model", with_tensor(mine, tmp_path / "s", "scaling.up_proj")),
+            ["learned tensors of the scaling"],
+        ),
+        (
+            ("--model", edited(mine, tmp_path / "f", rope_scaling={"max_factor": 16})),
+            ['rope_scaling: {"act"', '"max_factor": 16,', '"max_factor": 8,'],
+        ),
+        (
+            ("--model", edited(mine, tmp_path / "l", max_position_embeddings=64)),
+            ["trained length: 32 there, 64 here"],
+        ),
+        (("--model", mine, "--scale", "2"), ["fixed scale: none there, 2.0 here"]),
+        (("--model", mine, "--adapter-path", first), ["adapter: none there"]),
+    ]
+    for args, words in others:
+        status, out, err = cli(generate, *args, "--prompt-cache-file", file, "--prompt", QUERY)
+        assert (status, out) == (2, ""), err
+        assert len(err.strip().splitlines()) == 1
+        assert all(word in err for word in words), err
+        assert "gene_llama" in str(args) or err.count(" there, ") == 1, err
+
+    with_first = ("--model", mine, "--adapter-path", first, "--prompt-cache-file", file)
+    assert cli(cache_prompt, *with_first, "--prompt", "A")[0] == 0
+    assert cli(generate, *with_first, "--prompt", QUERY, "-m", "1")[0] == 0
+    status, _, err = cli(
+        generate, "--model", mine, "--adapter-path", second, "--prompt-cache-file", file
+    )
+    assert status == 2
+    assert "adapter: " in err
+
+
+def test_a_moved_copy_of_the_model_is_the_same_model(cli, folders, tmp_path):
+    """Names and dates of files are no part of an answer."""
+    mine, file = folders("clex_llama"), tmp_path / "c.safetensors"
+    assert cli(cache_prompt, "--model", mine, "--prompt-cache-file", file, "--prompt", "A")[0] == 0
+    copy = shutil.copytree(mine, tmp_path / "copy")
+    assert cli(generate, "--model", copy, "--prompt-cache-file", file, "-m", "1")[0] == 0
+
+
+def test_files_of_mlx_lm_are_taken_with_a_word(cli, folders, tmp_path):
+    """Nothing in them says whose they are; caches of another kind are noticed still."""
+    mine, file = folders("clex_llama"), tmp_path / "c.safetensors"
+    model, tokenizer = load(mine)
+    caches = make_prompt_cache(model)
+    model(mx.array([tokenizer.encode(DOCUMENT)]), cache=caches)
+    save_prompt_cache(str(file), caches)
+
+    status, _, err = cli(generate, "--model", mine, "--prompt-cache-file", file, "-m", "1")
+    assert status == 0
+    assert "does not say which model" in err
+    status, _, err = cli(
+        generate, "--model", mine, "--prompt-cache-file", file, "-m", "1", "--scale", "2"
+    )
+    assert status == 2
+    assert "2 ScaledKVCache there, 2 KVCache here" in err
+
+
+def test_a_chat_goes_on_inside_the_users_message(cli, folders, tmp_path):
+    """Text and query are one message; the template is not opened twice."""
+    folder = shutil.copytree(folders("clex_llama"), tmp_path / "chat")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    cached = ("--model", folder, "--prompt-cache-file", tmp_path / "c.safetensors")
+    _, first, _ = cli(cache_prompt, *cached, "--prompt", "A fox.")
+    _, second, _ = cli(generate, *cached, "--prompt", " A dog.", "-m", "1")
+    tokenizer = load(folder)[1]
+
+    def count(text):
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    assert f"Prompt: {count('<user> A fox.')} tokens" in first
+    assert f"Prompt: {count(' A dog.</s><assistant>')} tokens" in second
+    _, bare, _ = cli(cache_prompt, *cached, "--prompt", "A fox.", "--ignore-chat-template")
+    assert f"Prompt: {len(tokenizer.encode('A fox.'))} tokens" in bare
+
+
+def test_the_suffix_may_be_left_out(cli, folders, tmp_path):
+    """mlx writes c.safetensors for c, and then found no c."""
+    cached = ("--model", folders("clex_llama"), "--prompt-cache-file", tmp_path / "c")
+    (tmp_path / "text.txt").write_text(DOCUMENT)
+    assert cli(cache_prompt, *cached, "--prompt-file", tmp_path / "text.txt")[0] == 0
+    assert cli(generate, *cached, "-m", "1")[0] == 0
+    assert [file.name for file in tmp_path.glob("*c*")] == ["c.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ((), ["--prompt", "--prompt-file"]),
+        (("--prompt", ""), ["empty"]),
+        (("--prompt", DOCUMENT, "--expected-length", "20"), ["--expected-length 20", "text"]),
+        (("--prompt", DOCUMENT, "--expected-length", "300"), ["300 tokens", "256"]),
+        (("--prompt", DOCUMENT * 9), ["reach", "256"]),
+        (("--prompt", "A", "--expected-length", "9", "--scale", "2"), ["--scale prompt"]),
+        (("--prompt", "A", "--scale", "9"), ["1..8"]),
+        (("--prompt", "A", "--max-kv-size", "9"), ["--max-kv-size"]),
+        (("--prompt", "A", "--kv-bits", "7"), ["--kv-bits", "7"]),
+        (("--prompt", "A", "--kv-bits", "8", "--quantized-kv-start", "0"), ["--kv-group-size"]),
+        (("--prompt", "A", "--prompt-cache-file", "/nowhere/c"), ["/nowhere"]),
+        (("--prompt", "A", "--model", "/nowhere"), ["/nowhere"]),
+        (("--prompt-file", "/nowhere"), ["--prompt-file"]),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_file(cli, folders, tmp_path, args, words):
+    """Found before the text is read wherever it can be."""
+    base = ("--model", folders("clex_llama"), "--prompt-cache-file", tmp_path / "c.safetensors")
+    status, _, err = cli(cache_prompt, *base, *args)
+    assert status == 2
+    assert all(word in err.strip().splitlines()[-1] for word in words), err
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, 5, 200, 2000])
+def test_a_broken_file_is_refused(cli, folders, tmp_path, size):
+    """Such as one whose copy was cut off."""
+    base = ("--model", folders("clex_llama"), "--prompt-cache-file", tmp_path / "c.safetensors")
+    assert cli(cache_prompt, *base, "--prompt", "A")[0] == 0
+    (tmp_path / "c.safetensors").write_bytes((tmp_path / "c.safetensors").read_bytes()[:size])
+    status, _, err = cli(generate, *base)
+    assert status == 2
+    assert "no saved cache" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_weights_are_no_cache(cli, folders):
+    """A file of the right format with something else in it."""
+    folder = folders("clex_llama")
+    status, _, err = cli(
+        generate, "--model", folder, "--prompt-cache-file", folder / "model.safetensors"
+    )
+    assert status == 2
+    assert "no saved cache" in err
+
+
+def test_bits_must_be_those_of_the_file(cli, folders, tmp_path):
+    """mlx-lm would have gone on with the file's, whatever was asked for."""
+    cached = ("--model", folders("wide"), "--prompt-cache-file", tmp_path / "c.safetensors")
+    assert cli(cache_prompt, *cached, "--prompt", DOCUMENT, *EIGHT_BITS)[0] == 0
+    status, _, err = cli(generate, *cached, "--kv-bits", "4", "-m", "1")
+    assert status == 2
+    assert "--kv-bits 8 --kv-group-size 32" in err
+
+
+def test_a_disk_that_is_full_leaves_the_old_file(cli, folders, tmp_path, monkeypatch):
+    """The caches of yesterday were gone, and those of today not there."""
+    cached = ("--model", folders("clex_llama"), "--prompt-cache-file", tmp_path / "c.safetensors")
+    assert cli(cache_prompt, *cached, "--prompt", "A")[0] == 0
+
+    def full(file, *_):
+        with open(file, "w") as unfinished:  # noqa: PTH123 - a str, as mlx-lm gets it
+            unfinished.write("x")
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr("mlx_clex.cache_file.save_prompt_cache", full)
+    status, _, err = cli(cache_prompt, *cached, "--prompt", "B")
+    assert status == 1
+    assert "No space left" in err
+    monkeypatch.undo()
+    assert [file.name for file in tmp_path.iterdir()] == ["c.safetensors"]
+    assert load_prompt_cache(str(tmp_path / "c.safetensors"))
+
+
+def test_options_are_those_of_mlx_lm():
+    """Every option of mlx_lm.cache_prompt with its default, but for the text."""
+    ours = argparse.ArgumentParser(parents=[stock_parser()], conflict_handler="resolve")
+    cache_prompt.add_arguments(ours)
+    needed = ["--prompt-cache-file", "c", "--prompt", "A"]
+    theirs, mine = vars(stock_parser().parse_args(needed)), vars(ours.parse_args(needed))
+    assert {name: mine[name] for name in theirs} == theirs
