@@ -29,7 +29,7 @@ lint: .venv/dev
 demo: .venv/demo build/smollm2-clex
 	$(BIN)/python examples/long_document.py > build/document.txt
 	@echo 'Asking about a document of 2,900 tokens; "banana" is the right answer.'
-	$(BIN)/python -m mlx_clex.generate --model build/smollm2-clex --max-tokens 30 \
+	$(BIN)/python -m mlx_clex.generate --model build/smollm2-clex --max-tokens 20 \
 		--prefill-step-size 256 --prompt-file build/document.txt \
 		--prompt "What is the secret word of the library?"
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -48,9 +49,10 @@ def _make_base_model(folder: Path) -> None:
         config.pop(key)
     config["max_position_embeddings"] = 64
     (folder / "config.json").write_text(json.dumps(config))
-    weights = {}
+    weights: dict[str, Any] = {}
     for shard in source.glob("model-*.safetensors"):
-        weights |= mx.load(str(shard))
+        loaded: Any = mx.load(str(shard))
+        weights |= loaded
     plain = {name: tensor for name, tensor in weights.items() if "clex_layer" not in name}
     mx.save_safetensors(str(folder / "model.safetensors"), plain, metadata={"format": "pt"})
 
