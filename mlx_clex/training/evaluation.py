@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..attach import check_length
+from ..attach import ScaledModel, check_length
 from ..errors import InputError
 from .data import Corpus
 from .loss import chunk_length, summed_loss
@@ -62,7 +62,8 @@ def check_lengths(model: nn.Module, corpus: Corpus, lengths: Iterable[int]) -> N
     for length in lengths:
         if length < 2:
             raise InputError(f"A length to evaluate at must be at least 2 tokens, got {length}.")
-        check_length(model, length)
+        if isinstance(model, ScaledModel):
+            check_length(model, length)
         if len(corpus.tokens) <= length:
             raise InputError(
                 f"{corpus.name} has {len(corpus.tokens)} tokens, too few for a sequence of "

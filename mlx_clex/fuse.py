@@ -1,0 +1,132 @@
+"""Command: adapters and scaling into one complete checkpoint.
+
+The merged weights go through `mlx_clex.convert`, so the result is what a conversion
+writes: whole or not there, with a card, run by stock mlx-lm wherever mlx_clex is
+installed, or anywhere once frozen.
+
+Not covered: GGUF, which has no place for a scaling.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+from mlx_lm.utils import dequantize_model, save_model
+
+from .attach import ScaledModel
+from .cli import run_command
+from .convert import convert
+from .convert.output import check_target, write_json
+from .hf_config import normalise_config
+from .load import load, read_config, resolve
+from .scaling import SCALINGS
+from .scaling.none import NoScaling
+
+_NOT_THE_TOKENIZER = (".safetensors", ".bin", ".gguf", ".py", ".md", ".index.json")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options: those of mlx_lm.fuse under the same names, then ours."""
+    parser.add_argument(
+        "--model", required=True, help="The base: a folder, a .gguf file or a Hugging Face id."
+    )
+    parser.add_argument(
+        "--save-path", default="fused_model", help="Folder to write; it must not exist."
+    )
+    parser.add_argument("--adapter-path", default="adapters", help="The folder training wrote.")
+    parser.add_argument("--upload-repo", help="Hub id to publish the result under.")
+    parser.add_argument(
+        "-d", "--dequantize", action="store_true", help="Write an unquantised model."
+    )
+    parser.add_argument(
+        "--freeze",
+        type=float,
+        metavar="SCALE",
+        help="Hold this scale for good, in a checkpoint that needs no mlx_clex.",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="Let the tokenizer run its own Python."
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Merge and write.
+
+    Raises:
+        InputError: the base, the adapters or the target cannot be used.
+    """
+    target = Path(args.save_path).expanduser()
+    check_target(target)
+    base = resolve(args.model)
+    model, _ = load(
+        args.model, adapter_path=args.adapter_path, trust_remote_code=args.trust_remote_code
+    )
+    config = _merged_config(base, model)
+    merge(model, dequantize=args.dequantize)
+    if args.dequantize:
+        config.pop("quantization", None)
+        config.pop("quantization_config", None)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # On the target's disk, which must hold the result anyway.
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        merged = Path(scratch) / target.name
+        save_model(merged, model, donate_model=True)
+        for file in base.iterdir():
+            if file.is_file() and not file.name.endswith(_NOT_THE_TOKENIZER):
+                shutil.copyfile(file, merged / file.name)
+        write_json(merged / "config.json", config)
+        convert(merged, target, freeze=args.freeze, upload_repo=args.upload_repo)
+
+
+def merge(model: nn.Module, *, dequantize: bool = False) -> None:
+    """Put every adapter into the weights it adapts, in place.
+
+    Args:
+        model: from `load` with adapters.
+        dequantize: leave no layer quantised.
+    """
+    adapted: list[tuple[str, Any]] = [
+        (name, module.fuse(dequantize=dequantize))
+        for name, module in model.named_modules()
+        if hasattr(module, "fuse")
+    ]
+    if adapted:
+        model.update_modules(tree_unflatten(adapted))
+    if dequantize:
+        dequantize_model(model)
+    mx.eval(model.parameters())
+
+
+def _merged_config(base: Path, model: Any) -> dict[str, Any]:
+    """The base's config with the scaling that the adapters brought along."""
+    config = normalise_config(read_config(base))
+    if isinstance(model, ScaledModel):
+        scaling = model.scaling
+        (name,) = (name for name, kind in SCALINGS.items() if kind is type(scaling))
+        plain = isinstance(scaling, NoScaling) and config.get("rope_scaling") is None
+        if not plain:
+            config["rope_scaling"] = {"type": name, **vars(scaling.config)}
+            config["max_position_embeddings"] = scaling.trained_length
+    return config
+
+
+def main() -> None:
+    """Run the command and exit with its status."""
+    sys.exit(
+        run_command(
+            add_arguments,
+            run,
+            prog="mlx_clex.fuse",
+            description="Merge adapters and their scaling into a complete checkpoint.",
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

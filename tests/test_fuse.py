@@ -1,0 +1,129 @@
+"""Adapters and scaling merged into a checkpoint of their own."""
+
+import json
+
+import mlx.core as mx
+import pytest
+from mlx_clex.convert import convert
+from mlx_lm.utils import load as stock_load
+from mlx_lm.utils import save_config, save_model
+
+from mlx_clex import fuse, load
+from mlx_clex.cli import run_command
+from mlx_clex.lora import add_arguments as lora_arguments
+from mlx_clex.lora import build_parser
+from mlx_clex.lora import run as lora_run
+
+from .conftest import GOLDEN, stock_folder
+
+IDS = mx.arange(3, 60)[None]
+
+
+@pytest.fixture(autouse=True)
+def _eager(tmp_path, monkeypatch):
+    """Without compiling, which takes a C++ compiler seconds a kernel on the CPU."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+def train(model, tmp_path, *more):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("the quick brown fox runs away . " * 60)
+    argv = [
+        *("--train", "--model", str(model), "--data", str(tmp_path / "texts")),
+        *("--adapter-path", str(tmp_path / "adapters"), "--iters", "3", "--batch-size", "1"),
+        *("--max-seq-length", "32", "--learning-rate", "1e-3", *more),
+    ]
+    parents = [build_parser()]
+    status = run_command(
+        lora_arguments, lora_run, prog="lora", description="", argv=argv, parents=parents
+    )
+    assert status == 0
+    return tmp_path / "adapters"
+
+
+def merge(model, adapters, target, *more):
+    argv = ["--model", str(model), "--adapter-path", str(adapters), "--save-path", str(target)]
+    argv += more
+    return run_command(fuse.add_arguments, fuse.run, prog="fuse", description="", argv=argv)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """In float32, so that only mistakes differ."""
+    target = tmp_path_factory.mktemp("base") / "clex_llama"
+    return convert(GOLDEN / "clex_llama", target, dtype="float32")
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full", "scaling"])
+def test_the_fused_model_answers_as_the_adapters_do(kind, base, tmp_path):
+    """Scaling, norms and embeddings included; no trace of the adapters is left."""
+    adapters = train(base, tmp_path, "--fine-tune-type", kind, "--train-norms-and-embeddings")
+    assert merge(base, adapters, tmp_path / "fused") == 0
+    wanted = load(base, adapter_path=adapters)[0](IDS)
+    assert mx.abs(load(base)[0](IDS) - wanted).max().item() > 1e-3
+    ours = load(tmp_path / "fused")[0](IDS)
+    assert mx.abs(ours - wanted).max().item() < 1e-3
+    assert not list(tmp_path.glob(".fused*"))
+
+
+def test_a_quantised_base_stays_quantised_or_not(base, tmp_path):
+    """Requantised by default; --dequantize writes plain weights."""
+    base = convert(base, tmp_path / "q8", quantize=True, q_bits=8, q_group_size=32)
+    adapters = train(base, tmp_path)
+    wanted = load(base, adapter_path=adapters)[0](IDS)
+    for more, quantised in ((), True), (("--dequantize",), False):
+        target = tmp_path / f"fused{quantised}"
+        assert merge(base, adapters, target, *more) == 0
+        config = json.loads((target / "config.json").read_text())
+        assert ("quantization" in config) == quantised
+        error = mx.abs(load(target)[0](IDS) - wanted).max().item()
+        assert error < (0.3 if quantised else 1e-3)
+
+
+def test_a_scaling_that_only_the_adapters_have(tmp_path):
+    """The base is a stock folder; the fused one runs under stock mlx-lm, frozen without us."""
+    base = stock_folder(tmp_path, GOLDEN / "clex_llama", vocab_size=512)
+    adapters = train(base, tmp_path, "--scaling", "clex", "--max-factor", "8")
+    wanted = load(base, adapter_path=adapters)[0](IDS)
+    assert merge(base, adapters, tmp_path / "fused") == 0
+    ours, _ = load(tmp_path / "fused")
+    assert ours.scaling.config.max_factor == 8
+    assert mx.abs(ours(IDS) - wanted).max().item() < 1e-3
+    stock, _ = stock_load(
+        str(tmp_path / "fused"),
+        tokenizer_config={"trust_remote_code": True},
+        trust_remote_code=True,
+    )
+    assert mx.abs(stock(IDS) - wanted).max().item() < 1e-3
+    assert merge(base, adapters, tmp_path / "frozen", "--freeze", "4") == 0
+    frozen, _ = stock_load(str(tmp_path / "frozen"))
+    held = load(base, adapter_path=adapters, scale=4)[0](IDS)
+    assert mx.abs(frozen(IDS) - held).max().item() < 1e-3
+
+
+def test_adapters_of_mlx_lm_alone_are_fused_too(tmp_path):
+    """A plain base and plain adapters: nothing of ours in the config."""
+    base = stock_folder(tmp_path, GOLDEN / "clex_llama", vocab_size=512)
+    adapters = train(base, tmp_path, "--scaling", "none", "--trained-length", "32")
+    assert merge(base, adapters, tmp_path / "fused") == 0
+    config = json.loads((tmp_path / "fused" / "config.json").read_text())
+    assert "model_file" not in config
+    assert not config.get("rope_scaling")
+
+
+def test_bad_input_is_one_line(base, converted, tmp_path, capsys):
+    """An existing target, missing adapters, and adapters of another model."""
+    (tmp_path / "there").mkdir()
+    assert merge(base, tmp_path, tmp_path / "there") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert merge(base, tmp_path / "nowhere", tmp_path / "fused") == 2
+    assert "adapter_config.json" in capsys.readouterr().err
+    save_config({"fine_tune_type": "full"}, tmp_path / "adapter_config.json")
+    save_model(tmp_path, load(converted("clex_phi"))[0])
+    (tmp_path / "model.safetensors").rename(tmp_path / "adapters.safetensors")
+    assert merge(base, tmp_path, tmp_path / "fused") == 2
+    assert "do not load" in capsys.readouterr().err
+    assert not (tmp_path / "fused").exists()
