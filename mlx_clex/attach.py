@@ -79,6 +79,7 @@ def attach(
         key_heads=sites[0].key_heads,
         layers=len(model.layers),
     )
+    _check_heads(model, scaling, sites)
     _check_gain(model, scaling, sites)
     if scale is not None:
         scale = scaling.check_scale(scale)
@@ -214,6 +215,16 @@ def check_length(model: Any, length: int) -> None:
             f"(trained length {scaling.trained_length} x max_factor "
             f"{scaling.config.max_factor}): shorten the text, or use a checkpoint with a "
             "larger max_factor."
+        )
+
+
+def _check_heads(model: nn.Module, scaling: Scaling, sites: list[Site]) -> None:
+    """Refuse tensors for every layer and head where layers have other numbers of heads."""
+    heads = list(dict.fromkeys(site.heads for site in sites))
+    if scaling.by_layer and len(heads) > 1:
+        raise InputError(
+            f"gene-param has a number for every layer and head, but {model_name(model)} has "
+            f"layers of {heads[0]} heads and of {heads[1]} heads. Use gene instead."
         )
 
 

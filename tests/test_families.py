@@ -234,6 +234,36 @@ def test_keys_that_cannot_move_hold_a_family_at_one_scale(name, ids):
     close(model(ids[:, 20:], cache=cache), model(ids)[:, 20:])
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("bailing_moe", "deepseek_v3", "deepseek_v32", "gemma4_text", "gptj"),
+        *("longcat_flash", "minicpm3", "olmo3", "youtu_llm"),
+    ],
+)
+def test_rows_of_a_batch_move_on_their_own(name, ids):
+    """Where a family keeps its keys, a row's must move without the other's."""
+    model = attached(name)
+    rows = [ids[:, :14], ids[:, 5:16]]
+    alone = [make_prompt_cache(model) for _ in rows]
+    for row, cache in zip(rows, alone, strict=True):
+        model(row, cache=cache)
+    batch = [type(pair[0]).merge(pair) for pair in zip(*alone, strict=True)]
+    for i in range(20, 28):  # to 22 tokens and 19: each crosses 16 at a time of its own
+        token = ids[:, i : i + 1]
+        together = model(mx.concatenate([token, token]), cache=batch)
+        for row, cache in enumerate(alone):
+            close(together[row : row + 1], model(token, cache=cache))
+
+
+def test_heads_that_differ_by_layer_are_no_place_for_tensors_a_head():
+    """gene-param has one array of layers and heads."""
+    model = tiny("openelm", num_query_heads=[4, 2], num_kv_heads=[4, 2])
+    with pytest.raises(InputError, match=r"gene-param .*4 heads .*2 heads.*Use gene instead"):
+        attach(model, {"type": "gene-param"}, trained_length=L0)
+    attach(model, {"type": "gene"}, trained_length=L0)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_scaled_is_refused_with_the_reason(name):
     """And the model is left as it was."""
