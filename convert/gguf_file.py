@@ -40,8 +40,7 @@ _DTYPES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(np
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 _NUMBERS |= {12: "d"}
 _STRING, _ARRAY = 8, 9
-# Multiples of a page, so that what was read can be given back.
-_ALIGNMENT = 32
+_ALIGNMENT = 32  # bytes; GGUF's default
 
 
 class Tensor(NamedTuple):
@@ -223,6 +222,8 @@ def _parse(path: Path, blob: Any) -> GgufFile:
         at += 16 + 8 * ranks
         table.append((name, shape, kind, offset))
     alignment = metadata.get("general.alignment", _ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise InputError(f"{path}: general.alignment is {alignment!r}; the file is damaged.")
     data = -(-at // alignment) * alignment
     return GgufFile(path, metadata, [_tensor(path, len(blob), data, *row) for row in table])
 

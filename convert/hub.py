@@ -43,7 +43,7 @@ def download(repo: str, revision: str | None = None) -> Path:
         except LocalEntryNotFoundError:
             pass
         raise
-    return _guard(
+    return guarded(
         repo,
         revision,
         lambda: Path(snapshot_download(repo, revision=revision, allow_patterns=list(sizes))),
@@ -75,7 +75,7 @@ def needed_files(repo: str, revision: str | None = None) -> dict[str, int]:
         wanted = [name for name in top if any(fnmatch(name, pattern) for pattern in patterns)]
         return {name: sizes[name] for name in wanted}
 
-    return _guard(repo, revision, ask)
+    return guarded(repo, revision, ask)
 
 
 def check_upload(repo: str) -> None:
@@ -122,11 +122,17 @@ def upload(folder: Path, repo: str) -> str:
         )
         return str(url)
 
-    return _guard(repo, None, send)
+    return guarded(repo, None, send)
 
 
-def _guard(repo: str, revision: str | None, act: Callable[[], T]) -> T:
-    """Run a hub call; its many exceptions become ours."""
+def guarded(repo: str, revision: str | None, act: Callable[[], T]) -> T:
+    """Run a hub call; its many exceptions become ours.
+
+    Raises:
+        InputError: no such id or revision, or no access.
+        RunError: the network failed.
+        OfflineModeIsEnabled: HF_HUB_OFFLINE is set.
+    """
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,

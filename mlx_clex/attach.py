@@ -79,6 +79,7 @@ def attach(
         key_heads=sites[0].key_heads,
         layers=len(model.layers),
     )
+    assert scaling.static or scaling.rotary_gain(2.0) == 1.0, "cached keys would keep it"
     _check_heads(model, scaling, sites)
     _check_gain(model, scaling, sites)
     if scale is not None:
@@ -293,7 +294,10 @@ class _Planner:
         self.given: Pass | None = None
 
     def scale_at(self, length: int) -> float:
-        return self.scaling.scale_at(length) if self.fixed_scale is None else self.fixed_scale
+        if self.fixed_scale is not None:
+            return self.fixed_scale
+        # A saved cache gives its scale back as float32; it must still be the same number.
+        return float(np.float32(self.scaling.scale_at(length)))
 
     def begin(self, model: Any, new_tokens: int, caches: Sequence[Any] | None) -> CurrentPass:
         """Enter a pass of `new_tokens` tokens a row; the caches' keys move if need be."""
@@ -341,7 +345,9 @@ class _Planner:
         return difference
 
     def _warn_past_reach(self, model: Any, length: int) -> None:
-        reach = model.reach
+        fixed, reach = self.fixed_scale, model.reach
+        if fixed is not None:
+            reach = int(fixed * self.scaling.trained_length)
         if reach is not None and length > reach and not self.warned:
             self.warned = True
             warnings.warn(

@@ -5,6 +5,7 @@ Not covered: tracebacks of our own mistakes, which are shown on purpose.
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -43,6 +44,8 @@ def run_command(
     )
     add_arguments(parser)
     args = parser.parse_args(argv)
+    # Of a warning the user needs the sentence, not our source line.
+    warnings.formatwarning = lambda message, *_, **__: f"[mlx_clex] {message}\n"
     try:
         run(args)
     except InputError as error:

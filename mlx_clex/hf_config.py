@@ -3,7 +3,7 @@
 Published configs name the same thing in several ways: `rope_type` for `type`,
 `rope_parameters` since transformers 5, `rotary_emb_base` in gpt_neox, keys left out by
 the first CLEX release. Every other file reads only what `normalise_config` returns.
-Needs no MLX. Not covered: settings nested under `text_config`, and settings given per
+Not covered: settings nested under `text_config`, and settings given per
 layer type; both are left as they are.
 """
 

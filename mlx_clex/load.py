@@ -18,11 +18,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
 from .attach import ScaledModel, attach
-from .errors import InputError
+from .errors import InputError, RunError
 from .hf_config import normalise_config
 from .model_file import Model, ModelArgs
 
@@ -31,6 +32,9 @@ ADAPTER_SCALING = "scaling.safetensors"  # beside adapters, when they train the 
 EXTRA_WEIGHTS = "norms_embeddings.safetensors"  # likewise, when they train those
 CURRENT = "current"  # in a folder of adapters: a link to the newest save
 DEFAULT_CACHE = Path("~/.cache/mlx_clex")
+# Part of the name of a conversion kept there; to be raised when converting gives
+# something else.
+CONVERSION = 1
 
 # Published under these types only in formats that mlx-lm cannot read.
 _PUBLISHED = ("clex", "gene", "gene-param")
@@ -92,6 +96,9 @@ def load(
             "convert it with mlx_clex.convert --scaling NAME first."
         )
     _fit_to_cpu(model)
+    # Nothing lazy may be left: it would belong to the streams of this thread, and a server
+    # generates in another one.
+    mx.eval(model.parameters())
     if isinstance(model, ScaledModel):
         # CLEX's one solve belongs to loading, not to the first token.
         model.scaling.inv_freq(model.scale_at(1))
@@ -121,15 +128,19 @@ def resolve(
     path = Path(path_or_hub_id).expanduser()
     cache = Path(cache_dir or DEFAULT_CACHE).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return _converted(str(path), cache / f"{path.stem}@{_fingerprint([path])}")
+        return _converted(str(path), cache / f"{path.stem}@{_fingerprint([path])}-{CONVERSION}")
     if path.is_dir() and str(path_or_hub_id):
-        names = [file.name for file in path.iterdir()]
-        config = read_config(path)
-        if not _needs_conversion(names, config, path):
-            return path
         files = sorted(file for file in path.iterdir() if file.is_file())
-        return _converted(str(path), cache / f"{path.resolve().name}@{_fingerprint(files)}")
-    if path.exists() or not _looks_like_hub_id(str(path_or_hub_id)):
+        names = [file.name for file in files]
+        if names and all(name.endswith(".gguf") for name in names):
+            published = True
+        else:
+            published = needs_conversion(names, read_config(path), path)
+        if not published:
+            return path
+        name = f"{path.resolve().name}@{_fingerprint(files)}-{CONVERSION}"
+        return _converted(str(path), cache / name)
+    if path.exists() or not looks_like_hub_id(str(path_or_hub_id)):
         raise InputError(
             f"{str(path_or_hub_id)!r} is neither a folder with a model, nor a .gguf file, nor a "
             "Hugging Face id such as owner/name."
@@ -171,8 +182,12 @@ def adapter_files(folder: Path) -> Path:
     return folder
 
 
-def _needs_conversion(names: list[str], config: dict[str, Any], where: Any) -> bool:
-    """Whether mlx-lm cannot read these files as they are."""
+def needs_conversion(names: list[str], config: dict[str, Any], where: Any) -> bool:
+    """Whether mlx-lm cannot read these files as they are.
+
+    Raises:
+        InputError: there are no weights among them.
+    """
     if not any(name.endswith(".safetensors") for name in names):
         if any(name.endswith(".bin") for name in names):
             return True
@@ -185,31 +200,40 @@ def _needs_conversion(names: list[str], config: dict[str, Any], where: Any) -> b
 
 
 def _from_hub(hub_id: str, revision: str | None, cache: Path) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
+    from .convert.hub import guarded, needed_files
+
     try:
-        config_file = Path(hf_hub_download(hub_id, "config.json", revision=revision))
+        config_file = Path(
+            guarded(
+                hub_id, revision, lambda: hf_hub_download(hub_id, "config.json", revision=revision)
+            )
+        )
         commit = config_file.parent.name
-        config = read_config(config_file.parent)
-        target = cache / f"{hub_id.replace('/', '--')}@{commit[:12]}"
+        target = cache / f"{hub_id.replace('/', '--')}@{commit[:12]}-{CONVERSION}"
         if target.is_dir():
             return target
         try:
-            info = HfApi().model_info(hub_id, revision=commit, files_metadata=True)
-            sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        except (HfHubHTTPError, OSError):
-            # Offline: what is in the hub's own cache decides.
-            sizes = {file.name: 0 for file in config_file.parent.iterdir()}
-        if _needs_conversion(list(sizes), config, hub_id):
-            weights = sum(s for n, s in sizes.items() if n.endswith((".safetensors", ".bin")))
-            _announce(f"{hub_id} is a published checkpoint ({weights / 1e9:.1f} GB of weights).")
-            return _converted(hub_id, target, revision=commit)
-        snapshot = snapshot_download(hub_id, revision=commit, allow_patterns=DEFAULT_ALLOW_PATTERNS)
-        return Path(snapshot)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            sizes = needed_files(hub_id, commit)
+        except (OfflineModeIsEnabled, RunError):
+            # What is in the hub's own cache on this machine decides.
+            sizes = {file.name: file.stat().st_size for file in config_file.parent.iterdir()}
+        published = needs_conversion(list(sizes), read_config(config_file.parent), hub_id)
+        if not published:
+            patterns = DEFAULT_ALLOW_PATTERNS
+            return guarded(
+                hub_id,
+                commit,
+                lambda: Path(snapshot_download(hub_id, revision=commit, allow_patterns=patterns)),
+            )
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, RunError) as error:
         raise InputError(f"{hub_id} could not be had from the hub: {_summary(error)}") from error
+    weights = sum(size for name, size in sizes.items() if name.endswith((".safetensors", ".bin")))
+    _announce(f"{hub_id} is a published checkpoint ({weights / 1e9:.1f} GB of weights).")
+    return _converted(hub_id, target, revision=commit)
 
 
 def _converted(source: str, target: Path, *, revision: str | None = None) -> Path:
@@ -263,7 +287,15 @@ def _add_adapters(model: nn.Module, folder: Path, scale: float | None) -> None:
             weights: Any = mx.load(str(scaling_file))
             model.scaling.take_weights(weights)
         if extra_file.is_file():
-            model.load_weights(str(extra_file), strict=False)
+            extra: Any = mx.load(str(extra_file))
+            known: Any = dict(tree_flatten(model.parameters()))
+            for name, array in extra.items():
+                if name not in known or known[name].shape != array.shape:
+                    raise InputError(
+                        f"{extra_file} has the tensor {name}, shape {tuple(array.shape)}, which "
+                        "this model does not have: the adapters are of another model."
+                    )
+            model.load_weights(list(extra.items()), strict=False)
     except InputError:
         raise
     except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
@@ -271,7 +303,7 @@ def _add_adapters(model: nn.Module, folder: Path, scale: float | None) -> None:
     model.eval()
 
 
-def _looks_like_hub_id(name: str) -> bool:
+def looks_like_hub_id(name: str) -> bool:
     parts = name.split("/")
     return len(parts) in (1, 2) and all(parts) and not name.startswith((".", "~"))
 

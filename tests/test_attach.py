@@ -100,7 +100,7 @@ def test_mlx_lm_gets_our_caches_from_its_own_function():
 
 def test_the_scale_can_be_fixed_at_any_number(tokens):
     """CLEX: any real up to max_factor, also below the scale the length asks for."""
-    ids = tokens[:1, :100]
+    ids = tokens[:1, :40]
     model = scaled_llama("clex", scale=2.5)
     other = scaled_llama("clex")
     other.scaling.scale_at = lambda length: 2.5
@@ -148,6 +148,13 @@ def test_past_a_soft_reach_it_warns_once(name, tokens):
         with pytest.raises(UserWarning, match=f"past the {model.reach} "):
             model(tokens[:1, : model.reach + 1])
         model(tokens[:1, : model.reach + 1])
+
+
+def test_past_the_length_of_a_fixed_scale_it_warns(tokens):
+    """The model serves it, with frequencies made for a shorter text."""
+    model = scaled_llama("clex", scale=2.5)
+    with pytest.warns(UserWarning, match="41 tokens are past the 40 "):
+        model(tokens[:1, :41])
 
 
 @pytest.mark.parametrize("name", ["dynamic", "gene", "gene-param"])

@@ -14,12 +14,12 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-from mlx_clex import make_prompt_cache
+from mlx_clex import attach, make_prompt_cache
 from mlx_clex.cache import ScaledBatchKVCache, ScaledKVCache, ScaledQuantizedKVCache
 from mlx_clex.errors import InputError
 from mlx_clex.scaling import SCALINGS
 
-from .conftest import scaled_llama
+from .conftest import scaled_llama, tiny_llama
 from .oracle import Oracle
 
 # Texts here are longer than what static methods are made for.
@@ -123,6 +123,17 @@ def test_a_saved_cache_goes_on_where_it_was(growing, tokens, tmp_path):
     assert restored[0].scale == cache[0].scale
     assert restored[0].expected_length == 60
     read(growing, tokens[:1, position:], [1, 30, 1], restored, oracle)
+
+
+def test_a_saved_scale_is_the_same_number(tokens, tmp_path):
+    """mlx-lm saves numbers in float32; 512/300 came back as another scale and keys moved."""
+    model = attach(tiny_llama(), {"type": "dynamic", "factor": 2}, trained_length=300)
+    cache = make_prompt_cache(model, 512)
+    model(tokens[:1, :20], cache=cache)
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
+    (first, _) = load_prompt_cache(str(tmp_path / "cache.safetensors"))
+
+    assert first.scale == cache[0].scale == model.scale_at(512)
 
 
 def test_a_copied_cache_leaves_the_original_alone(growing, tokens):

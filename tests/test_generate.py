@@ -123,6 +123,7 @@ def test_grow_is_what_stock_programs_give(cli, model):
     assert text_of(grown) != text_of(planned), "the two policies must differ here"
 
 
+@pytest.mark.filterwarnings("ignore:.*past the 80 that this model's scaling")
 def test_a_number_fixes_the_scale(cli, model):
     """Also below the one the length asks for, and for any real."""
     status, out, _ = cli("--model", model, "--prompt", SENTENCE * 4, "--scale", "2.5", "-m", "20")
@@ -360,6 +361,16 @@ def test_it_runs_as_a_module(model):
     )
     assert done.returncode == 0, done.stderr
     assert "Generation: 3 tokens" in done.stdout
+    options = ("--scale", "1", "--prompt", SENTENCE * 2, "-m", "3")
+    warned = subprocess.run(
+        [sys.executable, "-m", "mlx_clex.generate", "--model", str(model), *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert warned.returncode == 0
+    assert warned.stderr.count("\n") == 1, warned.stderr
+    assert "are past the 32 that" in warned.stderr
     failed = subprocess.run(
         [sys.executable, "-m", "mlx_clex.generate", "--model", str(model), "--scale", "banana"],
         capture_output=True,

@@ -231,4 +231,4 @@ def test_load_converts_a_hub_id_once_a_commit(convert, repo, tmp_path):
         assert status == 0, printed
 
     (folder,) = (tmp_path / "cache").iterdir()
-    assert folder.name.endswith(COMMIT[:12])
+    assert folder.name.endswith(f"{COMMIT[:12]}-1")

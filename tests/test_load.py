@@ -1,7 +1,9 @@
 """load: converted folders, published ones on the fly, stock ones, and what is refused."""
 
+import concurrent.futures
 import json
 import shutil
+import sys
 
 import mlx.core as mx
 import pytest
@@ -174,3 +176,25 @@ def test_neither_a_folder_nor_an_id(tmp_path):
             load(name)
     with pytest.raises(InputError, match="could not be had from the hub"):
         load("owner/model-that-is-not-there", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["clex_llama", "clex_mixtral"])
+def test_a_model_loaded_in_one_thread_runs_in_another(name, converted):
+    """Servers do so, and MLX refuses lazy arrays of another thread's stream."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        model, _ = pool.submit(load, converted(name)).result()
+    ids = mx.array([[1, 5, 9]])
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        logits = pool.submit(lambda: mx.abs(model(ids)).max().item()).result()
+    assert logits > 0
+
+
+def test_a_folder_with_nothing_but_a_gguf_file_loads(tmp_path, monkeypatch):
+    """Convert takes it, so load must."""
+    seen = []
+    module = sys.modules["mlx_clex.load"]  # the package's own `load` is the function
+    monkeypatch.setattr(module, "_converted", lambda source, target: seen.append(source))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(TypeError):
+        load(tmp_path)
+    assert seen == [str(tmp_path)]

@@ -122,9 +122,10 @@ class Scaling(nn.Module, ABC):
     def differentiable_inv_freq(self, scale: Any, layer: int = 0) -> mx.array:
         """`inv_freq` as a function of the learned tensors, for training.
 
-        Same arguments and result as `inv_freq`; `scale` may also be a scalar array.
+        Same arguments and result as `inv_freq`. Where there are learned tensors `scale`
+        may also be a scalar array, so that a compiled step takes any.
         """
-        return self.inv_freq(scale, layer)
+        return self.inv_freq(float(scale), layer)
 
     @property
     def reach(self) -> int | None:
@@ -145,7 +146,10 @@ class Scaling(nn.Module, ABC):
         return None
 
     def rotary_gain(self, scale: float) -> float:
-        """What the rotated dimensions of queries and keys are multiplied by."""
+        """What the rotated dimensions of queries and keys are multiplied by.
+
+        Only for `static` scalings: cached keys would keep that of an old scale.
+        """
         return 1.0
 
     def check_scale(self, scale: float) -> float:

@@ -1,11 +1,23 @@
 """Dynamic NTK: a base that grows with the length."""
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
+from ..errors import InputError
 from .base import Scaling
-from .linear import FactorConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicConfig:
+    """How fast the base grows."""
+
+    factor: float = 4.0  # growth of the base's argument per trained length; 1 is NTK's own
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1:
+            raise InputError(f"rope_scaling.factor must be >= 1, got {self.factor}.")
 
 
 class Dynamic(Scaling):
@@ -17,7 +29,7 @@ class Dynamic(Scaling):
     for every length.
     """
 
-    Config: ClassVar[type] = FactorConfig
+    Config: ClassVar[type] = DynamicConfig
 
     def scale_at(self, length: int) -> float:
         """`length` in tokens, rounded up to a whole step, over L0; at least 1."""
@@ -26,11 +38,8 @@ class Dynamic(Scaling):
         step = max(256, -(-self.trained_length // 16))
         return -(-length // step) * step / self.trained_length
 
-    def frozen_base(self, scale: float) -> float:
-        """The rope_theta at which a plain rotary embedding has these frequencies."""
-        growth = self.config.factor * scale - (self.config.factor - 1)
-        return self.base * growth ** (self.dims / (self.dims - 2))
-
     def _solve(self, scale: float, layer: int) -> np.ndarray:
         """Source: transformers, modeling_rope_utils.py, the type `dynamic`."""
-        return self.frozen_base(scale) ** -(np.arange(0, self.dims, 2) / self.dims)
+        growth = self.config.factor * scale - (self.config.factor - 1)
+        base = self.base * growth ** (self.dims / (self.dims - 2))
+        return base ** -(np.arange(0, self.dims, 2) / self.dims)

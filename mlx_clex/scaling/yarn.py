@@ -7,20 +7,18 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import InputError
-from .base import Scaling
+from .factor import FactorConfig, FactorScaling
 
 
 @dataclass(frozen=True, kw_only=True)
-class YarnConfig:
+class YarnConfig(FactorConfig):
     """Where interpolation begins and ends, and how far it goes."""
 
-    factor: float = 4.0  # longest length / trained length
     beta_fast: float = 32.0  # pairs with more turns within L0 stay as trained
     beta_slow: float = 1.0  # pairs with fewer turns within L0 are interpolated in full
 
     def __post_init__(self) -> None:
-        if not self.factor >= 1:
-            raise InputError(f"rope_scaling.factor must be >= 1, got {self.factor}.")
+        super().__post_init__()
         if not self.beta_fast > self.beta_slow > 0:
             raise InputError(
                 "rope_scaling.beta_fast must be greater than beta_slow, and that greater "
@@ -28,7 +26,7 @@ class YarnConfig:
             )
 
 
-class Yarn(Scaling):
+class Yarn(FactorScaling):
     """Keeps fast pairs, divides slow ones by the scale, blends in between.
 
     Also turns attention up a little: queries and keys are both multiplied by
@@ -36,16 +34,6 @@ class Yarn(Scaling):
     """
 
     Config: ClassVar[type] = YarnConfig
-    static: ClassVar[bool] = True
-
-    def scale_at(self, length: int) -> float:
-        """The configured factor for every length, in tokens."""
-        return self.config.factor
-
-    @property
-    def reach(self) -> int | None:
-        """L0 * factor; it runs on past it, badly."""
-        return int(self.trained_length * self.config.factor)
 
     def rotary_gain(self, scale: float) -> float:
         """Source: arXiv 2309.00071, equation 22."""

@@ -1,0 +1,34 @@
+"""What the methods with one constant factor share."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..errors import InputError
+from .base import Scaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorConfig:
+    """The one number there is to choose."""
+
+    factor: float = 4.0  # longest length / trained length
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1:
+            raise InputError(f"rope_scaling.factor must be >= 1, got {self.factor}.")
+
+
+class FactorScaling(Scaling):
+    """A scaling whose scale is its configured factor, whatever the length."""
+
+    Config: ClassVar[type] = FactorConfig
+    static: ClassVar[bool] = True
+
+    def scale_at(self, length: int) -> float:
+        """The factor."""
+        return self.config.factor
+
+    @property
+    def reach(self) -> int | None:
+        """L0 * factor; it runs on past it, badly."""
+        return int(self.trained_length * self.config.factor)
