@@ -1,4 +1,4 @@
-"""Says what this machine runs on and, with --self-test, whether it computes right.
+"""Says what this machine runs on, what a model is, and, with --self-test, whether all is right.
 
 The self-test needs no network and no model: a tiny checkpoint with the published code's answers
 lies in `golden/` (made by tests/make_self_test_data.py). It prints one block, to be pasted
@@ -28,6 +28,7 @@ from ._blas import use_openblas
 from .attach import attach, make_prompt_cache
 from .cli import run_command
 from .errors import RunError
+from .model_report import report
 from .rotary import cos_sin, rotate, rotate_by
 from .scaling import PREFIX
 
@@ -257,6 +258,12 @@ def self_test(checks: Iterable[Callable[[], Outcome]]) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument(
+        "model",
+        nargs="?",
+        default=None,
+        help="Also look at this model: a folder, a .gguf file or a hub id; reads no weights",
+    )
+    parser.add_argument(
         "--self-test",
         action="store_true",
         help="Also check golden logits, moved keys, rotations, gradients and decoding speed",
@@ -264,9 +271,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the block."""
+    """Print the block.
+
+    Raises:
+        InputError: there is no such model.
+        RunError: a check of the self-test failed.
+    """
+    rows = report(args.model) if args.model is not None else []
     print("```")
     for name, value in versions().items():
+        print(f"{name:<14} {value}")
+    for name, value in rows:
         print(f"{name:<14} {value}")
     if args.self_test:
         start = time.perf_counter()
@@ -284,7 +299,7 @@ def main() -> None:
             add_arguments,
             run,
             prog="mlx_clex.doctor",
-            description="Print versions and device, and check that this machine computes right.",
+            description="Print versions and device, look at a model, check this machine.",
         )
     )
 

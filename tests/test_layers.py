@@ -19,6 +19,7 @@ ORDER = [
     "plans",
     "fingerprint",
     "cache_file",
+    "model_report",
     "training",
     "commands",
 ]
