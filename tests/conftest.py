@@ -113,3 +113,17 @@ def converted(tmp_path_factory):
         return made[name]
 
     return folder
+
+
+def pytest_terminal_summary(terminalreporter):
+    """After the families' tests: which of mlx-lm's model files passed, and why not the rest."""
+    from .family_table import summary
+
+    outcomes: dict[str, set[str]] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            if "test_families.py" in report.nodeid and report.nodeid.endswith("]"):
+                family = report.nodeid.rsplit("[", 1)[1][:-1]
+                outcomes.setdefault(family, set()).add(outcome)
+    for line in summary(outcomes):
+        terminalreporter.write_line(line)

@@ -1,5 +1,7 @@
 """Prints docs/families.md: `python -m tests.family_table > docs/families.md`."""
 
+from collections.abc import Mapping
+
 from .tiny_families import FAMILIES, Family
 
 HEAD = """# Model families
@@ -64,6 +66,26 @@ def table() -> str:
         if family.absent:
             lines.append(f"| {name} | not tested: {family.absent} |")
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
+
+
+def summary(outcomes: Mapping[str, set[str]]) -> list[str]:
+    """Lines for the end of a test run, from what happened to each family's tests."""
+    passed = {name for name, seen in outcomes.items() if seen == {"passed"}}
+    groups: dict[str, list[str]] = {}
+    for name, family in FAMILIES.items():
+        if kind(family) == "absent":
+            groups.setdefault(f"not tested: {family.absent}", []).append(name)
+        elif name in passed and family.refused:
+            reason = CLOSER.get(name, REASONS[family.refused])
+            groups.setdefault(f"refused: {reason}", []).append(name)
+        elif name in passed:
+            group = "served at one fixed scale" if family.one_scale else "served"
+            groups.setdefault(group, []).append(name)
+        elif name in outcomes:
+            groups.setdefault("FAILED", []).append(name)
+    if not outcomes:
+        return []
+    return ["families"] + [f"{len(g):4} {how}: {', '.join(g)}" for how, g in groups.items()]
 
 
 if __name__ == "__main__":
