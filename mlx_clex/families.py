@@ -167,7 +167,8 @@ class _Spy(nn.Module):
 
     def __call__(self, x: mx.array, offset: Any = 0, **kwargs: Any) -> mx.array:
         (log,) = self._log
-        out = mx.random.normal(x.shape, key=mx.random.key(len(log))).astype(x.dtype)
+        # Far from norm 1, so that a norm after the rope is seen to change it.
+        out = mx.random.normal(x.shape, scale=4.0, key=mx.random.key(len(log))).astype(x.dtype)
         log.append(_Rotated(self._index, out, bool(kwargs)))
         return out
 
