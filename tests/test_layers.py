@@ -14,6 +14,7 @@ ORDER = [
     "families",
     "attach",
     "model_file",
+    "sharding",
     "load",
     "convert",
     "plans",
@@ -21,9 +22,20 @@ ORDER = [
     "cache_file",
     "model_report",
     "training",
+    "conversation",
     "commands",
 ]
-COMMANDS = ["generate", "cache_prompt", "server", "lora", "fuse", "perplexity", "doctor"]
+COMMANDS = [
+    "generate",
+    "cache_prompt",
+    "chat",
+    "web",
+    "server",
+    "lora",
+    "fuse",
+    "perplexity",
+    "doctor",
+]
 ANYWHERE = {"errors", "_blas", "hf_config", "cli"}
 PACKAGE = Path(mlx_clex.__file__).parent
 FILES = [

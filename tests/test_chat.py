@@ -1,0 +1,212 @@
+"""The chat in a real terminal, as a user types it."""
+
+import json
+import re
+import sys
+
+import mlx.core as mx
+import pytest
+from mlx_clex.convert import convert
+from mlx_lm.chat import setup_arg_parser
+
+from mlx_clex.chat import add_arguments, run
+from mlx_clex.cli import run_command
+
+from .conftest import GOLDEN
+
+pexpect = pytest.importorskip("pexpect", reason="pexpect gives the test a terminal")
+
+SENTENCE = "The quick brown fox jumps over the lazy dog. "
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+CTRL_C, CTRL_D = "\x03", "\x04"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """clex_llama in float32 with a chat template; it reaches 256 tokens."""
+    folder = tmp_path_factory.mktemp("f32") / "m"
+    convert(GOLDEN / "clex_llama", folder, dtype="float32")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATE}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory):
+    """gene_llama in float32: no hard reach, no chat template, and answers without an end."""
+    folder = tmp_path_factory.mktemp("f32") / "m"
+    convert(GOLDEN / "gene_llama", folder, dtype="float32")
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights["lm_head.weight"][2] = 0  # the token that ends an answer
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    return folder
+
+
+@pytest.fixture
+def chat(tmp_path):
+    """A function that starts the chat in a terminal of 120 columns."""
+    started = []
+
+    def start(folder, *options):
+        command = ["-m", "mlx_clex.chat", "--model", str(folder), *map(str, options)]
+        child = pexpect.spawn(
+            sys.executable,
+            command,
+            cwd=tmp_path,
+            timeout=60,
+            encoding="utf-8",
+            codec_errors="replace",
+            dimensions=(40, 120),
+        )
+        started.append(child)
+        prompt(child)
+        return child
+
+    yield start
+    for child in started:
+        child.close(force=True)
+
+
+def prompt(child):
+    """What is shown before the chat waits for the next line."""
+    child.expect("\n> ")
+    return child.before
+
+
+def say(child, line):
+    child.sendline(line)
+    return prompt(child)
+
+
+def tokens_of(shown):
+    return int(re.findall(r"(\d+) tokens, (?:reach|no limit)", shown)[-1])
+
+
+def test_a_talk_over_a_document(chat, model, tmp_path):
+    """Load with a bar, ask, look at the context, start anew, leave with Ctrl-D."""
+    (tmp_path / "fox.txt").write_text(SENTENCE * 3)
+    child = chat(model, "-m", 10, "--prefill-step-size", 16)
+
+    shown = say(child, "/load fox.txt")
+    assert re.search(r"Reading: 100%\|█+\| (\d+)/\1 ", shown)
+    read = tokens_of(shown)
+    shown = say(child, "Who jumps?")
+    assert "10 tokens, " in shown
+    context = say(child, "/context")
+    assert tokens_of(context) > read + 10
+    assert re.search(r"reach 256, scale \d, 0\.\d MB of keys and values", context)
+    assert "0 tokens" in say(child, "/reset") + say(child, "/context")
+    child.send(CTRL_D)
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_saved_in_one_process_and_restored_in_another(chat, model, endless, tmp_path):
+    """The same context and the same next answer; another model refuses the file."""
+    child = chat(model, "-m", 10)
+    say(child, SENTENCE)
+    assert "talk.safetensors (" in say(child, "/save talk.safetensors")
+    context = tokens_of(say(child, "/context"))
+    answer = say(child, "And then?")
+    say(child, " /quit is a word")  # a message: it begins with a space
+    child.sendline("/quit")
+    child.expect(pexpect.EOF)
+
+    again = chat(model, "-m", 10)
+    assert tokens_of(say(again, "/restore talk")) == context
+    assert spoken(say(again, "And then?")) == spoken(answer)
+    other = chat(endless)
+    refused = say(other, "/restore talk.safetensors")
+    assert "is a conversation with another model: " in refused
+    assert "rope_scaling: " in refused
+
+
+def spoken(shown):
+    """An answer without the line of figures."""
+    return shown.rpartition("[")[0]
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(chat, endless):
+    """It ended the program, and the document with it."""
+    child = chat(endless, "-m", 100_000)
+    child.sendline(SENTENCE)
+    child.expect("dog. \r\n.{5}")
+    child.send(CTRL_C)
+    shown = prompt(child)
+    assert "[stopped; " in shown
+    kept = tokens_of(shown)
+    assert tokens_of(say(child, "/context")) == kept > 20
+    child.send(CTRL_C)
+    assert "Ctrl-D or /quit" in prompt(child)
+    child.sendline("More.")
+    child.expect("More.\r\n.{5}")
+    child.send(CTRL_C)
+    assert tokens_of(prompt(child)) > kept
+
+
+def test_ctrl_c_stops_reading(chat, endless, tmp_path):
+    """Nothing of the file is in the context then."""
+    (tmp_path / "long.txt").write_text(SENTENCE * 3000)
+    child = chat(endless, "--prefill-step-size", 64)
+    child.sendline("/load long.txt")
+    child.expect("Reading: ")
+    child.send(CTRL_C)
+    assert "Stopped; the conversation is as it was before." in prompt(child)
+    assert tokens_of(say(child, "/context")) == 0
+
+
+def test_a_hard_reach_is_one_line_and_the_chat_goes_on(chat, model, tmp_path):
+    """The chat died with the error of the model."""
+    (tmp_path / "long.txt").write_text(SENTENCE * 30)
+    child = chat(model, "-m", 5)
+    for line in ("/load long.txt", SENTENCE * 30):
+        # A terminal takes no line of more than 4096 characters.
+        shown = say(child, line).replace("\r\n", "")
+        assert "this model reaches 256 (trained length 32 x max_factor 8)" in shown
+        assert "Traceback" not in shown
+    assert "[" in say(child, "A cat.")
+    assert "[cut at" in say(child, "A dog.")
+
+
+def test_commands_and_their_mistakes(chat, model):
+    """/help lists what there is; what there is not is said in one line."""
+    child = chat(model)
+    shown = say(child, "/help")
+    for command in ("/load", "/context", "/save", "/restore", "/reset", "/quit"):
+        assert f"\n{command} " in shown
+    assert "There is no command /lod" in say(child, "/lod x")
+    assert "/load needs a file" in say(child, "/load")
+    assert "No such file" in say(child, "/load nothing.txt")
+    assert "nothing to save" in say(child, "/save x")
+    assert "is no file" in say(child, "/restore x")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--seed", "1"), "No model"),
+        (("--model", "m", "--max-kv-size", "9"), "--max-kv-size drops old text"),
+        (("--model", "m", "--pipeline"), "several machines"),
+        (("--model", "m", "--temp", "-1"), "--temp must be within"),
+        (("--model", "m", "--max-tokens", "0"), "--max-tokens must be"),
+        (("--model", "./nothing"), "neither a folder"),
+    ],
+)
+def test_bad_options_are_one_line(options, reason, capsys):
+    """Each is refused before the model is loaded."""
+    status = run_command(
+        *(add_arguments, run),
+        prog="mlx_clex.chat",
+        description="",
+        argv=options,
+        parents=[setup_arg_parser()],
+    )
+    assert status == 2
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"mlx_clex\.chat: error: .*\n", err)
+    assert reason in err
