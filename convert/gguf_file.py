@@ -75,7 +75,9 @@ def read(path: Path) -> GgufFile:
     with blob:
         try:
             return _parse(path, blob)
-        except (struct.error, IndexError, UnicodeDecodeError, OverflowError, MemoryError) as error:
+        except InputError:
+            raise
+        except Exception as error:
             raise _broken(path, "its header is not readable") from error
 
 
@@ -83,8 +85,18 @@ def config_of(gguf: GgufFile) -> dict[str, Any]:
     """A config.json for the file.
 
     Raises:
-        InputError: another architecture, or a feature of it that is not served.
+        InputError: another architecture, a feature of it that is not served, or metadata
+            of impossible types.
     """
+    try:
+        return _config_of(gguf)
+    except InputError:
+        raise
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise _broken(gguf.path, f"its metadata makes no sense ({error})") from error
+
+
+def _config_of(gguf: GgufFile) -> dict[str, Any]:
     metadata = gguf.metadata
     architecture = metadata.get("general.architecture")
     if architecture != "llama":

@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx_lm.utils import MAX_FILE_SIZE_GB, save_config
 from tqdm import tqdm
 
+from mlx_clex.errors import InputError
 from mlx_clex.load import SHIM
 
 from . import gguf_file, safetensors_file, torch_bin
@@ -189,7 +190,10 @@ class Source:
     def _in_order(self, files: list[Path]) -> dict[str, mx.array]:
         weights: dict[str, Any] = {}
         for file, header in zip(files, self.headers.values(), strict=True):
-            loaded: Any = mx.load(str(file), format="safetensors")
+            try:
+                loaded: Any = mx.load(str(file), format="safetensors")
+            except (RuntimeError, ValueError) as error:
+                raise InputError(f"{file} does not load: {error}") from error
             weights.update((name, loaded[name]) for name in header)
         return weights
 

@@ -9,6 +9,7 @@ the `bin` extra.
 import pickle
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,14 @@ def spool(path: Path, target: Path, advance: Callable[[int], object] = lambda _:
 
 def _entries(path: Path) -> list[tuple[str, TensorInfo, Callable[[], memoryview]]]:
     entries = []
+    size = path.stat().st_size
     for name, tensor in _load(path).items():
-        if isinstance(name, str) and str(getattr(tensor, "dtype", None)) in _NAMES:
+        if isinstance(name, str) and _is_plain(tensor):
+            if tensor.nbytes > size:
+                raise InputError(
+                    f"{path}: the tensor {name} has {tensor.nbytes} bytes, more than the whole "
+                    "file; it is damaged. Download or copy it again."
+                )
             info = TensorInfo(_NAMES[str(tensor.dtype)], tuple(tensor.shape))
             entries.append((name, info, _bytes_of(tensor)))
         else:
@@ -81,6 +88,35 @@ def _entries(path: Path) -> list[tuple[str, TensorInfo, Callable[[], memoryview]
                 "are read. Is it a checkpoint of weights?"
             )
     return entries
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether it is a tensor of a type that safetensors have, all of it there."""
+    return (
+        str(getattr(tensor, "dtype", None)) in _NAMES
+        and str(tensor.layout) == "torch.strided"
+        and str(tensor.device) == "cpu"
+        and not (tensor.is_nested or tensor.is_neg() or tensor.is_conj())
+    )
+
+
+def _check_records(path: Path, state: dict[Any, Any]) -> None:
+    """Refuse a zip whose records are shorter than the storages mapped onto them.
+
+    torch, mapping, reads on into whatever follows in the file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        records = Counter(
+            info.file_size for info in archive.infolist() if "/data/" in f"/{info.filename}"
+        )
+    plain = [tensor for tensor in state.values() if _is_plain(tensor)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in plain}
+    missing = Counter(storage.nbytes() for storage in storages.values()) - records
+    if missing:
+        raise InputError(
+            f"{path} is corrupt or cut off: no record has the {min(missing)} bytes of one of its "
+            "tensors. Download or copy it again."
+        )
 
 
 def _bytes_of(tensor: Any) -> Callable[[], memoryview]:
@@ -112,6 +148,8 @@ def _load(path: Path) -> dict[Any, Any]:
         raise _corrupt(path, error) from error
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors.")
+    if mapped:
+        _check_records(path, state)
     return state
 
 

@@ -21,6 +21,17 @@ _DEFAULT_BASE = {
     "gpt_neox": 10_000.0,
     "mixtral": 1_000_000.0,
 }
+# The largest values that any model has, with room to spare.
+_SIZES = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "num_local_experts": 1 << 16,
+    "vocab_size": 1 << 24,
+}
 _LENGTH_KEYS = ("max_position_embeddings", "max_sequence_length", "n_positions")
 # Inside rope_parameters, but settings of the model and not of the method.
 _MODEL_KEYS = ("rope_theta", "partial_rotary_factor")
@@ -56,6 +67,7 @@ def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
     _set_base(config)
     _mirror_gpt_neox(config)
     _set_length(config, scaling)
+    _check_sizes(config)
     name = scaling.get("type", "default")
     if name == "clex":
         _fill_clex(config, scaling)
@@ -147,6 +159,19 @@ def _set_length(config: dict[str, Any], scaling: dict[str, Any]) -> None:
             "trained length in tokens, a whole number above 0."
         )
     config["max_position_embeddings"] = int(length)
+
+
+def _check_sizes(config: dict[str, Any]) -> None:
+    """Refuse numbers under which building the model would never end."""
+    for key, most in _SIZES.items():
+        value = config.get(key)
+        if value is None or isinstance(value, list):
+            continue
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or not 1 <= value <= most:
+            raise InputError(
+                f"config.json has {key} = {value!r}; it must be a whole number within 1..{most}."
+            )
 
 
 def _fill_clex(config: dict[str, Any], scaling: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,52 @@ def remove(*names: str) -> Any:
     return apply
 
 
+def cut_record(folder: Path) -> None:
+    """Shorten one record of a .bin; torch, mapping, reads on into the next one."""
+    file = folder / SHARD
+    with zipfile.ZipFile(file) as archive:
+        records = {info.filename: archive.read(info) for info in archive.infolist()}
+    name = next(name for name in records if name.endswith("/data/0"))
+    records[name] = records[name][:2]
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name, data)
+
+
+def expand(folder: Path) -> None:
+    """A tensor of a terabyte made of one number."""
+    torch.save({UP: torch.zeros(1).expand(1 << 20, 1 << 18)}, folder / SHARD)
+
+
+def make_sparse(folder: Path) -> None:
+    torch.save({UP: torch.eye(4).to_sparse()}, folder / SHARD)
+
+
 SHARD = "pytorch_model-00001-of-00002.bin"
 UP = "model.clex_layer.proj_func.ode_up_proj"
 Q = "model.layers.1.self_attn.q_proj.weight"
 
 BROKEN = {
     # name: (golden checkpoint, damage, part of the message)
+    "a record cut short": ("clex_llama", cut_record, "corrupt or cut off"),
+    "a tensor larger than its file": ("clex_llama", expand, "more than the whole file"),
+    "a sparse tensor": ("clex_llama", make_sparse, "only tensors of numbers"),
+    "a billion layers": ("clex_phi", config(num_hidden_layers=10**9), "num_hidden_layers"),
+    "a width of a billion": ("clex_phi", config(hidden_size=10**9), "hidden_size"),
+    "no vocabulary": ("clex_phi", config(vocab_size=0), "vocab_size"),
+    "a trillion scales": ("clex_phi", scaling(max_factor=10**12), "max_factor"),
+    "a name that counts to a billion": (
+        "clex_phi",
+        lambda folder: (folder / "model.safetensors").rename(
+            folder / "model-00002-of-99999999999.safetensors"
+        ),
+        "lacks shard 1 of 99999999999",
+    ),
+    "metadata no texts": (
+        "clex_phi",
+        overwrite("model.safetensors", (26).to_bytes(8, "little") + b'{"__metadata__":{"a":[1]}}'),
+        "model.safetensors",
+    ),
     "no weights": ("clex_phi", remove("model.safetensors"), "has no weights"),
     "no config": ("clex_phi", remove("config.json"), "no config.json"),
     "config no JSON": ("clex_phi", overwrite("config.json", b"{"), "not readable as JSON"),

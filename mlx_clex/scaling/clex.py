@@ -40,6 +40,8 @@ NETWORK_BASE = 10_000.0
 
 TRAINING_STEPS = 16
 
+_LARGEST_FACTOR = 4096  # every scale up to it is solved; a larger one is a slip
+
 # For the solve at load, in NumPy, and for training, in MLX.
 _ACTIVATIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "tanh": (np.tanh, mx.tanh),
@@ -62,6 +64,10 @@ class ClexConfig:
     def __post_init__(self) -> None:
         if self.max_factor < 1:
             raise InputError(f"rope_scaling.max_factor must be at least 1, got {self.max_factor}.")
+        if self.max_factor > _LARGEST_FACTOR:
+            raise InputError(
+                f"rope_scaling.max_factor must be at most {_LARGEST_FACTOR}, got {self.max_factor}."
+            )
         if self.param_factor < 1:
             raise InputError(
                 f"rope_scaling.param_factor must be at least 1, got {self.param_factor}."
