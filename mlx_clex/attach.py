@@ -9,6 +9,7 @@ and cache; ropes that scale by themselves (llama3, longrope, ...) are refused.
 """
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import warnings
@@ -140,7 +141,7 @@ class ScaledModel:
         caches: Any = stock_caches(self)
         if self._planner.constant:
             return caches
-        for keys in self._planner.keys:
+        for keys in self._planner.keys_of(self):
             *outer, last = keys.path
             parent = caches
             for index in outer:
@@ -149,12 +150,37 @@ class ScaledModel:
             parent[last] = ScaledKVCache(expected_length or 0)
         return caches
 
+    def check_stage(self) -> None:
+        """Refuse a pipeline in which a process could not tell how long the text is.
+
+        Raises:
+            InputError: none of its layers keeps keys that are scaled.
+        """
+        if not self._planner.keys_of(self):
+            raise InputError(
+                "A process of the pipeline would have no layer with a scaling, and not know how "
+                "long the text is: start fewer of them."
+            )
+
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """The stock model's, which never sees the scaling's tensors."""
         ours = {k: v.astype(mx.float32) for k, v in weights.items() if k.startswith(PREFIX)}
         rest = {k: v for k, v in weights.items() if not k.startswith(PREFIX)}
         stock = getattr(super(), "sanitize", None)
         return (stock(rest) if stock else rest) | ours
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The stock model's, which never sees the scaling's tensors."""
+        ours = {k: v.astype(mx.float32) for k, v in weights.items() if k.startswith(PREFIX)}
+        rest = {k: v for k, v in weights.items() if not k.startswith(PREFIX)}
+        stock = getattr(super(), "sanitize", None)
+        return (stock(rest) if stock else rest) | ours
+
+    def set_dtype(self, *args: Any, **kwargs: Any) -> None:
+        """`nn.Module.set_dtype`, of everything but the scaling's tensors."""
+        ours = self.scaling.parameters()
+        super().set_dtype(*args, **kwargs)  # type: ignore[misc]  # the stock model's
+        self.scaling.update(ours)
 
     @property
     def cast_predicate(self) -> Any:
@@ -270,7 +296,22 @@ def _scaled_class(stock: type) -> type:
             current.now = None
 
     members = {"__call__": call, "stock_class": stock, "__module__": stock.__module__}
+    if hasattr(stock, "shard"):
+        # mlx-lm asks whether a model has one.
+        members["shard"] = _sharding(stock)
     return type(stock.__name__, (ScaledModel, stock), members)
+
+
+def _sharding(stock: Any) -> Any:
+    """The stock class's `shard`, and the scaling's heads with it."""
+
+    @functools.wraps(stock.shard)
+    def shard(self: Any, group: mx.distributed.Group | None = None) -> None:
+        group = group or mx.distributed.init()
+        stock.shard(self, group)
+        self.scaling.keep_heads(group.rank(), group.size())
+
+    return shard
 
 
 class _Planner:
@@ -289,6 +330,8 @@ class _Planner:
         self.current = current
         self.layers = layers
         self.keys = keys
+        self.stage: Any = None  # layers of a pipeline's process
+        self.keys_here = keys
         self.constant = scaling.static or fixed_scale is not None
         self.warned = False
         self.given: Pass | None = None
@@ -304,17 +347,18 @@ class _Planner:
         if self.given is not None:
             return self._enter(self.given)
         if self.constant:
-            lengths = [self._length_of_constant(new_tokens, caches)]
+            lengths = [self._length_of_constant(model, new_tokens, caches)]
         elif caches is None:
             lengths = [new_tokens]
         else:
-            scaled = [self._checked(keys.cache(caches)) for keys in self.keys]
+            here = self.keys_of(model)
+            scaled = [self._checked(keys.cache(caches)) for keys in here]
             lengths = scaled[0].lengths_after(new_tokens)
         check_length(model, max(lengths))
         self._warn_past_reach(model, max(lengths))
         scales = [self.scale_at(length) for length in lengths]
         if not self.constant and caches is not None:
-            for keys, cache in zip(self.keys, scaled, strict=True):
+            for keys, cache in zip(here, scaled, strict=True):
                 if cache.scales != scales:
                     cache.move_to(scales, self._difference_of(keys.layer), keys.place)
         return self._enter(self._pass(model, scales, lengths))
@@ -324,9 +368,25 @@ class _Planner:
         self.current.now = now
         return self.current
 
-    def _length_of_constant(self, new_tokens: int, caches: Sequence[Any] | None) -> int:
+    def keys_of(self, model: Any) -> list[RotatedKeys]:
+        """Where keys are cached here: in a pipeline, those of this process's layers."""
+        stage = getattr(model, "model", None)
+        start, end = getattr(stage, "start_idx", 0), getattr(stage, "end_idx", None)
+        if end is None:
+            return self.keys
+        if self.stage != (start, end):
+            self.stage = (start, end)
+            self.keys_here = [
+                dataclasses.replace(keys, path=(keys.path[0] - start, *keys.path[1:]))
+                for keys in self.keys
+                if start <= keys.path[0] < end
+            ]
+        return self.keys_here
+
+    def _length_of_constant(self, model: Any, new_tokens: int, caches: Sequence[Any] | None) -> int:
         """Length in tokens, for the checks alone; a batch's is not read off its array."""
-        offset = getattr(self.keys[0].cache(caches), "offset", 0) if caches else 0
+        here = self.keys_of(model)
+        offset = getattr(here[0].cache(caches), "offset", 0) if caches and here else 0
         return new_tokens + (offset if isinstance(offset, int) else 0)
 
     def _checked(self, cache: Any) -> ScaledCache:

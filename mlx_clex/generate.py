@@ -28,6 +28,7 @@ from .errors import InputError, RunError
 from .fingerprint import fingerprint
 from .load import load, resolve
 from .plans import plan_at, plan_of, planned_caches, single_caches
+from .sharding import one_voice, shared_seed
 
 # Of options that mlx-lm checks late, inside a compiled function, or not at all.
 _RANGES = (
@@ -73,6 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "with the text. grow: that of what has been read so far. NUMBER: fixed for good.",
     )
     parser.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="Under mlx.launch, share out layers among the processes instead of heads.",
+    )
+    parser.add_argument(
         "--max-kv-size", type=int, default=None, help="Refused: it would drop the long context."
     )
 
@@ -100,8 +106,21 @@ def run(args: argparse.Namespace) -> None:
         InputError: options, files or lengths that cannot be used.
     """
     _check(args)
+    group = mx.distributed.init()
+    with one_voice(group):
+        _run(args, group)
+
+
+def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
+    if group.size() > 1 and (args.prompt_cache_file or args.draft_model):
+        raise InputError(
+            "--prompt-cache-file and --draft-model are for one process; mlx.launch started "
+            f"{group.size()}."
+        )
     if args.seed is not None:
         mx.random.seed(args.seed)
+    elif group.size() > 1:
+        mx.random.seed(shared_seed(group))
     source = resolve(args.model) if args.prompt_cache_file else args.model
     model, tokenizer = load(
         source,
@@ -109,6 +128,8 @@ def run(args: argparse.Namespace) -> None:
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
         model_config={"quantize_activations": True} if args.quantize_activations else None,
+        group=group,
+        pipeline=args.pipeline,
     )
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)

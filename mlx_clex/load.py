@@ -26,6 +26,7 @@ from .attach import ScaledModel, attach
 from .errors import InputError, RunError
 from .hf_config import normalise_config
 from .model_file import Model, ModelArgs
+from .sharding import share_out, wait_for_all
 
 SHIM = "mlx_clex_model.py"  # the model_file of converted checkpoints
 ADAPTER_SCALING = "scaling.safetensors"  # beside adapters, when they train the scaling
@@ -49,6 +50,8 @@ def load(
     *,
     model_config: Mapping[str, Any] | None = None,
     tokenizer_config: Mapping[str, Any] | None = None,
+    group: mx.distributed.Group | None = None,
+    pipeline: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer.
 
@@ -63,6 +66,8 @@ def load(
         cache_dir: where conversions are kept; None takes `~/.cache/mlx_clex`.
         model_config: entries that replace those of config.json.
         tokenizer_config: more options for the tokenizer.
+        group: processes that share the model; each reads its own part.
+        pipeline: they share out layers instead of heads.
 
     Returns:
         (model, tokenizer), as `mlx_lm.load` gives them.
@@ -71,7 +76,14 @@ def load(
         InputError: the checkpoint is missing, incomplete or damaged, or asks for
             something unknown; the message says what.
     """
+    if group is not None and group.size() == 1:
+        group = None
+    if group is not None and group.rank() > 0:
+        # One process converts, the others find it done.
+        wait_for_all(group)
     folder = resolve(path_or_hub_id, cache_dir=cache_dir)
+    if group is not None and group.rank() == 0:
+        wait_for_all(group)
     overrides = dict(model_config or {})
     if read_config(folder).get("model_file") == SHIM:
         # Ours, without running the copy in the folder.
@@ -80,6 +92,7 @@ def load(
     try:
         model, config = load_model(
             folder,
+            lazy=group is not None,
             model_config=overrides,
             get_model_classes=lambda config: (builder, ModelArgs),
             trust_remote_code=trust_remote_code,
@@ -89,6 +102,8 @@ def load(
     except (ValueError, RuntimeError, FileNotFoundError, KeyError, TypeError) as error:
         raise InputError(f"{folder} does not load: {_summary(error)}") from error
     if adapter_path is not None:
+        if group is not None:
+            raise InputError("Adapters cannot be shared among processes: fuse them first.")
         _add_adapters(model, Path(adapter_path), scale)
     if scale is not None and not isinstance(model, ScaledModel):
         raise InputError(
@@ -96,6 +111,8 @@ def load(
             "convert it with mlx_clex.convert --scaling NAME first."
         )
     _fit_to_cpu(model)
+    if group is not None:
+        share_out(model, group, pipeline=pipeline)
     # Nothing lazy may be left: it would belong to the streams of this thread, and a server
     # generates in another one.
     mx.eval(model.parameters())
@@ -109,7 +126,8 @@ def load(
         tokenizer = load_tokenizer(
             folder, tokenizer_options, eos_token_ids=config.get("eos_token_id")
         )
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except Exception as error:
+        # Of a broken tokenizer file its libraries raise anything, down to RecursionError.
         raise InputError(f"{folder} has no tokenizer that loads: {_summary(error)}") from error
     return model, tokenizer
 

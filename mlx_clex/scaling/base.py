@@ -162,6 +162,16 @@ class Scaling(nn.Module, ABC):
             raise InputError(f"The scale must be a finite number of at least 1, got {scale}.")
         return float(scale)
 
+    def keep_heads(self, rank: int, size: int) -> None:
+        """Keep the frequencies of the heads of one process out of several.
+
+        Most methods have none of their own.
+
+        Args:
+            rank: which process, from 0; it has the heads of the rank-th equal part.
+            size: how many there are.
+        """
+
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names in a checkpoint and shapes of the learned tensors."""
         return {PREFIX + name: tuple(self[name].shape) for name in self.learned}

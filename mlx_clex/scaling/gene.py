@@ -1,7 +1,7 @@
 """GeNE: slow pairs stretched by the scale, fast kept."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -150,6 +150,13 @@ class GeneParam(Scaling):
     def query_gain(self, positions: mx.array | None, length: int) -> mx.array | None:
         """Under `log_scale`, one number a position, never below 1."""
         return log_gain(self.config, self.trained_length, positions)
+
+    def keep_heads(self, rank: int, size: int) -> None:
+        """Keep A and B of the heads of one process; see `Scaling`."""
+        count = self.base_coef.shape[1] // size
+        for name in self.learned:
+            self[name] = self[name][:, rank * count : (rank + 1) * count]
+        self.shape = replace(self.shape, heads=count, key_heads=count)
 
     def differentiable_inv_freq(self, scale: Any, layer: int = 0) -> mx.array:
         """Radians per token, float32, (H, D/2), with gradients for A and B.

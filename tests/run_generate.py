@@ -1,0 +1,40 @@
+"""Runs generate several times in one process, so that a test under mlx.launch starts it once.
+
+Each process writes (status, stdout, stderr) of every run to its own file.
+"""
+
+import io  # noqa: I001 - mlx_clex comes first, so that OpenBLAS is found
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import mlx_clex  # noqa: F401
+import mlx.core as mx
+from mlx_lm.generate import setup_arg_parser
+
+from mlx_clex import generate
+from mlx_clex.cli import run_command
+
+
+def main(folder: str) -> None:
+    """Run the commands in `runs.json`."""
+    results = []
+    for argv in json.loads((Path(folder) / "runs.json").read_text()):
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            status = run_command(
+                generate.add_arguments,
+                generate.run,
+                prog="mlx_clex.generate",
+                description="",
+                argv=argv,
+                parents=[setup_arg_parser()],
+            )
+        results.append((status, out.getvalue(), err.getvalue()))
+    rank = mx.distributed.init().rank()
+    (Path(folder) / f"rank{rank}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
