@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import yaml
 
@@ -17,11 +18,14 @@ from mlx_clex import load, lora
 from mlx_clex.cli import run_command
 from mlx_clex.errors import InputError
 from mlx_clex.lora import build_parser
+from mlx_clex.scaling import build_scaling
 from mlx_clex.training.checkpoints import Checkpoints
+from mlx_clex.training.draws import Draws, procedure_for
 from mlx_clex.training.loop import read_losses
 
 from .conftest import GOLDEN, stock_folder
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 WORDS = "the quick brown fox jumps over the lazy dog and runs away from it all . "
 
 
@@ -381,3 +385,17 @@ def test_the_root_changes_in_one_step(base, texts, tmp_path):
     config = json.loads((adapters / "adapter_config.json").read_text())
     assert config["fine_tune_type"] == "lora"
     assert config["trained_scaling"] is True
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_examples_are_read(file):
+    """Every key is known, and the scaling can be trained at its length."""
+    args = lora.with_config(whole_parser().parse_args(["-c", str(file)]))
+    lora.check(args)
+    shape = {"dims": 128, "base": 1e4, "trained_length": 4096}
+    scaling = build_scaling(lora.scaling_from(args), **shape)
+    draws = Draws(scaling, procedure_for(scaling), np.random.default_rng(0))
+    draws.check(args.max_seq_length)
+    assert draws.draw(args.max_seq_length).positions.max() < 16 * 4096
+    for line in file.read_text().splitlines():
+        assert "#" in line, f"{line} has no comment"

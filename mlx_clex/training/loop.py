@@ -137,7 +137,7 @@ class Run:
         self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
         log = self._open_log()
         self.model.train()
-        started = time.perf_counter()
+        started, timed_steps, timed_tokens = time.perf_counter(), 0, 0
         save_due = False
         bar = tqdm(total=options.iters, initial=progress.iteration, desc="Training", leave=False)
         with log, bar, _stop_request() as stopped:
@@ -159,13 +159,17 @@ class Run:
                 progress.losses += result.loss
                 progress.tokens += result.tokens
                 progress.trained_tokens += result.tokens
+                timed_steps += 1
+                timed_tokens += result.tokens
                 bar.update()
                 if iteration % options.steps_per_report == 0 or iteration == options.iters:
-                    self._report(time.perf_counter() - started)
-                    started = time.perf_counter()
+                    seconds = time.perf_counter() - started
+                    self._report(timed_steps / seconds, timed_tokens / seconds)
+                    started, timed_steps, timed_tokens = time.perf_counter(), 0, 0
                 if iteration % options.steps_per_eval == 0 or iteration == options.iters:
+                    before = time.perf_counter()
                     self._validate()
-                    started = time.perf_counter()
+                    started += time.perf_counter() - before
                 save_due = save_due or iteration % options.save_every == 0
                 # Between micro-batches of one update there is a half-made gradient.
                 if update and (save_due or stopped() or iteration == options.iters):
@@ -192,18 +196,17 @@ class Run:
             "--learning-rate or --scaling-learning-rate, or set --max-grad-norm."
         )
 
-    def _report(self, seconds: float) -> None:
+    def _report(self, iterations_per_second: float, tokens_per_second: float) -> None:
         progress = self.progress
         # Of several optimizers the last is the model's.
         optimizer = getattr(self.step.optimizer, "optimizers", [self.step.optimizer])[-1]
         learning_rate = mx.array(optimizer.learning_rate).item()
-        steps = (progress.iteration - 1) % self.options.steps_per_report + 1
         info = {
             "iteration": progress.iteration,
             "train_loss": progress.losses / max(progress.tokens, 1),
             "learning_rate": learning_rate,
-            "iterations_per_second": steps / seconds,
-            "tokens_per_second": progress.tokens / seconds,
+            "iterations_per_second": iterations_per_second,
+            "tokens_per_second": tokens_per_second,
             "trained_tokens": progress.trained_tokens,
             "peak_memory": mx.get_peak_memory() / 1e9,
         }

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import InputError
 
-_CHUNK_ELEMENTS = 1 << 24  # logits of a chunk: 64 MiB in float32
+_CHUNK_ELEMENTS = 1 << 23  # logits of a chunk: 32 MiB in float32
 _SMALLEST_CHUNK = 64  # tokens
 
 

@@ -66,7 +66,7 @@ class TrainingStep:
             optimizer: takes the updates.
             grad_checkpoint: recompute each layer in the backward pass.
             max_grad_norm: clip the gradient's norm to this; 0 for no clipping.
-            chunk: tokens whose logits are there at once; None takes as many as fit 64 MiB.
+            chunk: tokens whose logits are there at once; None takes as many as fit 32 MiB.
         """
         self.model = model
         self.scaling: Scaling = model.scaling

@@ -1,0 +1,181 @@
+"""Peak memory and time of a training step, against mlx_lm.lora on the same model.
+
+Each figure comes from a process of its own: the peak is MLX's own count, reset after one
+step to warm up. `head` is the loss head's share: the peak less that of the same step with
+the mean of the hidden states as its loss.
+
+    python benchmarks/train_memory.py [--length 4096] [--model FOLDER] [--json]
+
+Without --model: hidden 256, 2 layers, 4 heads, vocabulary 32000, gradient checkpointing.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from mlx_clex import attach, load  # first: it finds OpenBLAS
+
+import mlx.core as mx  # isort: skip
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx_lm.models import llama
+from mlx_lm.tuner import trainer
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlx_clex.scaling import build_scaling
+from mlx_clex.training import step as step_module
+from mlx_clex.training.draws import Draws, procedure_for
+from mlx_clex.training.loss import hidden_states
+from mlx_clex.training.step import Batch, TrainingStep
+
+CASES = ("stock", "ours", "stock body", "ours body")
+STEPS = 3
+
+
+def build(path: str | None, ours: bool) -> Any:
+    """The model, with LoRA layers; stock, or with CLEX."""
+    mx.random.seed(0)
+    if path:
+        model: Any = load(path)[0]
+    else:
+        model = llama.Model(
+            llama.ModelArgs(
+                model_type="llama",
+                hidden_size=256,
+                num_hidden_layers=2,
+                intermediate_size=688,
+                num_attention_heads=4,
+                rms_norm_eps=1e-5,
+                vocab_size=32_000,
+                max_position_embeddings=4096,
+                tie_word_embeddings=False,
+            )
+        )
+    if ours:
+        attach(model, {"type": "clex"})
+    model.freeze()
+    linear_to_lora_layers(model, -1, {"rank": 8, "scale": 20.0, "dropout": 0.0})
+    if ours:
+        model.scaling.unfreeze()
+    model.train()
+    mx.eval(model.parameters())
+    return model
+
+
+def stock_step(model: Any, tokens: np.ndarray, *, body: bool) -> Callable[[], object]:
+    """The step of mlx_lm.lora, whose loop cannot be called a step at a time."""
+    trainer.grad_checkpoint(model.layers[0])
+    optimizer = optim.Adam(learning_rate=1e-5)
+    batch = mx.array(tokens)
+    lengths = mx.array([[0, tokens.shape[1]]] * len(tokens))
+
+    def mean_hidden(model: Any, batch: mx.array, lengths: mx.array) -> Any:
+        return model.model(batch[:, :-1]).mean().astype(mx.float32), lengths.sum()
+
+    loss = nn.value_and_grad(model, mean_hidden if body else trainer.default_loss)
+    state = [model.state, optimizer.state, mx.random.state]
+
+    def step() -> mx.array:
+        (value, _), gradient = loss(model, batch, lengths)
+        optimizer.update(model, gradient)
+        return value
+
+    compiled: Any = mx.compile(step, inputs=state, outputs=state)
+    return lambda: mx.eval(compiled(), state)
+
+
+def our_step(model: Any, tokens: np.ndarray, *, body: bool) -> Callable[[], object]:
+    """A step of mlx_clex.lora with CLEX and its default procedure."""
+    step = TrainingStep(model, optim.Adam(learning_rate=1e-5), grad_checkpoint=True)
+    if body:
+
+        def mean_hidden(model: Any, tokens: mx.array, *_: Any) -> Any:
+            value = hidden_states(model, tokens).mean().astype(mx.float32)
+            return value, mx.stop_gradient(value)
+
+        # In place of the loss that the step module imported.
+        vars(step_module)["loss_for_gradient"] = mean_hidden
+    draws = Draws(model.scaling, procedure_for(model.scaling), np.random.default_rng(0))
+    ones = np.ones((len(tokens), tokens.shape[1] - 1), np.float32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], ones)
+    return lambda: step(batch, draws.draw(batch.tokens.shape[1]))
+
+
+def measure(case: str, path: str | None, length: int) -> dict[str, float]:
+    """Peak in bytes, and the fastest of some steps in seconds."""
+    ours, body = case.startswith("ours"), case.endswith("body")
+    model = build(path, ours)
+    tokens = np.random.default_rng(0).integers(0, model.args.vocab_size, (1, length + 1))
+    step = (our_step if ours else stock_step)(model, tokens.astype(np.int32), body=body)
+    step()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    times = []
+    for _ in range(STEPS):
+        started = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - started)
+    return {"peak": mx.get_peak_memory(), "seconds": min(times)}
+
+
+def scaling_share() -> float:
+    """Seconds a step for CLEX's frequencies, forward and backward, D 128, p 1, t 16."""
+    scaling = build_scaling(
+        {"type": "clex", "max_factor": 16}, dims=128, base=1e4, trained_length=4096
+    )
+
+    def loss(scale: mx.array) -> mx.array:
+        return scaling.differentiable_inv_freq(scale).sum()
+
+    both: Any = mx.compile(nn.value_and_grad(scaling, loss))
+    times = []
+    for scale in range(2, 17):
+        started = time.perf_counter()
+        mx.eval(both(mx.array(float(scale))))
+        times.append(time.perf_counter() - started)
+    return float(np.median(times))
+
+
+def main() -> None:
+    """Measure all cases and print a table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model")
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(measure(args.case, args.model, args.length)))
+        return
+    found: dict[str, Any] = {}
+    for case in CASES:
+        command = [sys.executable, __file__, "--case", case, "--length", str(args.length)]
+        command += ["--model", args.model] if args.model else []
+        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found[case] = json.loads(out.splitlines()[-1])
+    heads = {who: found[who]["peak"] - found[f"{who} body"]["peak"] for who in ("stock", "ours")}
+    found["ratios"] = {
+        "peak": found["ours"]["peak"] / found["stock"]["peak"],
+        "seconds": found["ours"]["seconds"] / found["stock"]["seconds"],
+        "head": heads["ours"] / heads["stock"],
+    }
+    found["scaling_seconds"] = scaling_share()
+    if args.json:
+        print(json.dumps(found))
+        return
+    print(f"{'':12} {'peak MiB':>9} {'head MiB':>9} {'s a step':>9}")
+    for who in ("stock", "ours"):
+        peak, head = found[who]["peak"] / 2**20, heads[who] / 2**20
+        print(f"{who:12} {peak:9.0f} {head:9.0f} {found[who]['seconds']:9.3f}")
+    ratios = found["ratios"]
+    print(f"{'ratio':12} {ratios['peak']:9.2f} {ratios['head']:9.2f} {ratios['seconds']:9.2f}")
+    print(f"CLEX's frequencies, forward and backward: {found['scaling_seconds'] * 1e3:.1f} ms")
+
+
+if __name__ == "__main__":
+    main()
