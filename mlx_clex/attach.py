@@ -4,8 +4,8 @@ The model keeps its class's code: its rope modules are replaced, and its class b
 subclass made on the fly whose `__call__` decides the scale and gain of the pass, moves
 cached keys that have another scale, and then runs the stock `__call__`.
 
-Not covered: which ropes those are (`families.py`). Layers with a sliding window keep their rope
-and cache; ropes that scale by themselves (llama3, longrope, ...) are refused.
+Not covered: which ropes those are (`families.py`). Layers with a sliding window keep
+their rope and cache; ropes that scale by themselves (llama3, longrope, ...) are refused.
 """
 
 import contextlib
@@ -161,13 +161,6 @@ class ScaledModel:
                 "A process of the pipeline would have no layer with a scaling, and not know how "
                 "long the text is: start fewer of them."
             )
-
-    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The stock model's, which never sees the scaling's tensors."""
-        ours = {k: v.astype(mx.float32) for k, v in weights.items() if k.startswith(PREFIX)}
-        rest = {k: v for k, v in weights.items() if not k.startswith(PREFIX)}
-        stock = getattr(super(), "sanitize", None)
-        return (stock(rest) if stock else rest) | ours
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """The stock model's, which never sees the scaling's tensors."""

@@ -112,7 +112,7 @@ def length_of(folder, text):
         ("clex_llama", ("--expected-length", "192"), ScaledKVCache),
         ("clex_llama_gqa_log_scale", ("--expected-length", "192"), ScaledKVCache),
         ("clex_llama", ("--scale", "grow"), ScaledKVCache),
-        ("clex_llama", ("--scale", "3.3"), KVCache),
+        ("clex_llama", ("--scale", "5.5"), KVCache),
         ("wide", ("--expected-length", "192", *EIGHT_BITS), ScaledQuantizedKVCache),
         ("gene_param_llama", (), ScaledKVCache),
         ("stock", (), KVCache),

@@ -133,7 +133,7 @@ def test_what_would_go_wrong(tmp_path):
         ({"rope_scaling": {"type": "spline"}}, "'spline'"),
         ({"rope_scaling": llama3}, "scales by itself"),
         ({"model_type": "abacus"}, "abacus"),
-        ({"hidden_size": "wide"}, "config.json does not make a model"),
+        ({"hidden_size": "wide"}, "hidden_size"),
     ]:
         found = lines(folder_of(tmp_path, LLAMA_70B | {"num_hidden_layers": 2} | config))
         assert words in found["problem"][0]
