@@ -14,8 +14,10 @@ import contextlib
 import gc
 import json
 import logging
+import re
 import sys
 import time
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -28,11 +30,30 @@ from mlx_lm.models.cache import LRUPromptCache
 
 from .attach import ScaledModel, make_prompt_cache
 from .cli import run_command
-from .errors import InputError
+from .errors import InputError, RunError
+from .families import config_value, stock_caches
 from .generate import scale_policy
 from .load import load
-from .plans import plan_at, plan_of
+from .plans import plan_at, plan_of, planned_caches
 
+# Of numbers in a request; beyond them MLX fails while it samples.
+_BOUNDS: dict[str, float] = {
+    "temperature": 100,
+    "top_p": 1,
+    "top_k": 1 << 31,
+    "min_p": 1,
+    "max_tokens": 1 << 31,
+    "num_draft_tokens": 1000,
+    "repetition_penalty": 1e6,
+    "repetition_context_size": 1 << 31,
+    "presence_penalty": 1e6,
+    "presence_context_size": 1 << 31,
+    "frequency_penalty": 1e6,
+    "frequency_context_size": 1 << 31,
+    "xtc_probability": 1,
+    "xtc_threshold": 0.5,
+    "seed": (1 << 63) - 1,
+}
 BODY_LIMIT = 64_000_000  # bytes of a request; a million tokens are about 5 MB of text
 
 
@@ -111,39 +132,60 @@ class PlannedPromptCache(LRUPromptCache):
             # Nothing to go on from; or all of it, and then no token to predict from.
             models = self.provider.models
             return [cache for each in models for cache in make_prompt_cache(each, length)], tokens
-        for cache in caches:
-            if hasattr(cache, "expected_length"):
-                cache.expected_length = length
+        for cache in planned_caches(caches):
+            cache.expected_length = length
         return caches, rest
 
     def insert_cache(
         self, model: Any, tokens: list[int], prompt_cache: list[Any], **kwargs: Any
     ) -> None:
-        """Keep these caches, if one plan made all of them."""
+        """Keep these caches, if one plan made all of them and another prompt can share it.
+
+        Under CLEX's log_scale the gain is that of the prompt's own length: nothing but a
+        prompt of the very same length could go on from them.
+        """
         plans, start = [], 0
         for each in self.provider.models:
-            caches = prompt_cache[start : start + len(make_prompt_cache(each))]
+            caches = prompt_cache[start : start + len(stock_caches(each))]
             start += len(caches)
             plans.append(plan_of(each, caches))
-        if None not in plans:
+        shareable = all(plan == () or (plan is not None and plan[1] is None) for plan in plans)
+        # Drafting leaves caches a token or two short, and a trim would take too many.
+        whole = all(cache.offset == len(tokens) for cache in planned_caches(prompt_cache))
+        if shareable and whole:
             super().insert_cache((model, tuple(plans)), tokens, prompt_cache, **kwargs)
 
 
 class PlanningResponseGenerator(stock.ResponseGenerator):
-    """Refuses prompts beyond the reach, and says why loading failed."""
+    """Refuses prompts beyond the reach, says why loading failed, and survives a request.
 
-    load_error: Exception | None = None
+    What fails while tokens are made fails the requests under way, and no later one.
+    """
+
+    def __init__(self, provider: ScaledModelProvider, prompt_cache: PlannedPromptCache) -> None:
+        self.load_error: Exception | None = None
+        self._under_way: weakref.WeakSet[Any] = weakref.WeakSet()  # their answers' queues
+        super().__init__(provider, prompt_cache)
 
     def _run_generate(self) -> None:
-        try:
-            self._generate()
-        except InputError as error:
-            self.load_error = error
-            self._generation_failed = True
-        except Exception as error:
-            logging.exception("The generation thread died")
-            self.load_error = error
-            self._generation_failed = True
+        while not self._stop:
+            try:
+                self._generate()
+            except Exception as error:
+                if self.model_provider.model is None:
+                    self.load_error = error
+                    self._generation_failed = True
+                    return
+                logging.exception("A request failed while tokens were made")
+                for queue in list(self._under_way):
+                    queue.put(RunError(f"Generation failed: {error}"))
+                self._under_way.clear()
+
+    def _next_request(self, timeout: float | None = None) -> Any:
+        request = super()._next_request(timeout)
+        if request is not None:
+            self._under_way.add(request[0])
+        return request
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         tokenized = super()._tokenize(tokenizer, request, args)
@@ -157,8 +199,10 @@ class PlanningResponseGenerator(stock.ResponseGenerator):
                     f"generated ones included; the prompt has {len(tokenized[0])}. Shorten it."
                 )
             args.max_tokens = min(args.max_tokens, room)
-        # Quantised keys lose precision at every move, so none is to come.
-        self.prompt_cache.room = args.max_tokens if self.cli_args.kv_bits else 0
+        # Quantised keys lose precision at every move; and drafted tokens that are refused
+        # later must not have moved the scale. So none is to come.
+        fixed = self.cli_args.kv_bits or self.model_provider.draft_model is not None
+        self.prompt_cache.room = args.max_tokens if fixed else 0
         return tokenized
 
     def generate(self, request: Any, generation_args: Any, progress_callback: Any = None) -> Any:
@@ -175,7 +219,7 @@ class Handler(stock.APIHandler):
     def do_POST(self) -> None:  # noqa: N802 - the name http.server calls
         """Check what arrives before mlx-lm reads it."""
         length = self.headers.get("Content-Length", "")
-        if length.lstrip("-").isdigit() and not 0 <= int(length) <= BODY_LIMIT:
+        if re.fullmatch("-?[0-9]{1,18}", length) and not 0 <= int(length) <= BODY_LIMIT:
             status = 400 if int(length) < 0 else 413
             self._refuse(status, f"A request body has 0 to {BODY_LIMIT} bytes, got {length}.")
             self.close_connection = True
@@ -186,9 +230,41 @@ class Handler(stock.APIHandler):
             self._refuse(400, str(refusal), code="context_length_exceeded")
         except UnicodeDecodeError as error:
             self._refuse(400, f"The request body is no UTF-8: {error}.")
+        except RunError as error:
+            # Of an answer that is not on its way yet, the status can still be told.
+            if getattr(self, "_headers_buffer", None):
+                self._headers_buffer = []
+                self._refuse(500, str(error))
+            self.close_connection = True
+        except RecursionError:
+            self._refuse(400, "The request body is nested too deeply.")
         except (BrokenPipeError, ConnectionResetError):
             # The client hung up; mlx-lm has told the generation to stop.
             self.close_connection = True
+
+    def validate_model_parameters(self) -> None:
+        """mlx-lm's checks, and the bounds that it leaves open.
+
+        Raises:
+            ValueError: a parameter of the request cannot be used.
+        """
+        super().validate_model_parameters()
+        for name, most in _BOUNDS.items():
+            value = getattr(self, name)
+            # Not `value > most`: of NaN that is false.
+            if value is not None and not -most <= value <= most:
+                raise ValueError(f"{name} must be a number within {-most:g}..{most:g}")
+        if self.seed is not None and self.seed < 0:
+            raise ValueError("seed must be at least 0")
+        model = self.response_generator.model_provider.model
+        vocabulary = None if model is None else config_value(model, "vocab_size")
+        if vocabulary is not None:
+            # MLX checks neither: the first ends the process, the second all sampling.
+            for token in self.logit_bias or {}:
+                if not 0 <= token < vocabulary:
+                    raise ValueError(f"logit_bias has token {token}; there are {vocabulary}")
+            if self.top_k >= vocabulary:
+                raise ValueError(f"top_k must be below {vocabulary}, the number of tokens")
 
     def handle_models_request(self) -> None:
         """The models that a request may name: the one served, with its context limit, and

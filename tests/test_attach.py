@@ -319,6 +319,10 @@ def test_scaling_weights_stay_out_of_casts_and_quantisation():
     model = scaled_llama("clex")
     assert not model.cast_predicate("scaling.up_proj")
     assert model.cast_predicate("model.norm.weight")
+    before = model.scaling.inv_freq(7.0)
+    model.set_dtype(mx.bfloat16)
+    assert model.model.norm.weight.dtype == mx.bfloat16
+    assert mx.array_equal(model.scaling.inv_freq(7.0), before)
     nn.quantize(model, group_size=32, bits=4)
     assert model.scaling.up_proj.dtype == mx.float32
     weights = model.sanitize({"scaling.up_proj": mx.zeros((2, 2), mx.bfloat16)})

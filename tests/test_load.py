@@ -155,6 +155,14 @@ DAMAGE = {
     ),
     "odd head": (lambda f: edit(f, head_dim=15), "even"),
     "unknown family": (lambda f: edit(f, model_type="banana"), "'banana'"),
+    "a tokenizer without end": (
+        lambda f: (f / "tokenizer.json").write_text("[" * 100_000),
+        "tokenizer",
+    ),
+    "tokenizer settings no object": (
+        lambda f: (f / "tokenizer_config.json").write_text("5"),
+        "tokenizer",
+    ),
     "no tokenizer": (lambda f: [p.unlink() for p in f.glob("*token*")], "tokenizer"),
 }
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -14,9 +15,11 @@ from mlx_clex.convert import convert
 
 from mlx_clex import load
 from mlx_clex.attach import make_prompt_cache
-from mlx_clex.server import PlannedPromptCache, plan_of
+from mlx_clex.errors import RunError
+from mlx_clex.plans import plan_of
+from mlx_clex.server import PlannedPromptCache, PlanningResponseGenerator
 
-from .conftest import GOLDEN, scaled_llama
+from .conftest import GOLDEN, scaled_llama, stock_folder
 
 openai = pytest.importorskip("openai")
 
@@ -27,6 +30,14 @@ SENTENCE = "The quick brown fox jumps over the lazy dog. "
 def model(tmp_path_factory):
     """clex_llama in float32, so that equal computations pick equal tokens."""
     return convert(GOLDEN / "clex_llama", tmp_path_factory.mktemp("f32") / "m", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory, model):
+    """A random CLEX with heads of 32 dimensions, which can be quantised."""
+    folder = tmp_path_factory.mktemp("wide")
+    source = stock_folder(folder, model, vocab_size=512)
+    return convert(source, folder / "m", scaling={"type": "clex", "max_factor": 16})
 
 
 class Server:
@@ -174,6 +185,15 @@ BAD = {
     "negative max_tokens": (json.dumps(GOOD | {"max_tokens": -1}).encode(), 400),
     "negative temperature": (json.dumps(GOOD | {"temperature": -1}).encode(), 400),
     "a text for a number": (json.dumps(GOOD | {"top_p": "all"}).encode(), 400),
+    "temperature beyond floats": (json.dumps(GOOD | {"temperature": 2**70}).encode(), 400),
+    "temperature not a number": (b'{"prompt": "hi", "temperature": NaN}', 400),
+    "a negative seed": (json.dumps(GOOD | {"seed": -1}).encode(), 400),
+    "a bias for no token": (
+        json.dumps(GOOD | {"logit_bias": {"99999999": 1.0}}).encode(),
+        400,
+    ),
+    "more than all tokens": (json.dumps(GOOD | {"top_k": 512, "temperature": 1}).encode(), 400),
+    "nested without end": (b"[" * 200_000, 400),
     "unknown model": (json.dumps(GOOD | {"model": "/nowhere/at/all"}).encode(), 404),
 }
 
@@ -188,7 +208,10 @@ def test_bad_requests_get_a_status_and_the_next_one_an_answer(kind, server, alon
     assert server.ask(SENTENCE)[0] == alone(SENTENCE)
 
 
-@pytest.mark.parametrize(("length", "status"), [("100000000", 413), ("-5", 400), ("ten", 400)])
+@pytest.mark.parametrize(
+    ("length", "status"),
+    [("100000000", 413), ("-5", 400), ("ten", 400), ("--5", 400), ("9" * 5000, 400)],
+)
 def test_a_body_of_impossible_length_is_not_read(length, status, server, alone):
     """100 MB would sit in memory, and a negative length would read for ever."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
@@ -213,17 +236,57 @@ def test_a_client_that_hangs_up_frees_its_place(server, alone):
     assert server.raw("GET", "/health")[0] == 200
 
 
-def test_drafting_fixed_scales_and_quantised_keys(model, alone):
-    """Speculative decoding gives the same text; --kv-bits and --scale start and answer."""
-    server = Server(model, "--draft-model", str(model), "--num-draft-tokens", "2")
+def test_a_request_that_breaks_generation_fails_alone():
+    """An error while tokens are made killed the thread that answers everybody."""
+
+    class Generator(PlanningResponseGenerator):
+        runs = 0
+
+        def _generate(self):
+            self.runs += 1
+            while not self._stop:
+                if self._next_request(timeout=0.05) is not None and self.runs == 1:
+                    raise ZeroDivisionError("the first request")
+
+    provider = SimpleNamespace(model=object())
+    generator = Generator(provider, PlannedPromptCache(provider, 1))
     try:
-        assert server.ask(SENTENCE * 2, max_tokens=8)[0] == alone(SENTENCE * 2, 8)
-        assert server.ask(SENTENCE * 2, max_tokens=8)[0] == alone(SENTENCE * 2, 8)
+        with pytest.raises(RunError, match="the first request"):
+            generator.generate(None, None)
+        assert generator.generation_available()
+        assert generator.runs == 2
     finally:
-        server.stop()
-    server = Server(model, "--scale", "4")
+        generator.stop_and_join()
+
+
+@pytest.mark.parametrize("options", [("--draft-model",), ("--kv-bits", "8"), ("--scale", "6")])
+def test_drafts_quantised_keys_and_fixed_scales(options, wide):
+    """One plan for prompt and answer together: nothing moves half way, nothing is redone."""
+    from mlx_lm.generate import stream_generate
+
+    prompt, count = SENTENCE, 60
+    fixed = 6.0 if options[0] == "--scale" else None
+    loaded, tokenizer = load(wide, scale=fixed)
+    ids = tokenizer.encode(prompt)
+    quantised = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
+    cache = make_prompt_cache(loaded, None if fixed else len(ids) + count)
+    parts = stream_generate(
+        loaded,
+        tokenizer,
+        ids,
+        max_tokens=count,
+        prompt_cache=cache,
+        **(quantised if options[0] == "--kv-bits" else {}),
+    )
+    expected = "".join(part.text for part in parts)
+    if options[0] == "--draft-model":
+        options = ("--draft-model", str(wide), "--num-draft-tokens", "2")
+    elif options[0] == "--kv-bits":
+        options = (*options, "--kv-group-size", "32", "--quantized-kv-start", "0")
+    server = Server(wide, *options)
     try:
-        assert server.ask(SENTENCE * 2)[0] == server.ask(SENTENCE * 2)[0]
+        assert server.ask(prompt, max_tokens=count)[0] == expected
+        assert server.ask(prompt, max_tokens=count)[0] == expected
     finally:
         server.stop()
 
@@ -260,8 +323,7 @@ class Provider:
     [
         ("clex", False, 60, True),
         ("clex", False, 70, False),  # past the plan, at another scale
-        ("clex", True, 60, True),
-        ("clex", True, 62, False),  # past the plan, at another gain
+        ("clex", True, 60, False),  # the gain of one length serves no other
         ("gene", False, 60, True),
         ("gene", True, 62, True),  # its gain belongs to positions
         ("linear", False, 300, True),
@@ -275,12 +337,12 @@ def test_only_prefixes_of_one_plan_are_kept(name, log_scale, read, kept, tokens)
     model(tokens[:1, :60], cache=cache)
     for i in range(60, read):
         model(tokens[:1, i : i + 1], cache=cache)
-    assert (plan_of(model, cache) is not None) == kept
+    assert log_scale or (plan_of(model, cache) is not None) == kept
 
     prompts = PlannedPromptCache(Provider(model), 10)
     ids = tokens[0, :read].tolist()
     prompts.insert_cache("m", ids, cache)
     reused, rest = prompts.fetch_nearest_cache("m", [*ids, 1])
-    same_plan = not log_scale or name != "clex" or len(ids) + 1 == 61
-    assert rest == ([1] if kept and same_plan else [*ids, 1])
+    assert len(prompts) == kept
+    assert rest == ([1] if kept else [*ids, 1])
     assert mx.array(reused[0].offset).item() == (read if rest == [1] else 0)
