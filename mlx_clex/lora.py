@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import yaml  # type: ignore[import-untyped]
+import yaml
 from mlx_lm.lora import CONFIG_DEFAULTS, build_parser, yaml_loader
 from mlx_lm.tuner.callbacks import get_reporting_callbacks
 from mlx_lm.tuner.utils import print_trainable_parameters
