@@ -26,8 +26,17 @@ def check_target(target: Path) -> None:
     Raises:
         InputError: it does.
     """
+    if not target.name:
+        raise InputError("--mlx-path must name a new folder.")
     if target.exists() or target.is_symlink():
         raise InputError(f"{target} exists already: delete it, or give another --mlx-path.")
+    parent = next(parent for parent in target.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise InputError(
+            f"{parent} is a file, so {target} cannot be made: give another --mlx-path."
+        )
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{parent} cannot be written to: give another --mlx-path.")
 
 
 def check_space(target: Path, needed: int) -> None:
@@ -64,7 +73,12 @@ def whole_or_nothing(target: Path) -> Iterator[Path]:
         number += 1
         temporary = target.with_name(f"{target.name}.incomplete-{os.getpid()}-{number}")
     try:
-        temporary.mkdir()
+        try:
+            temporary.mkdir()
+        except OSError as error:
+            raise InputError(
+                f"{target.parent} cannot be written to ({error.strerror}): give another --mlx-path."
+            ) from error
         yield temporary
         check_target(target)
         temporary.rename(target)

@@ -100,7 +100,8 @@ def convert(
         freeze_for=freeze_for,
     )
     target = Path(mlx_path).expanduser()
-    check_target(target)
+    if not dry_run:
+        check_target(target)
     if upload_repo is not None:
         from .hub import check_upload
 

@@ -65,8 +65,8 @@ def make_plan(config: dict[str, Any], weights: dict[str, mx.array], options: Opt
     ours = _scaling_weights(weights, renaming)
     if ours and options.scaling is not None:
         raise InputError(
-            f"The checkpoint already has trained {config['rope_scaling']['type']} weights "
-            f"({', '.join(ours)}), which --scaling would throw away: leave it out."
+            f"The checkpoint has trained weights of a scaling already ({', '.join(ours)}), which "
+            "--scaling would throw away: leave it out."
         )
     model = _build_model(config)
     scaling: Scaling | None = getattr(model, "scaling", None)

@@ -88,5 +88,10 @@ def cast_and_quantize(
                 )
         except ValueError as error:
             raise InputError(f"mlx does not quantise like that: {error}.") from error
+        if not any(hasattr(module, "bits") for module in model.modules()):
+            raise InputError(
+                f"-q would quantise nothing: no layer's width is a multiple of --q-group-size "
+                f"{config['quantization']['group_size']}. Give another one, 32 or 64."
+            )
         notes.append(printed.getvalue().removeprefix("[INFO]").strip())
     return config

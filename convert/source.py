@@ -69,7 +69,7 @@ def find(hf_path: str | Path, revision: str | None = None) -> Checkpoint:
                 f"{path} is a file. Give the folder it lies in, a .gguf file, or a hub id."
             )
         return Checkpoint(path.parent, "gguf", [path])
-    if path.is_dir():
+    if is_local(hf_path):
         if revision is not None:
             raise InputError(f"--revision {revision} is for hub ids; {path} is a folder.")
         return _from_folder(path, None)
@@ -81,7 +81,8 @@ def find(hf_path: str | Path, revision: str | None = None) -> Checkpoint:
 
 def is_local(hf_path: str | Path) -> bool:
     """Whether a file or folder of this name is here, which comes before a hub id."""
-    return Path(hf_path).expanduser().exists()
+    # An empty name would be the folder one stands in.
+    return str(hf_path) != "" and Path(hf_path).expanduser().exists()
 
 
 def check_hub_id(hf_path: str | Path) -> str:
@@ -90,6 +91,8 @@ def check_hub_id(hf_path: str | Path) -> str:
     Raises:
         InputError: it cannot.
     """
+    if str(hf_path).endswith(".gguf"):
+        raise InputError(f"There is no file {hf_path}.")
     if not _REPO_ID.fullmatch(str(hf_path)):
         raise InputError(
             f"There is no folder {Path(hf_path)}, and it is not a hub id such as owner/name either."

@@ -175,12 +175,17 @@ def encode_prompt(args: argparse.Namespace, tokenizer: Any, *, continues: bool) 
         InputError: no text, or a file that cannot be read.
     """
     text = prompt_text(args)
+    if not text.strip():
+        raise InputError("The prompt is empty; give a text with --prompt or --prompt-file.")
     templated = not args.ignore_chat_template and tokenizer.has_chat_template
     if templated:
         text = _apply_template(args, tokenizer, text, continues)
     tokens = tokenizer.encode(text, add_special_tokens=not (templated or continues))
     if not tokens:
-        raise InputError("The prompt is empty; give a text with --prompt or --prompt-file.")
+        raise InputError(
+            "The tokenizer makes no tokens of the prompt: are its files missing in the model's "
+            "folder?"
+        )
     return tokens
 
 

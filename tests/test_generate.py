@@ -237,6 +237,8 @@ def test_kv_bits_needs_an_end(cli, converted):
         (("--prompt-file", "/nowhere/at.all"), ["--prompt-file", "/nowhere/at.all"]),
         (("--prompt", "-", "--prompt-file", "-"), ["stdin"]),
         (("--image", "cat.png"), ["--image"]),
+        (("--prompt", " "), ["empty", "--prompt-file"]),
+        (("--prompt-file", "-"), ["empty"]),
         (("--kv-bits", "7"), ["--kv-bits", "7"]),
         (("--prefill-step-size", "0"), ["--prefill-step-size"]),
         (("--chat-template-config", "{"), ["--chat-template-config"]),

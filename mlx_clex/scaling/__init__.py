@@ -59,8 +59,7 @@ def build_scaling(
     name = rope_scaling.get("type", rope_scaling.get("rope_type", "none"))
     if name not in SCALINGS:
         raise InputError(
-            f"config.json asks for rope_scaling type {name!r}, which mlx_clex does not "
-            f"have. It has: {', '.join(SCALINGS)}."
+            f"There is no rope_scaling type {name!r} in mlx_clex. It has: {', '.join(SCALINGS)}."
         )
     per_head = (weights or {}).get(PREFIX + "base_coef")
     if per_head is not None and heads is None and per_head.ndim == 3:
