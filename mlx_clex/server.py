@@ -233,7 +233,7 @@ class Handler(stock.APIHandler):
         except RunError as error:
             # Of an answer that is not on its way yet, the status can still be told.
             if getattr(self, "_headers_buffer", None):
-                self._headers_buffer = []
+                self._headers_buffer: list[bytes] = []
                 self._refuse(500, str(error))
             self.close_connection = True
         except RecursionError:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub brings its own
 
@@ -23,7 +24,7 @@ L0 = 16  # trained length of the tiny models, tokens
 
 # For every method, an entry under which a tiny model crosses scales within 300 tokens,
 # or stands at a scale that is not 1.
-CONFIGS = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "none": {},
     "linear": {"factor": 4},
     "ntk": {"factor": 4},
