@@ -133,14 +133,18 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
     )
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
-    draft = load(args.draft_model)[0] if args.draft_model is not None else None
+    draft = _load_draft(args, tokenizer) if args.draft_model is not None else None
 
     saved = _saved_cache(args, model, Path(source)) if args.prompt_cache_file else None
     prompt = encode_prompt(args, tokenizer, continues=saved is not None)
     read = max((getattr(c, "offset", 0) for c in single_caches(saved or [])), default=0)
     max_tokens = cap_max_tokens(model, read + len(prompt), args.max_tokens)
-    fixed = args.kv_bits is not None or (saved is not None and quantised(saved) is not None)
-    expected = _expected_length(args, model, read + len(prompt), max_tokens, fixed)
+    fixed_by = None
+    if args.kv_bits is not None or (saved is not None and quantised(saved) is not None):
+        fixed_by = "--kv-bits"  # quantised keys lose precision at every move
+    elif draft is not None:
+        fixed_by = "--draft-model"  # a token refused later must not have moved the scale
+    expected = _expected_length(args, model, read + len(prompt), max_tokens, fixed_by)
     if saved is None:
         caches = make_prompt_cache(model, expected)
         if draft is not None:
@@ -271,26 +275,38 @@ def _expected_length(
     model: nn.Module,
     prompt_length: int,
     max_tokens: int,
-    quantised: bool,
+    fixed_by: str | None,
 ) -> int | None:
-    """The length the caches are planned for, in tokens; None for that of what is read."""
+    """The length the caches are planned for, in tokens; None for that of what is read.
+
+    `fixed_by` is the option under which the scale may not change on the way, or None.
+    """
     if not isinstance(model, ScaledModel) or isinstance(args.scale, float):
         return None
-    if not quantised or model.scaling.static:
+    if fixed_by is None or model.scaling.static:
         return prompt_length if args.scale == "prompt" else None
-    # Quantised keys lose precision at every move, so none is to come.
     if max_tokens == -1:
         raise InputError(
-            "--kv-bits fixes the scale at that of the prompt and --max-tokens together, so "
+            f"{fixed_by} fixes the scale at that of the prompt and --max-tokens together, so "
             "--max-tokens -1 leaves it open: give a number, or --scale NUMBER."
         )
     expected = prompt_length + max_tokens
     print(
-        f"[mlx_clex] --kv-bits: scale fixed at {model.scale_at(expected):g}, that of "
+        f"[mlx_clex] {fixed_by}: scale fixed at {model.scale_at(expected):g}, that of "
         f"{expected} tokens.",
         file=sys.stderr,
     )
     return expected
+
+
+def _load_draft(args: argparse.Namespace, tokenizer: Any) -> nn.Module:
+    draft, its_tokenizer = load(args.draft_model, trust_remote_code=args.trust_remote_code)
+    if its_tokenizer.vocab_size != tokenizer.vocab_size:
+        raise InputError(
+            f"The draft model has {its_tokenizer.vocab_size} tokens, the model "
+            f"{tokenizer.vocab_size}: they must share a tokenizer."
+        )
+    return draft
 
 
 def prompt_text(args: argparse.Namespace) -> str:

@@ -24,6 +24,8 @@ def test_readme_blocks_run_in_order(tmp_path):
     blocks = BLOCK.findall(README.read_text())
     assert len(blocks) >= 5
 
+    home = {"HOME": str(tmp_path)}  # where conversions and texts are kept
+
     for language, code in blocks:
         command = ["bash", "-euo", "pipefail", "-c", code]
         if language == "python":
@@ -31,7 +33,7 @@ def test_readme_blocks_run_in_order(tmp_path):
         done = subprocess.run(
             command,
             cwd=tmp_path,
-            env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+            env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | home,
             capture_output=True,
             text=True,
         )
