@@ -1,20 +1,23 @@
 """Adapters and scaling merged into a checkpoint of their own."""
 
 import json
+import shutil
 
 import mlx.core as mx
 import pytest
 from mlx_clex.convert import convert
+from mlx_lm.generate import setup_arg_parser as generate_parser
 from mlx_lm.utils import load as stock_load
 from mlx_lm.utils import save_config, save_model
 
-from mlx_clex import fuse, load
+from mlx_clex import fuse, generate, load
 from mlx_clex.cli import run_command
 from mlx_clex.lora import add_arguments as lora_arguments
 from mlx_clex.lora import build_parser
 from mlx_clex.lora import run as lora_run
 
 from .conftest import GOLDEN, stock_folder
+from .test_gpt_neox import published
 
 IDS = mx.arange(3, 60)[None]
 
@@ -127,3 +130,29 @@ def test_bad_input_is_one_line(base, converted, tmp_path, capsys):
     assert merge(base, tmp_path, tmp_path / "fused") == 2
     assert "do not load" in capsys.readouterr().err
     assert not (tmp_path / "fused").exists()
+
+
+def test_gpt_neox_is_tuned_fused_and_generates(tmp_path, capsys):
+    """The family the CLEX paper names, from its published form to an answer."""
+    published(tmp_path / "published", vocabulary=512)
+    for file in (GOLDEN / "clex_llama").glob("*token*"):
+        shutil.copy(file, tmp_path / "published")
+    scaling = {"type": "clex", "max_factor": 8}
+    base = convert(tmp_path / "published", tmp_path / "base", scaling=scaling, dtype="float32")
+    adapters = train(base, tmp_path)
+    assert merge(base, adapters, tmp_path / "fused") == 0
+    wanted = load(base, adapter_path=adapters)[0](IDS)
+    assert mx.abs(load(base)[0](IDS) - wanted).max().item() > 1e-3
+    assert mx.abs(load(tmp_path / "fused")[0](IDS) - wanted).max().item() < 1e-3
+
+    capsys.readouterr()
+    status = run_command(
+        generate.add_arguments,
+        generate.run,
+        prog="generate",
+        description="",
+        argv=["--model", str(tmp_path / "fused"), "--prompt", "the quick brown", "-m", "40"],
+        parents=[generate_parser()],
+    )
+    assert status == 0
+    assert "Scale: " in capsys.readouterr().out

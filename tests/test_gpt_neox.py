@@ -16,11 +16,11 @@ from .conftest import L0, randomise
 CLEX = {"type": "clex", "max_factor": 4}
 
 
-def published(folder, *, layers=2, rotary=0.5, old=False):
+def published(folder, *, layers=2, rotary=0.5, old=False, vocabulary=64):
     """Save a tiny random checkpoint as transformers does, and return its model."""
     torch.manual_seed(0)
     config = GPTNeoXConfig(
-        vocab_size=64,
+        vocab_size=vocabulary,
         hidden_size=64,
         num_hidden_layers=layers,
         num_attention_heads=4,
