@@ -23,6 +23,8 @@ ORDER = [
     "model_report",
     "training",
     "conversation",
+    "results",
+    "pictures",
     "commands",
 ]
 COMMANDS = [
