@@ -21,7 +21,7 @@ from mlx_clex.lora import build_parser
 from mlx_clex.scaling import build_scaling
 from mlx_clex.training.checkpoints import Checkpoints
 from mlx_clex.training.draws import Draws, procedure_for
-from mlx_clex.training.loop import read_losses
+from mlx_clex.training.log import Log, read_log
 
 from .conftest import GOLDEN, stock_folder
 
@@ -104,10 +104,17 @@ def test_a_run_trains_reports_and_saves(base, texts, tmp_path, capsys):
     more = "--iters 30 --save-every 15 --steps-per-eval 30 --eval-lengths 32 64 --grad-checkpoint"
     assert call(argv_for(base, texts, adapters, more, "--test")) == 0
 
-    losses = [line["loss"] for line in read_losses(adapters / "losses.jsonl")]
-    assert len(losses) == 30
-    assert sum(losses[-5:]) < sum(losses[:5])
-    assert len({line["scale"] for line in read_losses(adapters / "losses.jsonl")}) > 3
+    lines = read_log(adapters / "log.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["iteration"] for line in steps] == list(range(1, 31))
+    assert sum(line["loss"] for line in steps[-5:]) < sum(line["loss"] for line in steps[:5])
+    assert len({line["scale"] for line in steps}) > 3
+    assert steps[-1]["learning_rate"] == pytest.approx(1e-3)
+    assert steps[-1]["tokens"] == 30 * 2 * 32
+    first, last = (line for line in lines if "valid_loss" in line)
+    assert (first["iteration"], last["iteration"]) == (0, 30)
+    assert last["valid_loss"] < first["valid_loss"]
+    assert last["perplexity"].keys() == {"32", "64"}
     printed = capsys.readouterr().out
     assert "Iter 30: Train loss" in printed
     assert "Iter 30: Perplexity at 32 tokens" in printed
@@ -165,7 +172,7 @@ def test_resuming_is_bit_identical(more, name, converted, texts, tmp_path):
         patched.setattr(lora.TrainingStep, "__call__", interrupted)
         assert call(argv_for(model, texts, parts, more)) == 130
     assert call(argv_for(model, texts, parts, more, "--resume")) == 0
-    assert read_losses(whole / "losses.jsonl") == read_losses(parts / "losses.jsonl")
+    assert read_log(whole / "log.jsonl") == read_log(parts / "log.jsonl")
     assert equal(arrays(whole), arrays(parts))
 
 
@@ -179,9 +186,13 @@ def start(argv, home, texts):
     )
 
 
-def wait_for(adapters, lines):
+def last_iteration(adapters):
+    return max((line["iteration"] for line in read_log(adapters / "log.jsonl")), default=0)
+
+
+def wait_for(adapters, iteration):
     deadline = time.monotonic() + 60
-    while len(read_losses(adapters / "losses.jsonl")) < lines:
+    while last_iteration(adapters) < iteration:
         assert time.monotonic() < deadline, "the run does not get on"
         time.sleep(0.02)
 
@@ -208,11 +219,25 @@ def test_killed_and_interrupted_processes_go_on(base, texts, tmp_path, home):
     assert stopped.returncode == 130, out
     assert f"Going on after iteration {before}" in out
     at = int(Checkpoints(parts, keep=2).newest.name)
-    assert at == len(read_losses(parts / "losses.jsonl"))
+    assert at == last_iteration(parts)
 
     assert call(argv_for(base, texts, parts, more, "--resume")) == 0
-    assert read_losses(whole / "losses.jsonl") == read_losses(parts / "losses.jsonl")
+    assert read_log(whole / "log.jsonl") == read_log(parts / "log.jsonl")
     assert equal(arrays(whole), arrays(parts))
+
+
+def test_the_log_of_a_run_that_starts_anew(tmp_path):
+    """What a run left that was killed before its first save, and a line cut off by it."""
+    path = tmp_path / "log.jsonl"
+    for resumed, text, left in [
+        (0, '{"iteration": 0}\n{"iteration": 1}\n', []),
+        (1, '{"iteration": 0}\n{"iteration": 1}\n{"iteration": 2}\n', [0, 1]),
+        (2, '{"iteration": 0}\n{"iteration": 1}\n{"iteration": 2}', [0, 1]),
+    ]:
+        path.write_text(text)
+        with Log(path, resumed) as log:
+            log.write({"iteration": 7})
+        assert [line["iteration"] for line in read_log(path)] == [*left, 7]
 
 
 def test_resume_without_a_save_and_after_the_end(base, texts, tmp_path, capsys):

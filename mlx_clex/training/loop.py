@@ -14,7 +14,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -31,9 +30,8 @@ from .checkpoints import ADAPTERS, OPTIMIZER, STATE, Checkpoints, read_json
 from .data import Corpus
 from .draws import Draws
 from .evaluation import mean_loss, perplexity
+from .log import LOG, Log
 from .step import Result, TrainingStep
-
-LOSSES = "losses.jsonl"  # in the adapters' folder: loss and scale of every iteration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,14 +133,14 @@ class Run:
         """
         options, progress = self.options, self.progress
         self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
-        log = self._open_log()
+        log = Log(self.checkpoints.folder / LOG, progress.iteration)
         self.model.train()
         started, timed_steps, timed_tokens = time.perf_counter(), 0, 0
         save_due = False
         bar = tqdm(total=options.iters, initial=progress.iteration, desc="Training", leave=False)
         with log, bar, _stop_request() as stopped:
             if progress.iteration == 0:
-                self._validate()
+                self._validate(log)
                 started = time.perf_counter()
             while progress.iteration < options.iters:
                 iteration = progress.iteration + 1
@@ -151,14 +149,20 @@ class Run:
                 )
                 result, scale = self._iterate(iteration, update)
                 loss = result.loss / max(result.tokens, 1)
-                line = {"iteration": iteration, "loss": loss, "scale": scale}
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                self._check_finite(line, result)
+                self._check_finite(iteration, scale, loss, result.norm)
                 progress.iteration = iteration
                 progress.losses += result.loss
                 progress.tokens += result.tokens
                 progress.trained_tokens += result.tokens
+                log.write(
+                    {
+                        "iteration": iteration,
+                        "loss": loss,
+                        "scale": scale,
+                        "learning_rate": self._learning_rate,
+                        "tokens": progress.trained_tokens,
+                    }
+                )
                 timed_steps += 1
                 timed_tokens += result.tokens
                 bar.update()
@@ -168,7 +172,7 @@ class Run:
                     started, timed_steps, timed_tokens = time.perf_counter(), 0, 0
                 if iteration % options.steps_per_eval == 0 or iteration == options.iters:
                     before = time.perf_counter()
-                    self._validate()
+                    self._validate(log)
                     started += time.perf_counter() - before
                 save_due = save_due or iteration % options.save_every == 0
                 # Between micro-batches of one update there is a half-made gradient.
@@ -185,22 +189,27 @@ class Run:
         mx.random.seed(self.seed * 1_000_003 + iteration)
         return self.step(batch, draw, update=update), draw.scale
 
-    def _check_finite(self, line: Mapping[str, Any], result: Result) -> None:
-        if math.isfinite(line["loss"]) and math.isfinite(result.norm):
+    def _check_finite(self, iteration: int, scale: float, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
             return
         newest = self.checkpoints.newest
         kept = f"the last good save is {newest}" if newest else "nothing was saved yet"
         raise RunError(
-            f"Iteration {line['iteration']}, scale {line['scale']:g}: the loss is "
-            f"{line['loss']:g}, the gradient's norm {result.norm:g}; {kept}. Lower "
-            "--learning-rate or --scaling-learning-rate, or set --max-grad-norm."
+            f"Iteration {iteration}, scale {scale:g}: the loss is {loss:g}, the gradient's norm "
+            f"{norm:g}; {kept}. Lower --learning-rate or --scaling-learning-rate, or set "
+            "--max-grad-norm."
         )
+
+    @property
+    def _learning_rate(self) -> float:
+        # Of several optimizers the last is the model's.
+        optimizer = getattr(self.step.optimizer, "optimizers", [self.step.optimizer])[-1]
+        rate: Any = mx.array(optimizer.learning_rate).item()
+        return rate
 
     def _report(self, iterations_per_second: float, tokens_per_second: float) -> None:
         progress = self.progress
-        # Of several optimizers the last is the model's.
-        optimizer = getattr(self.step.optimizer, "optimizers", [self.step.optimizer])[-1]
-        learning_rate = mx.array(optimizer.learning_rate).item()
+        learning_rate = self._learning_rate
         info = {
             "iteration": progress.iteration,
             "train_loss": progress.losses / max(progress.tokens, 1),
@@ -221,7 +230,7 @@ class Run:
         self.on_report(info)
         progress.losses, progress.tokens = 0.0, 0
 
-    def _validate(self) -> None:
+    def _validate(self, log: Log) -> None:
         options, info = self.options, {"iteration": self.progress.iteration}
         if self.valid is None or self.valid_corpus is None:
             return
@@ -239,6 +248,7 @@ class Run:
         if found:
             table = ", ".join(f"{n} tokens {value:.3f}" for n, value in found.items())
             tqdm.write(f"Iter {self.progress.iteration}: Perplexity at {table}")
+        log.write(info | {"valid_loss": loss if math.isfinite(loss) else None, "perplexity": found})
         by_length = {f"perplexity_{n}": value for n, value in found.items()}
         self.on_validation(info | {"val_loss": loss, "val_time": seconds} | by_length)
 
@@ -265,25 +275,6 @@ class Run:
         }
         saved = self.checkpoints.save(self.progress.iteration, arrays, config, state)
         tqdm.write(f"Iter {self.progress.iteration}: Saved {saved}.")
-
-    def _open_log(self) -> Any:
-        """The file of losses, without what a killed run wrote past its last save."""
-        path = self.checkpoints.folder / LOSSES
-        lines = read_losses(path)[: self.progress.iteration]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        return path.open("a", encoding="utf-8")
-
-
-def read_losses(path: Path) -> list[dict[str, float]]:
-    """Loss and scale of every iteration; a line that was cut off ends it."""
-    lines = []
-    if path.is_file():
-        for text in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
-    return lines
 
 
 def _as_json(value: Any) -> Any:
