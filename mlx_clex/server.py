@@ -6,9 +6,13 @@ only where all of it was computed at the scale and gain of the new request, so a
 never depends on what was served before; and a prompt beyond the reach is refused with
 HTTP 400.
 
-Not covered: sharding over several machines, which stays mlx-lm's own.
+Under mlx.launch the first process listens and shares every request with the others; all of
+them make the same tokens, each from its part of the model.
+
+Not covered: other models, adapters and draft models over several processes.
 """
 
+import _thread
 import argparse
 import contextlib
 import gc
@@ -18,6 +22,7 @@ import re
 import sys
 import time
 import weakref
+from queue import Queue
 from typing import Any
 from unittest import mock
 
@@ -57,25 +62,49 @@ _BOUNDS: dict[str, float] = {
 BODY_LIMIT = 64_000_000  # bytes of a request; a million tokens are about 5 MB of text
 
 
-class ContextTooLongError(InputError):
+class RequestError(InputError):
+    """A request that the model cannot answer."""
+
+    code: str | None = None  # in OpenAI's words
+
+
+class ContextTooLongError(RequestError):
     """A prompt that leaves no room within the model's reach."""
+
+    code = "context_length_exceeded"
 
 
 class Refusal(BaseException):
-    """Carries a ContextTooLongError past mlx-lm's `except Exception`, which answers 404."""
+    """Carries an InputError past mlx-lm's `except Exception`, whose answer clients cannot read."""
+
+    def __init__(self, error: InputError) -> None:
+        super().__init__(str(error))
+        self.code: str | None = "model_not_found"
+        self.status = 404
+        if isinstance(error, RequestError):
+            self.code, self.status = error.code, 400
 
 
 class ScaledModelProvider(stock.ModelProvider):
     """Loads models with `mlx_clex.load`."""
 
     scale: float | None = None
+    loads = 0  # how often a model was loaded
+    reach: int | None = None  # of the model that the server was started with, tokens
+
+    def load(
+        self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
+    ) -> tuple[nn.Module, Any]:
+        """As mlx-lm's, which leaves out adapters that a request wants on the default model."""
+        if adapter_path is not None:
+            model_path = self._model_map.get(model_path, model_path)
+        return super().load(model_path, adapter_path, draft_model_path)
 
     def _load(
         self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
     ) -> None:
-        if self.is_distributed:
-            super()._load(model_path, adapter_path, draft_model_path)
-            return
+        if self.is_distributed and self.loads:
+            raise InputError("Several processes serve only the model that they were started with.")
         self.reset()
         gc.collect()
         mx.clear_cache()
@@ -88,6 +117,8 @@ class ScaledModelProvider(stock.ModelProvider):
             adapter_path=adapter_path,
             trust_remote_code=trust,
             tokenizer_config=self._tokenizer_config,
+            group=mx.distributed.init(),
+            pipeline=self.cli_args.pipeline,
         )
         if self.cli_args.use_default_chat_template and tokenizer.chat_template is None:
             tokenizer.chat_template = tokenizer.default_chat_template
@@ -102,8 +133,11 @@ class ScaledModelProvider(stock.ModelProvider):
         self.is_batchable = draft is None and all(
             hasattr(cache, "merge") for cache in make_prompt_cache(model)
         )
-        self.model_key = (model_path, adapter_path, draft_model_path)
         self.model, self.tokenizer, self.draft_model = model, tokenizer, draft
+        if (model_path, adapter_path) == (self.cli_args.model, self.cli_args.adapter_path):
+            self.reach = model.reach if isinstance(model, ScaledModel) else None
+        self.loads += 1
+        self.model_key = (model_path, adapter_path, draft_model_path)
 
     @property
     def models(self) -> list[nn.Module]:
@@ -115,16 +149,21 @@ class PlannedPromptCache(LRUPromptCache):
     """Hands out caches that are planned for the whole prompt, reusing fitting prefixes.
 
     Entries are kept apart by the scale and gain at which all of their tokens were
-    computed; one that was computed at several is not kept.
+    computed; one that was computed at several is not kept. All are of the model that is
+    loaded: its files and those of its adapters may have changed when they are read again.
     """
 
     def __init__(self, provider: ScaledModelProvider, max_size: int) -> None:
         super().__init__(max_size)
         self.provider = provider
         self.room = 0  # tokens to plan for beyond the prompt, where keys must not move
+        self._loads = 0  # the provider's, when the entries were made
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any], list[int]]:
         """Caches for these tokens, and those of them that are still to be read."""
+        if self._loads != self.provider.loads:
+            self.trim_to(n_sequences=0)
+            self._loads = self.provider.loads
         length = len(tokens) + self.room
         key = (model, tuple(plan_at(each, length) for each in self.provider.models))
         caches, rest = super().fetch_nearest_cache(key, tokens)
@@ -157,13 +196,14 @@ class PlannedPromptCache(LRUPromptCache):
 
 
 class PlanningResponseGenerator(stock.ResponseGenerator):
-    """Refuses prompts beyond the reach, says why loading failed, and survives a request.
+    """Refuses what the model cannot answer, says why loading failed, and survives a request.
 
-    What fails while tokens are made fails the requests under way, and no later one.
+    What fails while tokens are made fails the requests under way, and no later one; over
+    several processes, which are out of step then, it ends the server.
     """
 
     def __init__(self, provider: ScaledModelProvider, prompt_cache: PlannedPromptCache) -> None:
-        self.load_error: Exception | None = None
+        self.failure: Exception | None = None
         self._under_way: weakref.WeakSet[Any] = weakref.WeakSet()  # their answers' queues
         super().__init__(provider, prompt_cache)
 
@@ -172,20 +212,36 @@ class PlanningResponseGenerator(stock.ResponseGenerator):
             try:
                 self._generate()
             except Exception as error:
-                if self.model_provider.model is None:
-                    self.load_error = error
-                    self._generation_failed = True
-                    return
-                logging.exception("A request failed while tokens were made")
+                loaded = self.model_provider.model is not None
+                if loaded:
+                    logging.exception("A request failed while tokens were made")
                 for queue in list(self._under_way):
                     queue.put(RunError(f"Generation failed: {error}"))
                 self._under_way.clear()
+                if self._is_distributed or not loaded:
+                    self.failure = error
+                    self._generation_failed = True
+                    if loaded and self._rank == 0:
+                        _thread.interrupt_main()
+                    return
 
     def _next_request(self, timeout: float | None = None) -> Any:
         request = super()._next_request(timeout)
-        if request is not None:
-            self._under_way.add(request[0])
+        if request is None:
+            return None
+        if request[1] is None:
+            self._stop = True
+            return None
+        self._under_way.add(request[0])
         return request
+
+    def stop_and_join(self) -> None:
+        """End generation, in every process after the same step."""
+        if self._is_distributed and self.generation_available():
+            self.requests.put((Queue(), None, None))
+            self.join()
+        else:
+            super().stop_and_join()
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         tokenized = super()._tokenize(tokenizer, request, args)
@@ -199,6 +255,7 @@ class PlanningResponseGenerator(stock.ResponseGenerator):
                     f"generated ones included; the prompt has {len(tokenized[0])}. Shorten it."
                 )
             args.max_tokens = min(args.max_tokens, room)
+        _check_tokens(model, args)
         # Quantised keys lose precision at every move; and drafted tokens that are refused
         # later must not have moved the scale. So none is to come.
         fixed = self.cli_args.kv_bits or self.model_provider.draft_model is not None
@@ -206,11 +263,31 @@ class PlanningResponseGenerator(stock.ResponseGenerator):
         return tokenized
 
     def generate(self, request: Any, generation_args: Any, progress_callback: Any = None) -> Any:
-        """As mlx-lm's; a prompt that is too long raises Refusal."""
+        """As mlx-lm's; what the model cannot answer raises Refusal."""
         try:
-            return super().generate(request, generation_args, progress_callback)
-        except ContextTooLongError as error:
+            context, parts = super().generate(request, generation_args, progress_callback)
+        except InputError as error:
             raise Refusal(error) from error
+        if self._is_distributed and not self._is_batchable(generation_args):
+            # Outside of batches, mlx-lm cannot tell the others that a client hung up.
+            context.stop = lambda: None
+        return context, parts
+
+
+def _check_tokens(model: nn.Module | None, args: Any) -> None:
+    """Refuse what MLX does not check: the first would end the process, the second all sampling.
+
+    Raises:
+        RequestError: a token that does not exist, or more of them than there are.
+    """
+    vocabulary = None if model is None else config_value(model, "vocab_size")
+    if vocabulary is None:
+        return
+    for token in args.logits.logit_bias or {}:
+        if not 0 <= token < vocabulary:
+            raise RequestError(f"logit_bias has token {token}; there are {vocabulary}.")
+    if args.sampling.top_k >= vocabulary:
+        raise RequestError(f"top_k must be below {vocabulary}, the number of tokens.")
 
 
 class Handler(stock.APIHandler):
@@ -227,7 +304,7 @@ class Handler(stock.APIHandler):
         try:
             super().do_POST()
         except Refusal as refusal:
-            self._refuse(400, str(refusal), code="context_length_exceeded")
+            self._refuse(refusal.status, str(refusal), code=refusal.code)
         except UnicodeDecodeError as error:
             self._refuse(400, f"The request body is no UTF-8: {error}.")
         except RunError as error:
@@ -256,15 +333,6 @@ class Handler(stock.APIHandler):
                 raise ValueError(f"{name} must be a number within {-most:g}..{most:g}")
         if self.seed is not None and self.seed < 0:
             raise ValueError("seed must be at least 0")
-        model = self.response_generator.model_provider.model
-        vocabulary = None if model is None else config_value(model, "vocab_size")
-        if vocabulary is not None:
-            # MLX checks neither: the first ends the process, the second all sampling.
-            for token in self.logit_bias or {}:
-                if not 0 <= token < vocabulary:
-                    raise ValueError(f"logit_bias has token {token}; there are {vocabulary}")
-            if self.top_k >= vocabulary:
-                raise ValueError(f"top_k must be below {vocabulary}, the number of tokens")
 
     def handle_models_request(self) -> None:
         """The models that a request may name: the one served, with its context limit, and
@@ -273,8 +341,7 @@ class Handler(stock.APIHandler):
         served = provider.cli_args.model
         models: list[dict[str, Any]] = []
         if served:
-            reach = provider.model.reach if isinstance(provider.model, ScaledModel) else None
-            models.append({"id": served, "max_model_len": reach})
+            models.append({"id": served, "max_model_len": provider.reach})
         try:
             repos = scan_cache_dir().repos
         except CacheNotFound:
@@ -300,20 +367,28 @@ def serve(host: str, port: int, provider: ScaledModelProvider) -> None:
 
     Raises:
         InputError: the model does not load, or the port is not free.
+        RunError: one of several processes failed.
     """
+    first = mx.distributed.init().rank() == 0
     cache = PlannedPromptCache(provider, provider.cli_args.prompt_cache_size)
     generator = PlanningResponseGenerator(provider, cache)
     while provider.cli_args.model and provider.model_key is None:
         if not generator.generation_available():
             generator.stop_and_join()
-            raise InputError(f"The model does not load: {generator.load_error}")
+            raise InputError(f"The model does not load: {generator.failure}")
         time.sleep(0.05)
     try:
-        stock._run_http_server(host, port, generator, handler_class=Handler)
+        if first:
+            stock._run_http_server(host, port, generator, handler_class=Handler)
+        else:
+            generator.join()
     except OSError as error:
         raise InputError(f"Cannot listen on {host}:{port}: {error.strerror}.") from error
     finally:
-        generator.stop_and_join()
+        if first:
+            generator.stop_and_join()
+    if generator.failure is not None:
+        raise RunError(f"The processes are out of step: {generator.failure}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -354,11 +429,35 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--scale grow would let an answer depend on how its prompt arrives.")
     if not 0 <= args.port < 1 << 16:
         raise InputError(f"--port must be within 0..65535, got {args.port}.")
+    group = mx.distributed.init()
+    _check_processes(args, group.size())
     stock.maybe_set_recommended_wired_limit()
-    logging.basicConfig(level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s")
+    logging.basicConfig(
+        level=args.log_level if group.rank() == 0 else "ERROR",
+        format="%(asctime)s - %(levelname)s - %(message)s",
+    )
     provider = ScaledModelProvider(args)
     provider.scale = args.scale if isinstance(args.scale, float) else None
     serve(args.host, args.port, provider)
+
+
+def _check_processes(args: argparse.Namespace, size: int) -> None:
+    """Refuse what several processes cannot do.
+
+    Raises:
+        InputError: the message says which option, and why.
+    """
+    if size == 1:
+        return
+    if args.model is None:
+        raise InputError(f"mlx.launch started {size} processes: give their model as --model.")
+    if args.draft_model is not None:
+        raise InputError(f"--draft-model is for one process; mlx.launch started {size}.")
+    if args.pipeline and args.prompt_cache_bytes is not None:
+        raise InputError(
+            "--prompt-cache-bytes would make processes with unequal numbers of layers forget "
+            "different prompts: leave it out, or --pipeline; --prompt-cache-size counts prompts."
+        )
 
 
 def main() -> None:

@@ -11,10 +11,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub brings i
 import mlx_clex  # noqa: F401, I001 - first, so that OpenBLAS is found
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.models import llama
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import save_model
 
 from mlx_clex.attach import attach
+from mlx_clex.load import load
 from mlx_clex.scaling import SCALINGS
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -91,6 +94,22 @@ def stock_folder(tmp_path, tokenizer_from, **config):
         source = tokenizer_from / name
         if source.exists():
             shutil.copy(source, folder)
+    return folder
+
+
+def random_adapters(model, folder, seed):
+    """Adapters as training writes them."""
+    loaded, _ = load(model)
+    settings = {"rank": 2, "scale": 4.0, "dropout": 0.0}
+    loaded.freeze()
+    linear_to_lora_layers(loaded, 2, settings)
+    weights = dict(tree_flatten(loaded.trainable_parameters()))
+    mx.random.seed(seed)
+    lora = {k: mx.random.normal(v.shape) * 0.1 for k, v in weights.items() if "lora" in k}
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), lora)
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": settings}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 

@@ -9,18 +9,16 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from mlx.utils import tree_flatten
 from mlx_clex.convert import convert
 from mlx_lm.cache_prompt import setup_arg_parser as stock_parser
 from mlx_lm.generate import setup_arg_parser
 from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_clex import cache_prompt, generate, load, make_prompt_cache
 from mlx_clex.cache import ScaledKVCache, ScaledQuantizedKVCache
 from mlx_clex.cli import run_command
 
-from .conftest import GOLDEN, stock_folder
+from .conftest import GOLDEN, random_adapters, stock_folder
 
 SENTENCE = "The quick brown fox jumps over the lazy dog. "
 DOCUMENT = SENTENCE * 4
@@ -191,28 +189,13 @@ def with_tensor(folder, target, name):
     return target
 
 
-def adapter(folder, target, seed):
-    """Random adapters for a model."""
-    mx.random.seed(seed)
-    model, _ = load(folder)
-    settings = {"rank": 2, "scale": 4.0, "dropout": 0.0}
-    model.freeze()
-    linear_to_lora_layers(model, 2, settings)
-    weights = dict(tree_flatten(model.trainable_parameters()))
-    target.mkdir()
-    lora = {k: mx.random.normal(v.shape) * 0.1 for k, v in weights.items() if "lora" in k}
-    mx.save_safetensors(str(target / "adapters.safetensors"), lora)
-    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": settings}
-    (target / "adapter_config.json").write_text(json.dumps(config))
-    return target
-
-
 def test_caches_of_another_model_adapter_or_scaling_are_refused(cli, folders, tmp_path):
     """Each of them would have given a wrong answer without a word."""
     mine, file = folders("clex_llama"), tmp_path / "c.safetensors"
     assert cli(cache_prompt, "--model", mine, "--prompt-cache-file", file, "--prompt", "A")[0] == 0
 
-    first, second = adapter(mine, tmp_path / "a", 1), adapter(mine, tmp_path / "b", 2)
+    first = random_adapters(mine, tmp_path / "a", 1)
+    second = random_adapters(mine, tmp_path / "b", 2)
     others = [
         (("--model", folders("gene_llama")), ["weights", "rope_scaling"]),
         (("--model", edited(mine, tmp_path / "e", rms_norm_eps=1e-6)), ["config.json"]),

@@ -3,6 +3,7 @@
 import concurrent.futures
 import http.client
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from mlx_clex.errors import RunError
 from mlx_clex.plans import plan_of
 from mlx_clex.server import PlannedPromptCache, PlanningResponseGenerator
 
-from .conftest import GOLDEN, scaled_llama, stock_folder
+from .conftest import GOLDEN, random_adapters, scaled_llama, stock_folder
 
 openai = pytest.importorskip("openai")
 
@@ -62,10 +63,15 @@ class Server:
             base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0
         )
 
-    def ask(self, prompt, max_tokens=20, **options):
+    def ask(self, prompt, max_tokens=20, model="default_model", adapters=None, **options):
         """The text that completes a prompt, and the usage."""
         done = self.client.completions.create(
-            model="default_model", prompt=prompt, max_tokens=max_tokens, temperature=0, **options
+            model=model,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            temperature=0,
+            extra_body={"adapters": str(adapters)} if adapters else {},
+            **options,
         )
         return done.choices[0].text, done.usage
 
@@ -91,12 +97,11 @@ def server(model):
     server.stop()
 
 
-@pytest.fixture(scope="module")
-def alone(model):
-    """A function from a prompt to what the model answers when nothing was served before."""
+def answers_of(model, adapters=None):
+    """A function from a prompt to what a model answers when nothing was served before."""
     from mlx_lm.generate import stream_generate
 
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = load(model, adapter_path=adapters)
 
     def answer(prompt, max_tokens=20):
         ids = tokenizer.encode(prompt)
@@ -105,6 +110,12 @@ def alone(model):
         return "".join(part.text for part in parts)
 
     return answer
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """What the model answers when nothing was served before."""
+    return answers_of(model)
 
 
 def test_the_context_limit_is_told(server, model):
@@ -252,11 +263,45 @@ def test_a_request_that_breaks_generation_fails_alone():
     generator = Generator(provider, PlannedPromptCache(provider, 1))
     try:
         with pytest.raises(RunError, match="the first request"):
-            generator.generate(None, None)
+            generator.generate(object(), None)
         assert generator.generation_available()
         assert generator.runs == 2
     finally:
         generator.stop_and_join()
+
+
+def test_adapters_of_the_server_and_of_a_request(model, wide, tmp_path):
+    """Each answers as `generate` with it does, whatever was served before by another.
+
+    Adapters that a request named for the default model were left out without a word.
+    """
+    first = random_adapters(model, tmp_path / "first", 1)
+    second = random_adapters(model, tmp_path / "second", 2)
+    bare, one, two = (answers_of(model, adapters) for adapters in (None, first, second))
+    assert len({answer(SENTENCE * 3) for answer in (bare, one, two)}) == 3
+    prompts = [SENTENCE * 3, SENTENCE * 3 + "And"]
+    server = Server(model, "--adapter-path", str(first))
+    try:
+        for _ in range(2):
+            for prompt in prompts:
+                assert server.ask(prompt)[0] == one(prompt)
+                assert server.ask(prompt, adapters=second)[0] == two(prompt)
+                assert server.ask(prompt, model=str(model))[0] == bare(prompt)
+                with pytest.raises(openai.NotFoundError, match="adapter_config"):
+                    server.ask(prompt, adapters=tmp_path)
+            assert server.ask(prompts[0])[0] == one(prompts[0])
+            text, usage = server.ask(prompts[1])
+            assert text == one(prompts[1])
+            assert usage.prompt_tokens_details.cached_tokens, "the same adapters, again"
+
+        server.ask(SENTENCE, adapters=second)
+        shutil.copy(first / "adapters.safetensors", second)
+        server.ask(SENTENCE, model=str(wide))
+        assert server.ask(prompts[0], adapters=second)[0] == one(prompts[0]), "trained on"
+        server.ask(SENTENCE, model=str(wide))
+        assert server.client.models.list().data[0].max_model_len == 256, "that of the first model"
+    finally:
+        server.stop()
 
 
 @pytest.mark.parametrize("options", [("--draft-model",), ("--kv-bits", "8"), ("--scale", "6")])
@@ -314,6 +359,8 @@ def test_a_server_that_cannot_start_says_so_in_one_line(options, words, model):
 
 
 class Provider:
+    loads = 0
+
     def __init__(self, *models):
         self.models = list(models)
 
