@@ -37,7 +37,7 @@ def test_the_figure_is_the_plain_one(converted, text, capsys):
     model, tokenizer = load(folder)
     ids = [*tokenizer.encode(TEXT), tokenizer.eos_token_id]
     for result, length in zip(results, (32, 100), strict=True):
-        window = mx.array(ids[: length + 1])[None]
+        window = mx.array(ids[:length])[None]
         losses = nn.losses.cross_entropy(model(window[:, :-1]).astype(mx.float32), window[:, 1:])
         assert math.isclose(result["perplexity"], math.exp(losses.mean().item()), rel_tol=1e-4)
         assert result["scale"] == math.ceil(length / 32)
@@ -70,4 +70,4 @@ def test_a_text_shorter_than_the_length(converted, text, capsys):
     """File and length are named."""
     text.write_text("short")
     assert call("--model", converted("clex_llama"), "--data", text) == 2
-    assert "too few for a sequence of 32" in capsys.readouterr().err
+    assert "too few for a length of 32" in capsys.readouterr().err

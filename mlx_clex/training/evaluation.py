@@ -1,31 +1,238 @@
 """Loss and perplexity of a model as inference runs it.
 
-Each sequence is read in one pass, at the scale and gain of its whole length (the protocol
-called *whole*), and the loss is taken in chunks, so that long sequences fit.
+A text is read as a prompt is: in steps, through a cache that is planned for its length, so
+that every token has the scale and gain of the whole, or of its chunk. The head runs on a
+few tokens at a time. So neither all logits nor all attention scores are ever there at once.
 
-Not covered: reading in chunks with a cache, and sliding windows.
+Not covered: batches of rows, which `mean_loss` reads in one pass for training's own loss.
 """
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.generate import maybe_quantize_kv_cache
 
-from ..attach import ScaledModel, check_length
+from ..attach import ScaledModel, check_length, make_prompt_cache
 from ..errors import InputError
+from ..plans import planned_caches
 from .data import Corpus
-from .loss import chunk_length, summed_loss
+from .loss import chunk_length, hidden_states, logits_of, summed_loss, token_losses
 from .step import Batch
+
+_STEP = 512  # tokens read at once; beside the keys, attention scores are (H, _STEP, L)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How windows of a text are read, and which of their tokens count.
+
+    With neither field (*whole*), each is read at the one scale of its length, and all its
+    tokens count but the first, which nothing comes before.
+
+    With a chunk (*chunked*), it is fed in chunks, each at the scale of what has been read by
+    its end, and the first token of each does not count. CLEX was published with figures of
+    this kind; its chunk was the trained length.
+
+    With a stride (*sliding*), windows overlap, and of all but a text's first one only the
+    last tokens count, so that each has nearly a whole window before it.
+    """
+
+    chunk: int | None = None  # tokens
+    stride: int | None = None  # tokens from the start of a window to that of the next
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("chunk", self.chunk, 2), ("stride", self.stride, 1)):
+            if value is not None and value < least:
+                raise InputError(f"--{name} must be at least {least} tokens, got {value}.")
+
+    def counts(self, window: "Window", length: int) -> np.ndarray:
+        """Which tokens of a window count, from its second one on, bool, (length - 1,)."""
+        positions = np.arange(1, length)
+        late = positions >= length - window.scored
+        return late if self.chunk is None else late & (positions % self.chunk != 0)
+
+
+WHOLE = Protocol()
+
+
+class Window(NamedTuple):
+    """A part of a text that is read on its own."""
+
+    start: int  # index of its first token in the corpus
+    scored: int  # how many of its tokens may count, the last ones
+
+
+@dataclass(frozen=True)
+class Score:
+    """Losses of some windows of one length."""
+
+    losses: np.ndarray  # mean of each window, nats, (W,)
+    tokens: np.ndarray  # how many it is the mean of, (W,)
+
+    @property
+    def loss(self) -> float:
+        """Mean over all tokens that count, nats."""
+        return float(np.average(self.losses, weights=self.tokens))
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return exp(self.loss)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % confidence interval of the perplexity; None for a single window.
+
+        From how much windows differ: Student's t for the mean loss, exponentiated. Where
+        windows weigh differently the mean is a ratio, with the variance that is usual for
+        one (Cochran, Sampling Techniques, 1977, chapter 6).
+        """
+        count = len(self.losses)
+        if count < 2:
+            return None
+        shares = self.tokens / self.tokens.sum()
+        variance = float(((shares * (self.losses - self.loss)) ** 2).sum()) * count / (count - 1)
+        margin = student_t(0.95, count - 1) * math.sqrt(variance)
+        return exp(self.loss - margin), exp(self.loss + margin)
+
+
+def score(
+    model: nn.Module,
+    corpus: Corpus,
+    length: int,
+    windows: int,
+    protocol: Protocol = WHOLE,
+    **reading: Any,
+) -> Score:
+    """Measure windows of one length.
+
+    Args:
+        model: from `load` or `attach`, or any other of mlx-lm.
+        corpus: the texts; `windows_of` says where windows lie in them.
+        length: of a window, in tokens.
+        windows: how many at most.
+        protocol: how they are read.
+        reading: kv_bits, kv_group_size and on_read of `logits_of_text`.
+
+    Raises:
+        InputError: the texts are shorter than that, or the model's reach is.
+    """
+    check_lengths(model, corpus, [length])
+    losses, tokens = [], []
+    for window in windows_of(corpus, length, windows, protocol.stride):
+        ids = corpus.tokens[window.start : window.start + length]
+        counting = losses_of_text(model, ids, protocol.chunk, **reading)[
+            protocol.counts(window, length)
+        ]
+        losses.append(counting.mean(dtype=np.float64))
+        tokens.append(len(counting))
+    return Score(np.array(losses), np.array(tokens))
+
+
+def perplexity(model: nn.Module, corpus: Corpus, length: int, windows: int) -> float:
+    """Perplexity of whole windows of one length; arguments as those of `score`."""
+    return score(model, corpus, length, windows).perplexity
+
+
+def windows_of(corpus: Corpus, length: int, count: int, stride: int | None = None) -> list[Window]:
+    """Windows spread evenly over all places there are.
+
+    A window lies within one text, at a multiple of the stride (None: of the length). Where
+    no text is as long as that, all are joined end to end.
+    """
+    starts, sizes = corpus.starts, corpus.ends - corpus.starts
+    if not (sizes >= length).any():
+        starts, sizes = np.array([0]), np.array([len(corpus.tokens)])
+    step = stride or length
+    places = np.maximum(0, (sizes - length) // step + 1)  # in each text
+    ends = np.cumsum(places)
+    chosen = np.linspace(0, ends[-1] - 1, min(count, ends[-1])).round().astype(int)
+    texts = np.searchsorted(ends, chosen, side="right")
+    nth = chosen - (ends - places)[texts]
+    return [
+        Window(int(starts[text] + step * n), step if stride and n else length)
+        for text, n in zip(texts, nth, strict=True)
+    ]
+
+
+def losses_of_text(
+    model: nn.Module, ids: np.ndarray, chunk: int | None = None, **reading: Any
+) -> np.ndarray:
+    """Loss of each token of a text but the first, nats, float32, (L - 1,).
+
+    Args:
+        model, ids, chunk, reading: those of `logits_of_text`.
+    """
+    losses = [
+        np.array(token_losses(logits, mx.array(ids[start + 1 : start + 1 + len(logits)])))
+        for start, logits in logits_of_text(model, ids, chunk, **reading)
+    ]
+    return np.concatenate(losses)
+
+
+def logits_of_text(
+    model: nn.Module,
+    ids: np.ndarray,
+    chunk: int | None = None,
+    *,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    head_chunk: int | None = None,
+    on_read: Callable[[int], Any] = lambda tokens: None,
+) -> Iterator[tuple[int, mx.array]]:
+    """Logits for a text, a few tokens at a time.
+
+    Args:
+        model: from `load` or `attach`, or any other of mlx-lm.
+        ids: the text, (L,).
+        chunk: tokens whose scale and gain are those of what has been read by their end;
+            None: those of the whole text for all of it.
+        kv_bits: quantise keys and values to so many bits as they are read.
+        kv_group_size: how many of them share a scale and a bias.
+        head_chunk: tokens whose logits are there at once; None takes what 32 MiB hold.
+        on_read: is told how many more tokens have been read.
+
+    Yields:
+        Index of the first of n tokens, and the logits that follow them, float32, (n, V):
+        for all tokens but the last one.
+
+    Raises:
+        InputError: the text is beyond the model's reach, or the cache of this model
+            cannot be quantised so.
+    """
+    head_chunk = head_chunk or chunk_length(getattr(model.args, "vocab_size", 32_000))
+    text = mx.array(np.asarray(ids, np.int32))[None]
+    read = text.shape[1] - 1  # what follows the last token is not known
+    chunk = chunk or len(ids)
+    caches = make_prompt_cache(model)
+    for begin in range(0, read, chunk):
+        end = min(begin + chunk, len(ids))
+        for start in range(begin, min(end, read), _STEP):
+            tokens = text[:, start : min(start + _STEP, end, read)]
+            with _inference(model), _quantising(kv_bits, kv_group_size):
+                maybe_quantize_kv_cache(caches, 0, kv_group_size, kv_bits)
+                for cache in planned_caches(caches):
+                    cache.expected_length = end
+                hidden = hidden_states(model, tokens, caches)
+                mx.eval(hidden)
+            for first in range(0, tokens.shape[1], head_chunk):
+                part = slice(first, first + head_chunk)
+                yield start + first, logits_of(model, hidden[:, part], tokens[:, part])[0]
+            on_read(tokens.shape[1])
 
 
 def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Mean loss of the tokens that count, nats; NaN where there is none."""
+    """Mean loss of the tokens that count, each batch in one pass, nats; NaN without any."""
     chunk = chunk_length(getattr(model.args, "vocab_size", 32_000))
     total = counted = 0.0
-    with _evaluating(model):
+    with _inference(model):
         for batch in batches:
             tokens, targets, weights = (mx.array(a) for a in batch)
             total += float(summed_loss(model, tokens, targets, weights, chunk))
@@ -33,55 +240,83 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
     return total / counted if counted else math.nan
 
 
-def perplexity(model: nn.Module, corpus: Corpus, length: int, windows: int) -> float:
-    """Perplexity of sequences of one length.
-
-    Args:
-        model: from `load` or `attach`.
-        corpus: its texts end to end; the windows are spread evenly over them.
-        length: tokens read in one pass.
-        windows: how many sequences at most; fewer where they would overlap.
+def check_lengths(model: nn.Module, corpus: Corpus, lengths: Sequence[int]) -> None:
+    """Refuse lengths that `score` cannot be asked for.
 
     Raises:
-        InputError: the corpus is shorter than one sequence, or the model's reach is.
+        InputError: the message has the length, and what there is.
     """
-    check_lengths(model, corpus, [length])
-    possible = (len(corpus.tokens) - 1) // length
-    count = min(windows, possible)
-    starts = np.linspace(0, len(corpus.tokens) - 1 - length, count).astype(int)
-    loss = mean_loss(model, (_window(corpus, start, length) for start in starts))
-    return math.exp(min(loss, 700))  # e^700: the largest there is as a float
-
-
-def check_lengths(model: nn.Module, corpus: Corpus, lengths: Iterable[int]) -> None:
-    """Refuse lengths that `perplexity` cannot be asked for.
-
-    Raises:
-        InputError: the message has the length and what there is.
-    """
+    there = len(corpus.tokens)
     for length in lengths:
         if length < 2:
             raise InputError(f"A length to evaluate at must be at least 2 tokens, got {length}.")
         if isinstance(model, ScaledModel):
             check_length(model, length)
-        if len(corpus.tokens) <= length:
+        if length > there:
+            fitting = ", ".join(str(n) for n in lengths if n <= there)
             raise InputError(
-                f"{corpus.name} has {len(corpus.tokens)} tokens, too few for a sequence of "
-                f"{length} + 1: give more text or a smaller length."
+                f"{corpus.name} has {there} tokens, too few for a length of {length}: give more "
+                f"text, or leave out what does not fit (of these lengths {fitting or 'none'} fit)."
             )
 
 
-def _window(corpus: Corpus, start: int, length: int) -> Batch:
-    ids = np.asarray(corpus.tokens[start : start + length + 1], np.int32)[None]
-    return Batch(ids[:, :-1], ids[:, 1:], np.ones((1, length), np.float32))
+def student_t(level: float, freedom: int) -> float:
+    """What the size of Student's t stays below with the probability `level`.
+
+    Args:
+        level: above 0, below 1.
+        freedom: degrees of freedom, at least 1.
+    """
+    low, high = 0.0, 1.0
+    while _student_within(high, freedom) < level:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _student_within(middle, freedom) < level else (low, middle)
+    return high
+
+
+def _student_within(t: float, freedom: int) -> float:
+    """P(|T| <= t). Source: Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    angle = math.atan(t / math.sqrt(freedom))
+    odd = freedom % 2
+    term, total = math.cos(angle) if odd else 1.0, 0.0
+    for n in range(2 + odd, freedom + 1, 2):
+        total += term
+        term *= (n - 1) / n * math.cos(angle) ** 2
+    if odd:
+        return 2 / math.pi * (angle + math.sin(angle) * total)
+    return math.sin(angle) * total
+
+
+def exp(loss: float) -> float:
+    """e^loss, or the largest there is as a float."""
+    return math.exp(min(loss, 700))
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, and with the frequencies that inference has."""
+def _inference(model: nn.Module) -> Iterator[None]:
+    """Without dropout, with the frequencies that inference has, past the reach in silence."""
     training = model.training
     model.eval()
     try:
-        yield
+        with warnings.catch_warnings():
+            # To find out how much worse it gets is what this is for.
+            warnings.filterwarnings("ignore", ".* that this model's scaling is made for")
+            yield
     finally:
         model.train(training)
+
+
+@contextlib.contextmanager
+def _quantising(bits: int | None, group_size: int) -> Iterator[None]:
+    """Say in our words that a cache cannot be quantised."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        if bits is None or isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"The cache of this model cannot be quantised with --kv-bits {bits} "
+            f"--kv-group-size {group_size}: {error}"
+        ) from error

@@ -30,7 +30,7 @@ def chunk_length(vocabulary: int) -> int:
     return max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS // vocabulary)
 
 
-def hidden_states(model: nn.Module, tokens: mx.array) -> mx.array:
+def hidden_states(model: nn.Module, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
     """What the body gives for tokens (B, L): (B, L, hidden), without the head's work."""
     seen: list[mx.array] = []
 
@@ -41,7 +41,7 @@ def hidden_states(model: nn.Module, tokens: mx.array) -> mx.array:
         return out[:, -1:]
 
     with _replaced_body(model, capture):
-        model(tokens)
+        model(tokens, cache=cache)
     return seen[0]
 
 
