@@ -22,10 +22,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
+from . import bundled
 from .attach import ScaledModel, attach
 from .errors import InputError, RunError
 from .hf_config import normalise_config
 from .model_file import Model, ModelArgs
+from .scaling import Scaling
 from .sharding import share_out, wait_for_all
 
 SHIM = "mlx_clex_model.py"  # the model_file of converted checkpoints
@@ -36,6 +38,7 @@ DEFAULT_CACHE = Path("~/.cache/mlx_clex")
 # Part of the name of a conversion kept there; to be raised when converting gives
 # something else.
 CONVERSION = 1
+BUNDLED = "bundled:"  # before the name of a model that comes with the package
 
 # Published under these types only in formats that mlx-lm cannot read.
 _PUBLISHED = ("clex", "gene", "gene-param")
@@ -56,9 +59,10 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        path_or_hub_id: a folder, a .gguf file, or an id on the Hugging Face hub. A
-            published checkpoint is converted first, into
-            `<cache_dir>/<name>@<revision>`; the next load finds it there.
+        path_or_hub_id: a folder, a .gguf file, an id on the Hugging Face hub, or
+            bundled:NAME for a model that comes with the package. A published checkpoint
+            is converted first, into `<cache_dir>/<name>@<revision>`; the next load finds
+            it there.
         scale: hold the model at this scale for good; None lets it follow the text.
         adapter_path: a folder of adapters to put on top.
         trust_remote_code: let the tokenizer, or a `model_file` that is not ours, run
@@ -84,33 +88,25 @@ def load(
     folder = resolve(path_or_hub_id, cache_dir=cache_dir)
     if group is not None and group.rank() == 0:
         wait_for_all(group)
-    overrides = dict(model_config or {})
-    if read_config(folder).get("model_file") == SHIM:
-        # Ours, without running the copy in the folder.
-        overrides["model_file"] = None
-    builder = functools.partial(Model, scale=scale)
-    try:
-        model, config = load_model(
-            folder,
-            lazy=group is not None,
-            model_config=overrides,
-            get_model_classes=lambda config: (builder, ModelArgs),
-            trust_remote_code=trust_remote_code,
-        )
-    except InputError:
-        raise
-    except (ValueError, RuntimeError, FileNotFoundError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} does not load: {_summary(error)}") from error
-    if adapter_path is not None:
-        if group is not None:
-            raise InputError("Adapters cannot be shared among processes: fuse them first.")
-        _add_adapters(model, Path(adapter_path), scale)
+    if adapter_path is not None and group is not None:
+        raise InputError("Adapters cannot be shared among processes: fuse them first.")
+    model, config = _load_model(
+        folder,
+        scale,
+        adapter_path,
+        lazy=group is not None,
+        model_config=model_config,
+        trust_remote_code=trust_remote_code,
+    )
     if scale is not None and not isinstance(model, ScaledModel):
         raise InputError(
             f"{path_or_hub_id} has no scaling of ours, so a scale of {scale} has no meaning: "
             "convert it with mlx_clex.convert --scaling NAME first."
         )
     _fit_to_cpu(model)
+    if str(path_or_hub_id).startswith(BUNDLED):
+        # Kept in half precision for the size of the package; a CPU is far faster so.
+        model.set_dtype(mx.float32)
     if group is not None:
         share_out(model, group, pipeline=pipeline)
     # Nothing lazy may be left: it would belong to the streams of this thread, and a server
@@ -132,6 +128,54 @@ def load(
     return model, tokenizer
 
 
+def load_scaling(path_or_hub_id: str | Path, adapter_path: str | Path | None = None) -> Scaling:
+    """The scaling of a model, without reading its other weights.
+
+    Args:
+        path_or_hub_id: as for `load`.
+        adapter_path: a folder of adapters, whose scaling it is.
+
+    Raises:
+        InputError: as `load`, or the model has no scaling of ours.
+    """
+    model, _ = _load_model(resolve(path_or_hub_id), None, adapter_path, lazy=True)
+    if not isinstance(model, ScaledModel):
+        raise InputError(f"{path_or_hub_id} has no scaling of ours.")
+    return model.scaling
+
+
+def _load_model(
+    folder: Path,
+    scale: float | None,
+    adapter_path: str | Path | None,
+    *,
+    lazy: bool,
+    model_config: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and its config; lazily, its weights are read where they are first needed."""
+    overrides = dict(model_config or {})
+    if read_config(folder).get("model_file") == SHIM:
+        # Ours, without running the copy in the folder.
+        overrides["model_file"] = None
+    builder = functools.partial(Model, scale=scale)
+    try:
+        model, config = load_model(
+            folder,
+            lazy=lazy,
+            model_config=overrides,
+            get_model_classes=lambda config: (builder, ModelArgs),
+            trust_remote_code=trust_remote_code,
+        )
+    except InputError:
+        raise
+    except (ValueError, RuntimeError, FileNotFoundError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} does not load: {_summary(error)}") from error
+    if adapter_path is not None:
+        _add_adapters(model, Path(adapter_path), scale)
+    return model, config
+
+
 def resolve(
     path_or_hub_id: str | Path,
     *,
@@ -143,6 +187,8 @@ def resolve(
     Raises:
         InputError: there is no such folder or hub id, or it has no usable weights.
     """
+    if str(path_or_hub_id).startswith(BUNDLED):
+        return bundled.folder(str(path_or_hub_id).removeprefix(BUNDLED))
     path = Path(path_or_hub_id).expanduser()
     cache = Path(cache_dir or DEFAULT_CACHE).expanduser()
     if path.suffix == ".gguf" and path.is_file():

@@ -36,9 +36,10 @@ COMMANDS = [
     "lora",
     "fuse",
     "perplexity",
+    "plot",
     "doctor",
 ]
-ANYWHERE = {"errors", "_blas", "hf_config", "cli"}
+ANYWHERE = {"errors", "_blas", "hf_config", "cli", "bundled"}
 PACKAGE = Path(mlx_clex.__file__).parent
 FILES = [
     path
