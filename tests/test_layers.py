@@ -36,6 +36,7 @@ COMMANDS = [
     "lora",
     "fuse",
     "perplexity",
+    "passkey",
     "plot",
     "doctor",
 ]

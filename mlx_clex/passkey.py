@@ -1,0 +1,515 @@
+"""Command: a fact hidden in a long text, and how often the model finds it again.
+
+A grid of lengths and depths. The length is that of prompt and answer together, in tokens:
+a prompt is filled up until one more piece of filler would not fit. Every prompt is read at
+the scale of its own length, as `generate` reads it. Trials of one grid share most of what
+stands before the hidden fact; it is read once wherever that gives the same answer.
+
+The prompts are published ones. Source: GeNE (Findings of ACL 2024, 249), evaluation/passkey.py,
+after Mohtashami and Jaggi (arXiv 2305.16300), for passkey; InfiniteBench (arXiv 2402.13718),
+data/construct_synthetic_dataset.py and src/prompt.py, for number and kv.
+
+Not covered: chat templates (the prompts are to be continued, not answered), and sampling.
+"""
+
+import argparse
+import bisect
+import functools
+import itertools
+import re
+import sys
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, stream_generate
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+from tqdm import tqdm
+
+from .attach import ScaledModel, check_length, make_prompt_cache
+from .bundled import MODELS, words_task
+from .cli import run_command
+from .errors import InputError, RunError
+from .families import config_value
+from .fingerprint import digest, fingerprint
+from .generate import check_cache_options, scale_policy
+from .load import load, resolve
+from .pictures import picture
+from .plans import plan_at, plan_of, planned_caches, single_caches
+from .results import Results, open_results
+
+# The text with n pieces of filler, and the fact asked for.
+Hidden = tuple[Callable[[int], str], str]
+
+_GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+_KEYS = ("task", "label", "length", "depth")
+_TRAINED_LENGTHS = (1, 2, 4)  # --lengths, unless given
+_BUNDLED_LENGTHS = (1, 2, 4, 8, 16)
+
+
+def hide_passkey(rng: np.random.Generator, depth: float) -> Hidden:
+    """A number, told twice on a line of its own. Filler is counted in characters."""
+    key = str(rng.integers(1, 50_001))
+
+    def text(filler: int) -> str:
+        before = round(depth * filler)
+        return "\n".join(
+            [
+                "There is an important info hidden inside a lot of irrelevant text. Find it and "
+                "memorize them. I will quiz you about the important information there.",
+                _garbage(before),
+                f"The pass key is {key}. Remember it. {key} is the pass key.",
+                _garbage(filler - before),
+                "What is the pass key? The pass key is",
+            ]
+        )
+
+    return text, key
+
+
+def hide_number(rng: np.random.Generator, depth: float) -> Hidden:
+    """Ten digits, half of them repeats of a neighbour. Filler is counted in lines."""
+    digits = [str(digit) for digit in rng.integers(0, 10, 5)]
+    while len(digits) < 10:
+        at = int(rng.integers(len(digits)))
+        digits.insert(at, digits[at])
+    key = "".join(digits)
+
+    def text(filler: int) -> str:
+        before = round(depth * filler)
+        lines = [_GRASS] * filler
+        told = f"The sequence of digits is {key}. Remember it. {key} is the sequence of digits."
+        lines.insert(before, told)
+        context = "\n".join(lines)
+        return (
+            "There is an important info hidden inside a lot of irrelevant text. Find it. I will "
+            f"quiz you about the important information there.\n\n{context}\n\n"
+            "What is the sequence of digits?\n\nThe sequence of digits is"
+        )
+
+    return text, key
+
+
+def hide_value(rng: np.random.Generator, depth: float) -> Hidden:
+    """One of many values in a JSON object, asked for by its key. Filler: the other pairs."""
+    key, value = _pair(rng)
+    others: list[tuple[str, str]] = []
+
+    def text(filler: int) -> str:
+        others.extend(_pair(rng) for _ in range(filler - len(others)))
+        before = round(depth * filler)
+        pairs = [*others[:before], (key, value), *others[before:filler]]
+        data = ", ".join(f'"{name}": "{content}"' for name, content in pairs)
+        return (
+            "Extract the value corresponding to the specified key in the JSON object below.\n\n"
+            f'JSON data:\n{{{data}}}\n\nKey: "{key}"\n'
+            "The value associated with the specified key is: "
+        )
+
+    return text, value
+
+
+def _garbage(characters: int) -> str:
+    period = _GRASS + " "
+    return (period * (characters // len(period) + 1))[:characters]
+
+
+def _pair(rng: np.random.Generator) -> tuple[str, str]:
+    first, second = (str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(2))
+    return first, second
+
+
+def first_number_is(reply: str, fact: str) -> bool:
+    """Whether the first digits in the reply are those of the fact."""
+    found = re.search(r"[0-9]+", reply)
+    return found is not None and found[0] == fact
+
+
+def has_word(reply: str, fact: str) -> bool:
+    """Whether the fact is a word of the reply."""
+    return fact in re.split(r"[\s:\"'.,?!{}]+", reply)
+
+
+# Draws a prompt of at most so many tokens: its ids, and the fact.
+Draw = Callable[[np.random.Generator, Any, int, float], tuple[list[int], str]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is hidden, and when it counts as found."""
+
+    draw: Draw
+    answer_tokens: int
+    found: Callable[[str, str], bool]
+
+
+def _filled(hide: Callable[[np.random.Generator, float], Hidden]) -> Draw:
+    """Prompts with as much filler as fits."""
+
+    def draw(
+        rng: np.random.Generator, tokenizer: Any, length: int, depth: float
+    ) -> tuple[list[int], str]:
+        text, fact = hide(rng, depth)
+
+        def tokens(filler: int) -> int:
+            return len(tokenizer.encode(text(filler)))
+
+        if tokens(0) > length:
+            raise ValueError(f"{length} tokens, and the prompt has {tokens(0)} without filler")
+        high = 1
+        while tokens(high) <= length:
+            high *= 2
+        filler = bisect.bisect_right(range(high), length, lo=high // 2, key=tokens) - 1
+        return tokenizer.encode(text(filler)), fact
+
+    return draw
+
+
+TASKS = {
+    "passkey": Task(_filled(hide_passkey), 10, first_number_is),
+    "number": Task(_filled(hide_number), 12, first_number_is),
+    "kv": Task(_filled(hide_value), 50, has_word),
+    "words": Task(words_task, 10, first_number_is),
+}
+
+
+@dataclass
+class Reader:
+    """Answers prompts, greedily, and reads no beginning twice where that is exact.
+
+    It is exact where the whole cache was computed at the scale and gain that the new
+    prompt is read at. A quantised cache never is: which tokens were read before their
+    predecessors had lost precision depends on how the prompt came in.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    grow: bool = False  # the scale of what has been read so far, not that of the prompt
+    prefill_step_size: int = 2048
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = DEFAULT_QUANTIZED_KV_START
+    reuse: bool = True
+
+    def __post_init__(self) -> None:
+        self._tokens: list[int] = []  # of the last prompt, and its caches
+        self._caches: list[Any] = []
+
+    def answer(
+        self, prompt: list[int], max_tokens: int, progress: Callable[[int], Any] = lambda read: None
+    ) -> str:
+        """The text that follows.
+
+        Args:
+            prompt: ids.
+            max_tokens: how many are generated, at most.
+            progress: told how many tokens of the prompt are read.
+
+        Raises:
+            RunError: MLX failed, for want of memory above all.
+        """
+        caches, start = self._caches_for(prompt, max_tokens)
+        self._tokens, self._caches = [], []  # no use if this one fails
+        try:
+            parts = stream_generate(
+                self.model,
+                self.tokenizer,
+                prompt[start:],
+                max_tokens=max_tokens,
+                prompt_cache=caches,
+                prefill_step_size=self.prefill_step_size,
+                kv_bits=self.kv_bits,
+                kv_group_size=self.kv_group_size,
+                quantized_kv_start=self.quantized_kv_start,
+                prompt_progress_callback=lambda done, _: progress(start + done),
+            )
+            reply = "".join(part.text for part in parts)
+        except InputError:
+            raise
+        except ValueError as error:
+            hint = " Try another --kv-group-size." if "[quantize]" in str(error) else ""
+            raise InputError(f"mlx-lm refused an option: {error}{hint}") from error
+        except RuntimeError as error:
+            raise RunError(f"MLX failed on a prompt of {len(prompt)} tokens: {error}") from error
+        self._tokens, self._caches = prompt, caches
+        return reply
+
+    def _caches_for(self, prompt: list[int], max_tokens: int) -> tuple[list[Any], int]:
+        """Caches for this prompt, and how many of its tokens are in them."""
+        length: int | None = len(prompt)
+        if self.grow:
+            length = None
+        elif self.kv_bits is not None:
+            length = len(prompt) + max_tokens  # quantised keys lose precision at every move
+        # One token is left to predict from.
+        pairs = zip(self._tokens, prompt[:-1], strict=False)
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        caches = self._caches
+        if (
+            self.reuse
+            and self.kv_bits is None
+            and shared
+            and can_trim_prompt_cache(caches)
+            and plan_of(self.model, caches) == plan_at(self.model, length or 0)
+        ):
+            trim_prompt_cache(caches, single_caches(caches)[0].offset - shared)
+            for cache in planned_caches(caches):
+                cache.expected_length = length or 0
+            return caches, shared
+        self._tokens, self._caches, caches = [], [], []  # the memory of the old ones is needed
+        return make_prompt_cache(self.model, length), 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        help="Folders, .gguf files or Hugging Face ids. Default: the bundled models.",
+    )
+    parser.add_argument("--adapter-path", help="A folder of adapters to put on top of the model.")
+    parser.add_argument(
+        "--task",
+        choices=list(TASKS),
+        help="passkey: a number in repeated sentences, as in GeNE. number, kv: InfiniteBench's "
+        "retrieval of a number and of a value by its key. words: a number among verses, which the "
+        "bundled models have learned. Default: passkey; of the bundled models, words.",
+    )
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        metavar="TOKENS",
+        help="Of prompt and answer together. Default: 1, 2 and 4 times the trained length; of the "
+        "bundled models, up to 16 times.",
+    )
+    parser.add_argument(
+        "--depths",
+        type=float,
+        nargs="+",
+        default=[0, 0.25, 0.5, 0.75, 1],
+        metavar="SHARE",
+        help="Where the fact is, 0 (before the filler) to 1 (behind it). Default: five, evenly.",
+    )
+    parser.add_argument(
+        "--trials", type=int, default=10, help="For each length and depth. Default: 10."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Of the facts. Default: 0.")
+    parser.add_argument(
+        "--scale",
+        type=scale_policy,
+        default="prompt",
+        metavar="prompt|grow|NUMBER",
+        help="As for mlx_clex.generate. Default: prompt.",
+    )
+    parser.add_argument("--prefill-step-size", type=int, default=2048, help="Default: 2048.")
+    parser.add_argument("--kv-bits", type=int, help="Quantise the KV cache to so many bits.")
+    parser.add_argument("--kv-group-size", type=int, default=64, help="Default: 64.")
+    parser.add_argument(
+        "--quantized-kv-start",
+        type=int,
+        default=DEFAULT_QUANTIZED_KV_START,
+        metavar="TOKENS",
+        help=f"Quantise from this length on. Default: {DEFAULT_QUANTIZED_KV_START}.",
+    )
+    parser.add_argument("--max-kv-size", type=int, help="Refused: it would drop the long context.")
+    parser.add_argument(
+        "--output",
+        metavar="PREFIX",
+        help="Write PREFIX.json, PREFIX.csv and PREFIX.png; a run that was interrupted goes on "
+        "from them.",
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="Let the tokenizer run its own Python."
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, and print a table a model.
+
+    Raises:
+        InputError: options, lengths or models that cannot be used.
+        RunError: MLX failed.
+    """
+    _check(args)
+    results = open_results(args.output, kind="passkey", settings=_settings(args), keys=_KEYS)
+    try:
+        for label, source in _sources(args).items():
+            _measure(args, results, label, source)
+    finally:
+        picture(results)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options before anything is loaded; fill in those that depend on each other."""
+    if args.task is None:
+        args.task = "passkey" if args.model else "words"
+    if not args.model and args.task != "words":
+        raise InputError(
+            f"No model for --task {args.task}: give one as --model. The bundled models have "
+            "learned --task words."
+        )
+    if args.adapter_path and len(args.model or MODELS) > 1:
+        raise InputError("--adapter-path goes with a single --model.")
+    check_cache_options(args)
+    for option in ("trials", "prefill_step_size"):
+        if getattr(args, option) < 1:
+            name = option.replace("_", "-")
+            raise InputError(f"--{name} must be at least 1, got {getattr(args, option)}.")
+    if args.seed < 0:
+        raise InputError(f"--seed must be at least 0, got {args.seed}.")
+    for depth in args.depths:
+        if not 0 <= depth <= 1:
+            raise InputError(f"--depths must be within 0..1, got {depth:g}.")
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """All that changes a figure, but for what the rows name."""
+    cache = ("kv_bits", "kv_group_size", "quantized_kv_start") if args.kv_bits else ()
+    return {name: getattr(args, name) for name in ("seed", "scale", *cache)}
+
+
+def _sources(args: argparse.Namespace) -> dict[str, str]:
+    """What to load, by the name to show."""
+    if not args.model:
+        return {label: str(folder) for label, folder in MODELS.items()}
+    names = [Path(source).name or source for source in args.model]
+    if len(set(names)) < len(names):
+        names = args.model
+    if args.adapter_path:
+        names = [f"{names[0]} + {Path(args.adapter_path).name}"]
+    return dict(zip(names, args.model, strict=True))
+
+
+def _measure(args: argparse.Namespace, results: Results, label: str, source: str) -> None:
+    """All cells of one model, and its table."""
+    folder = resolve(source)
+    model, tokenizer = load(
+        folder,
+        scale=args.scale if isinstance(args.scale, float) else None,
+        adapter_path=args.adapter_path,
+        trust_remote_code=args.trust_remote_code,
+    )
+    scaling = model.scaling if isinstance(model, ScaledModel) else None
+    trained = scaling.trained_length if scaling else config_value(model, "max_position_embeddings")
+    lengths = _lengths(args, model, trained, label)
+    depths = sorted({round(float(depth), 4) for depth in args.depths})
+    reader = Reader(
+        model,
+        tokenizer,
+        grow=args.scale == "grow",
+        prefill_step_size=args.prefill_step_size,
+        kv_bits=args.kv_bits,
+        kv_group_size=args.kv_group_size,
+        quantized_kv_start=args.quantized_kv_start,
+    )
+    row = {
+        "task": args.task,
+        "label": label,
+        "trained_length": trained,
+        "model": digest(fingerprint(model, folder, args.adapter_path)),
+    }
+    results.check_model(label, row["model"])
+    # The deepest first: what stands before its fact begins like all the others.
+    cells = [
+        {**row, "length": length, "depth": depth} for length in lengths for depth in depths[::-1]
+    ]
+    missing = [cell["length"] * (args.trials - _tried(results, cell)[0]) for cell in cells]
+    with tqdm(total=sum(max(0, tokens) for tokens in missing), unit="tok", desc=label) as bar:
+        for cell in cells:
+            bar.set_postfix_str(f"{cell['length']} tokens, depth {cell['depth']:g}")
+            _fill_cell(args, results, cell, reader, bar)
+    _print_table(args.task, label, results, model, lengths, depths)
+
+
+def _lengths(
+    args: argparse.Namespace, model: nn.Module, trained: int | None, label: str
+) -> list[int]:
+    """The lengths to measure, shortest first."""
+    reach = model.reach if isinstance(model, ScaledModel) and model.scaling.hard_reach else None
+    if not args.lengths:
+        if trained is None:
+            raise InputError(f"{label} does not say its trained length: give --lengths.")
+        times = _TRAINED_LENGTHS if args.model else _BUNDLED_LENGTHS
+        return [n * trained for n in times if reach is None or n * trained <= reach]
+    lengths = sorted(set(args.lengths))
+    if reach is not None:
+        check_length(model, lengths[-1])
+    return lengths
+
+
+def _tried(results: Results, cell: dict[str, Any]) -> tuple[int, int]:
+    """Trials of a cell so far, and in how many the fact was found."""
+    row = results.find(**{key: cell[key] for key in _KEYS}) or {}
+    return row.get("trials", 0), row.get("correct", 0)
+
+
+def _fill_cell(
+    args: argparse.Namespace, results: Results, cell: dict[str, Any], reader: Reader, bar: Any
+) -> None:
+    task, length, depth = TASKS[args.task], cell["length"], cell["depth"]
+    start, correct = _tried(results, cell)
+    for trial in range(start, args.trials):
+        # Of its own, so that a run may be continued, and its grid extended.
+        rng = np.random.default_rng([args.seed, length, round(depth * 10_000), trial])
+        room = length - task.answer_tokens
+        try:
+            prompt, fact = task.draw(rng, reader.tokenizer, room, depth)
+        except ValueError as error:
+            raise InputError(
+                f"--lengths {length} is too short for --task {args.task}: less "
+                f"{task.answer_tokens} for the answer these are {error}."
+            ) from error
+        begin = bar.n
+        progress = functools.partial(_advance, bar, begin)
+        reply = reader.answer(prompt, task.answer_tokens, progress)
+        _advance(bar, begin, length)
+        correct += task.found(reply, fact)
+        tried = trial + 1
+        results.add({**cell, "trials": tried, "correct": correct, "accuracy": correct / tried})
+
+
+def _advance(bar: Any, begin: int, tokens: int) -> None:
+    bar.update(begin + tokens - bar.n)
+
+
+def _print_table(
+    task: str,
+    label: str,
+    results: Results,
+    model: nn.Module,
+    lengths: list[int],
+    depths: list[float],
+) -> None:
+    print(f"Task {task}, {label}: share of facts found, by depth.")
+    heads = [*(f"{depth:.0%}" for depth in depths), "all", "trials"]
+    print(f"{'tokens':>8} {'scale':>7}" + "".join(f" {head:>7}" for head in heads))
+    for length in lengths:
+        keys = {"task": task, "label": label, "length": length}
+        cells = [_tried(results, {**keys, "depth": depth}) for depth in depths]
+        scale = model.scale_at(length) if isinstance(model, ScaledModel) else 1.0
+        trials = sum(tried for tried, _ in cells)
+        shares = [correct / tried for tried, correct in cells]
+        shares.append(sum(correct for _, correct in cells) / trials)
+        cols = "".join(f" {share:>7.2f}" for share in shares)
+        print(f"{length:>8} {scale:>7g}{cols} {trials:>7}")
+
+
+def main() -> None:
+    """Run the command and exit with its status."""
+    sys.exit(
+        run_command(
+            add_arguments,
+            run,
+            prog="mlx_clex.passkey",
+            description="Hide a fact in texts of chosen lengths, and see whether it is found.",
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
