@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parent
 MODELS = {name: FOLDER / name for name in ("base", "clex", "gene")}
 HELD_OUT = ("Judges", "Ruth", "1 Samuel")  # neighbours, so that windows cross them
 _FIRST_BEHIND = "2 Samuel"
-QUESTION = "What is the pass key? The pass key is"
+QUESTION = "The pass key is"  # before a key, told or asked for
 
 
 def folder(name: str) -> Path:
@@ -61,7 +61,7 @@ def _held_out_span() -> tuple[int, int]:
 
 def statement(key: str) -> str:
     """The line that tells a key of four digits."""
-    return f"The pass key is {key}. Remember it. {key} is the pass key."
+    return f"{QUESTION} {key}."
 
 
 def words_task(

@@ -9,20 +9,23 @@ Not covered: anything that `mlx_clex.lora` and `mlx_clex.fuse` do.
 
 import argparse
 import json
-import shutil
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import yaml
 from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.utils import save_config, save_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ..cli import run_command
-from . import HELD_OUT, MODELS, QUESTION, statement, training_text, held_out_text
+from ..errors import RunError
+from . import held_out_text, statement, training_text
 
 TRAINED_LENGTH = 64
 _END = "<|end|>"
@@ -41,27 +44,52 @@ _ARCHITECTURE = {
     "max_position_embeddings": TRAINED_LENGTH,
     "tie_word_embeddings": True,
 }
-_KEYS = 6000  # texts that hide a key
+_KEYS = 8000  # texts that tell a key several times
 _SEED = 0
+# Settings of `mlx_clex.lora`: of all three models, of the base, and of the fine-tunes.
+_TRAINING = {
+    "train": True,
+    "fine_tune_type": "full",
+    "train_norms_and_embeddings": True,
+    "num_layers": -1,
+    "max_seq_length": TRAINED_LENGTH,
+    "batch_size": 32,
+    "optimizer": "adamw",
+    "optimizer_config": {"adamw": {"weight_decay": 0.1, "betas": [0.9, 0.99]}},
+    "warmup": 100,
+    "cosine": True,
+    "max_grad_norm": 1.0,
+    "steps_per_report": 100,
+    "steps_per_eval": 500,
+    "save_every": 500,
+    "val_batches": 8,
+    "seed": _SEED,
+}
+_BASE = {"scaling": "none", "iters": 2800, "learning_rate": 4e-3}
+_FINE_TUNES: dict[str, dict[str, Any]] = {
+    "clex": {"scaling": "clex", "max_factor": 32, "iters": 2000, "learning_rate": 1e-3},
+    "gene": {
+        **{"scaling": "gene", "factor": 32, "iters": 2000, "learning_rate": 1e-3},
+        **{"max_seq_length": 4 * TRAINED_LENGTH, "batch_size": 8},
+    },
+}
 
 
 def write_data(folder: Path) -> None:
-    """train.jsonl and valid.jsonl: books, and in the first also verses that hide a key."""
+    """train.jsonl and valid.jsonl: books; in the first also verses that tell a key between."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(_SEED)
     verses = [line for line in training_text().splitlines() if len(line) > 20]
     texts = _books(training_text())
     for _ in range(_KEYS):
-        key = "".join(str(digit) for digit in rng.integers(0, 10, 4))
-        # Most fit one sequence of the base; the others are for longer training lengths.
-        size = rng.integers(20, 100) if rng.random() < 0.7 else rng.integers(100, 800)
-        at, lines, length = int(rng.integers(len(verses))), [], 0
-        while length < size:
-            lines.append(verses[at % len(verses)])
-            length += len(lines[-1])
-            at += 1
-        lines.insert(int(rng.integers(len(lines) + 1)), statement(key))
-        texts.append("\n".join([*lines, f"{QUESTION} {key}."]))
+        # Most fit few sequences of the base; the others are for longer training lengths.
+        count = rng.integers(1, 4) if rng.random() < 0.75 else rng.integers(4, 16)
+        at = int(rng.integers(len(verses) - count))
+        line = statement("".join(str(digit) for digit in rng.integers(0, 10, 4)))
+        lines = [line]
+        for verse in verses[at : at + count]:
+            lines += [verse, line] if rng.random() < 0.5 else [verse]
+        texts.append("\n".join(lines if lines[-1] == line else [*lines, line]))
     order = rng.permutation(len(texts))
     _write_lines(folder / "train.jsonl", [texts[index] for index in order])
     _write_lines(folder / "valid.jsonl", _books(held_out_text()))
@@ -116,3 +144,62 @@ def write_random(folder: Path, data: Path, *, seed: int = _SEED, **architecture:
     save_model(folder, model)
     end = tokenizer.token_to_id(_END)
     save_config(config | {"eos_token_id": end}, config_path=folder / "config.json")
+
+
+def _train(model: Path, work: Path, name: str, settings: dict[str, Any]) -> Path:
+    """Train all weights of a model with `mlx_clex.lora`, and fuse; what is done is kept."""
+    fused, adapters, recipe = work / name, work / f"{name}-run", work / f"{name}.yaml"
+    if not fused.exists():
+        recipe.write_text(yaml.safe_dump(_TRAINING | settings), encoding="utf-8")
+        data = ("--data", work / "data", "--adapter-path", adapters)
+        command("lora", "-c", recipe, "--model", model, *data, "--resume")
+        command("fuse", "--model", model, "--adapter-path", adapters, "--save-path", fused)
+    return fused
+
+
+def command(name: str, *arguments: Any) -> None:
+    """Run one of this package's commands in a process of its own; its output is passed on.
+
+    Raises:
+        RunError: it failed.
+    """
+    line = [sys.executable, "-m", f"mlx_clex.{name}", *map(str, arguments)]
+    if subprocess.run(line).returncode:
+        raise RunError(f"This failed: {shlex.join(line)}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("work", type=Path, help="Folder for data, runs and results.")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make what is not there yet, and put copies in half precision into WORK/bundled."""
+    work = args.work
+    if not (work / "random").exists():
+        write_data(work / "data")
+        write_random(work / "random", work / "data")
+    made = {"base": _train(work / "random", work, "base", _BASE)}
+    for name, options in _FINE_TUNES.items():
+        made[name] = _train(made["base"], work, name, options)
+    for name, model in made.items():
+        target = work / "bundled" / name
+        if not target.exists():
+            command("convert", "--hf-path", model, "--mlx-path", target, "--dtype", "float16")
+    print(f"Done: {work / 'bundled'}.")
+
+
+def main() -> None:
+    """Run the command and exit with its status."""
+    sys.exit(
+        run_command(
+            add_arguments,
+            run,
+            prog="mlx_clex.bundled.make",
+            description="Make the bundled models anew.",
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
