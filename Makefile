@@ -55,5 +55,5 @@ $(SMOLLM2): | .venv/demo
 
 .venv/demo: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -e '.$(if $(BACKEND),[$(BACKEND)])'
+	$(BIN)/python -m pip install -e '.$(call extras,plot)'
 	touch $@

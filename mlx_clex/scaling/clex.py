@@ -91,6 +91,7 @@ class Clex(Scaling):
     Config: ClassVar[type] = ClexConfig
     hard_reach: ClassVar[bool] = True
     learned: ClassVar[tuple[str, ...]] = ("up_proj", "down_proj")
+    untrained: ClassVar[str] = "NTK at 2t - 1"
 
     def __init__(self, config: ClexConfig | None = None, **shape: Any) -> None:
         """See `Scaling`; the network starts with W_down = 0."""

@@ -120,6 +120,7 @@ class GeneParam(Scaling):
     by_layer: ClassVar[bool] = True
     gain_by_position: ClassVar[bool] = True
     learned: ClassVar[tuple[str, ...]] = ("base_coef", "specific_coef")
+    untrained: ClassVar[str] = "gene"
 
     def __init__(self, config: GeneConfig | None = None, **shape: Any) -> None:
         """See `Scaling`; `heads`, `key_heads` and `layers` are needed.

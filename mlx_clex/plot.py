@@ -1,0 +1,155 @@
+"""Command: pictures of result files, of a training run, and of a model's frequencies.
+
+Not covered: measuring; the commands that measure draw their results as well.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from .cli import run_command
+from .errors import InputError
+from .load import load_scaling
+from .pictures import check_path, draw, draw_frequencies, draw_training
+from .results import Results, read_results
+from .training.log import LOG, read_log
+
+# Pictures of result files: the kind of the results, and what --help says.
+_OF_RESULTS = {
+    "extrapolation": ("perplexity", "Perplexity against length, from mlx_clex.perplexity."),
+    "passkey": ("passkey", "Right answers by length and depth, from mlx_clex.passkey."),
+    "compare": ("compare", "How far two models differ by position, from mlx_clex.compare."),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a subcommand for each picture."""
+    which = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE")
+
+    text = "How fast every pair turns at every scale: what was learned, what it began with."
+    frequencies = which.add_parser("frequencies", help=text, description=text)
+    frequencies.add_argument(
+        "--model", required=True, nargs="+", help="Folders, .gguf files or Hugging Face ids."
+    )
+    frequencies.add_argument("--adapter-path", help="A folder of adapters to put on top.")
+    frequencies.add_argument(
+        "--max-scale",
+        type=float,
+        metavar="NUMBER",
+        help="Largest target length / trained length. Default: the reach, or 16.",
+    )
+
+    for name, (_, text) in _OF_RESULTS.items():
+        of_results = which.add_parser(name, help=text, description=text)
+        of_results.add_argument(
+            "file",
+            nargs=1 if name == "compare" else "+",
+            type=Path,
+            metavar="FILE",
+            help="What --output wrote, .json.",
+        )
+
+    text = "Loss, and perplexity by length, from mlx_clex.lora."
+    training = which.add_parser("training", help=text, description=text)
+    training.add_argument("log", type=Path, help=f"The --adapter-path of a run, or its {LOG}.")
+
+    for name, parser_of_one in which.choices.items():
+        default = "frequencies.png" if name == "frequencies" else "the input's name, as .png"
+        parser_of_one.add_argument(
+            "--output",
+            type=Path,
+            metavar="FILE",
+            help=f"The picture, .png or .svg. Default: {default}.",
+        )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw one picture.
+
+    Raises:
+        InputError: a file or model that cannot be drawn, or no matplotlib.
+    """
+    path = args.output or _default_path(args)
+    check_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if args.picture == "frequencies":
+        _frequencies(args, path)
+    elif args.picture == "training":
+        draw_training(_log(args.log), path)
+    else:
+        kind, _ = _OF_RESULTS[args.picture]
+        draw(_together({file: read_results(file, kind) for file in args.file}), path)
+    print(f"Wrote {path}.")
+
+
+def _default_path(args: argparse.Namespace) -> Path:
+    if args.picture == "frequencies":
+        return Path("frequencies.png")
+    if args.picture == "training":
+        return _log_file(args.log).with_suffix(".png")
+    return Path(f"{str(args.file[0]).removesuffix('.json')}.png")
+
+
+def _frequencies(args: argparse.Namespace, path: Path) -> None:
+    if args.max_scale is not None and not 1 < args.max_scale < float("inf"):
+        raise InputError(f"--max-scale must be greater than 1, got {args.max_scale:g}.")
+    if args.adapter_path is not None and len(args.model) > 1:
+        raise InputError(
+            f"--adapter-path goes with one --model, got {len(args.model)}: fuse the adapters first."
+        )
+    names = [Path(model).name for model in args.model]
+    if len(set(names)) < len(names):
+        names = args.model
+    scalings = {
+        name: load_scaling(model, args.adapter_path)
+        for name, model in zip(names, args.model, strict=True)
+    }
+    draw_frequencies(scalings, path, args.max_scale)
+
+
+def _log_file(path: Path) -> Path:
+    return path / LOG if path.is_dir() else path
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    file = _log_file(path)
+    if not file.is_file():
+        raise InputError(f"{file} is not there: give the --adapter-path of a mlx_clex.lora run.")
+    try:
+        lines: list[Any] = read_log(file)
+    except ValueError:
+        lines = [None]
+    if not all(isinstance(line, dict) and "iteration" in line for line in lines):
+        raise InputError(f"{file} is no log of mlx_clex.lora: give the {LOG} of a run.")
+    return lines
+
+
+def _together(results: dict[Path, Results]) -> Results:
+    """One of several; a label that more than one file has gets the file's name."""
+    labels = ({row.get("label") for row in one.rows} for one in results.values())
+    files = Counter(label for its in labels for label in its)
+    rows = [
+        {**row, "label": f"{row['label']} ({file.stem})"} if files[row.get("label")] > 1 else row
+        for file, one in results.items()
+        for row in one.rows
+    ]
+    return dataclasses.replace(next(iter(results.values())), rows=rows)
+
+
+def main() -> None:
+    """Run the command and exit with its status."""
+    sys.exit(
+        run_command(
+            add_arguments,
+            run,
+            prog="mlx_clex.plot",
+            description="Pictures of results, training runs and learned frequencies.",
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
