@@ -372,12 +372,11 @@ def serve(host: str, port: int, provider: ScaledModelProvider) -> None:
     first = mx.distributed.init().rank() == 0
     cache = PlannedPromptCache(provider, provider.cli_args.prompt_cache_size)
     generator = PlanningResponseGenerator(provider, cache)
-    while provider.cli_args.model and provider.model_key is None:
-        if not generator.generation_available():
-            generator.stop_and_join()
-            raise InputError(f"The model does not load: {generator.failure}")
-        time.sleep(0.05)
     try:
+        while provider.cli_args.model and provider.model_key is None:
+            if not generator.generation_available():
+                raise InputError(f"The model does not load: {generator.failure}")
+            time.sleep(0.05)
         if first:
             stock._run_http_server(host, port, generator, handler_class=Handler)
         else:
@@ -430,7 +429,7 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.port < 1 << 16:
         raise InputError(f"--port must be within 0..65535, got {args.port}.")
     group = mx.distributed.init()
-    _check_processes(args, group.size())
+    check_processes(args, group.size())
     stock.maybe_set_recommended_wired_limit()
     logging.basicConfig(
         level=args.log_level if group.rank() == 0 else "ERROR",
@@ -441,7 +440,7 @@ def run(args: argparse.Namespace) -> None:
     serve(args.host, args.port, provider)
 
 
-def _check_processes(args: argparse.Namespace, size: int) -> None:
+def check_processes(args: argparse.Namespace, size: int) -> None:
     """Refuse what several processes cannot do.
 
     Raises:

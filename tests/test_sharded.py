@@ -1,18 +1,27 @@
 """Two processes of mlx.launch give the tokens of one."""
 
+import concurrent.futures
+import http.client
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from mlx_clex.convert import convert
+from mlx_lm.generate import stream_generate
 from mlx_lm.models import qwen2
 from mlx_lm.utils import save_model
+
+from mlx_clex import load, make_prompt_cache, server
+from mlx_clex.errors import InputError
 
 from . import run_generate
 from .conftest import GOLDEN
@@ -26,20 +35,39 @@ pytestmark = [
 ]
 
 
-def launch(*command):
-    """Run a command in two processes that find each other on this machine."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        # Two ports in a row, below those the system hands out.
-        port = 10_000 + free.getsockname()[1] % 20_000
-    return subprocess.run(
+        return free.getsockname()[1]
+
+
+def launch(*command):
+    """Run a command in two processes that find each other on this machine."""
+    with launched(*command) as process:
+        out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@contextmanager
+def launched(*command):
+    """The running mlx.launch; it is interrupted, as by Ctrl-C, unless it has ended."""
+    port = 10_000 + free_port() % 20_000  # two in a row, below those the system hands out
+    process = subprocess.Popen(
         [str(LAUNCH), "-n", "2", "-p", str(port), "--", sys.executable, *map(str, command)],
         cwd=Path(__file__).parents[1],
         env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
+        start_new_session=True,  # a group to interrupt
     )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+            process.communicate(timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +152,112 @@ def test_the_command_under_mlx_launch(folders):
     done = launch("-m", "mlx_clex.generate", *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Generation: 5 tokens") == 1
+
+
+@contextmanager
+def serving(*options):
+    """A function that posts a completion request to a server of two processes."""
+    port = free_port()
+    command = ("-m", "mlx_clex.server", "--port", port, "--log-level", "WARNING")
+    with launched(*command, *options) as process:
+
+        def ask(path="/v1/completions", method="POST", **body):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            connection.request(method, path, json.dumps(body) if body else None)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+
+        while True:
+            assert process.poll() is None, process.stderr.read()
+            try:
+                assert ask("/health", "GET")[0] == 200
+                break
+            except OSError:
+                time.sleep(0.1)
+        ask.port = port
+        yield ask
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=60)[1].count("Traceback") == 1, "mlx.launch's own"
+
+
+def answers_of(folder):
+    """A function from a prompt to the answer of one process."""
+    model, tokenizer = load(folder)
+
+    def answer(prompt):
+        ids = tokenizer.encode(prompt)
+        cache = make_prompt_cache(model, len(ids))
+        parts = stream_generate(model, tokenizer, ids, max_tokens=12, prompt_cache=cache)
+        return "".join(part.text for part in parts)
+
+    return answer
+
+
+BAD = [
+    (400, {"prompt": PROMPT * 30}),
+    (400, {"prompt": "A", "logit_bias": {"99999": 1}}),
+    (404, {"prompt": "A", "model": "/nowhere"}),
+    (404, {"prompt": "A", "adapters": "/nowhere"}),
+]
+
+
+@pytest.mark.parametrize("options", [("clex_llama",), ("qwen2", "--pipeline")])
+def test_a_server_of_two_processes_answers_as_one(options, folders):
+    """mlx-lm's own loader knows no plans; and whatever comes, the two must stay in step."""
+    name, *rest = options
+    alone = answers_of(folders[name])
+    prompts = [PROMPT, "A cat.", PROMPT + "And", "B " + PROMPT]
+    expected = [alone(prompt) for prompt in prompts]
+    with serving("--model", folders[name], *rest) as ask:
+
+        def text(prompt, **more):
+            status, body = ask(prompt=prompt, max_tokens=12, temperature=0, **more)
+            assert status == 200, body
+            return json.loads(body)["choices"][0]["text"]
+
+        assert [text(prompt) for prompt in prompts] == expected
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(text, prompts)) == expected
+        assert text(PROMPT, seed=1) == expected[0], "outside of a batch"
+        for status, body in BAD:
+            assert ask(**body)[0] == status, body
+        for more in ({}, {"seed": 1}):
+            hang_up(ask.port, prompt=PROMPT, max_tokens=30, stream=True, **more)
+        assert text(PROMPT) == expected[0]
+
+
+def hang_up(port, **body):
+    """Send a request, and leave when the answer begins."""
+    data = json.dumps(body)
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nContent-Length: {len(data)}\r\n\r\n"
+        connection.sendall((head + data).encode())
+        connection.recv(200)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), ["--model"]),
+        (("--model", "x", "--draft-model", "x"), ["--draft-model", "one process"]),
+        (("--model", "x", "--pipeline", "--prompt-cache-bytes", "1GB"), ["--prompt-cache-bytes"]),
+    ],
+)
+def test_options_that_several_processes_cannot_have(options, words):
+    """They would answer out of step, or not at all."""
+    args = server.stock_parser().parse_args(options)
+    with pytest.raises(InputError) as error:
+        server.check_processes(args, 2)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_server_whose_model_cannot_be_shared_out_ends(folders):
+    """One line of each process says why, before any of them listens."""
+    done = launch("-m", "mlx_clex.server", "--model", folders["clex_llama"], "--pipeline")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("mlx_clex.server:")]
+    assert lines, done.stderr
+    assert all("leave out --pipeline" in line for line in lines)
+    assert "Traceback" not in done.stderr
 
 
 def text_of(out):
