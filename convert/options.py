@@ -11,7 +11,10 @@ DTYPES = ("float16", "bfloat16", "float32")  # those of mlx_lm.convert
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for beside source and target."""
+    """What the user asked for beside source and target.
+
+    Up to `dequantize` as in `mlx_lm.convert`; the scaling's own tensors stay float32.
+    """
 
     quantize: bool = False
     q_group_size: int | None = None  # weights that share a scale
@@ -21,7 +24,7 @@ class Options:
     dtype: str | None = None  # of what is not quantised
     dequantize: bool = False
     scaling: Mapping[str, Any] | None = None  # a rope_scaling entry to switch on
-    trained_length: int | None = None  # tokens
+    trained_length: int | None = None  # tokens; None takes max_position_embeddings
     freeze: float | None = None  # the scale to hold for good
     freeze_for: str = "mlx-lm"
 

@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +48,9 @@ def convert(
     mlx_path: str | Path = "mlx_model",
     *,
     revision: str | None = None,
-    quantize: bool = False,
-    q_group_size: int | None = None,
-    q_bits: int | None = None,
-    q_mode: str = "affine",
-    quant_predicate: str | None = None,
-    dtype: str | None = None,
-    dequantize: bool = False,
-    scaling: Mapping[str, Any] | None = None,
-    trained_length: int | None = None,
-    freeze: float | None = None,
-    freeze_for: str = "mlx-lm",
     upload_repo: str | None = None,
     dry_run: bool = False,
+    **fields: Any,
 ) -> Path | None:
     """Convert a checkpoint to MLX, streaming.
 
@@ -69,15 +58,10 @@ def convert(
         hf_path: a folder, a .gguf file, or a hub id.
         mlx_path: the folder to write; it must not exist.
         revision: branch, tag or commit of a hub id.
-        quantize, q_group_size, q_bits, q_mode, quant_predicate, dtype, dequantize: as in
-            `mlx_lm.convert`; the scaling's own tensors stay float32.
-        scaling: a rope_scaling entry to switch on, `{"type": "clex", "max_factor": 16}`.
-        trained_length: in tokens; None takes max_position_embeddings.
-        freeze: hold this scale for good and write a checkpoint of stock programs.
-        freeze_for: "mlx-lm" or "transformers", which program a frozen one is for.
         upload_repo: hub id to publish the result under.
         dry_run: say what would happen, and write nothing; of a hub id, say what would be
             downloaded.
+        fields: those of `Options`, `quantize=True` and the like.
 
     Returns:
         The folder written, or None for a dry run.
@@ -86,19 +70,7 @@ def convert(
         InputError: the source, target or an option cannot be used; nothing is left behind.
         OSError: the disk is full, or the like; nothing is left behind.
     """
-    options = Options(
-        quantize=quantize,
-        q_group_size=q_group_size,
-        q_bits=q_bits,
-        q_mode=q_mode,
-        quant_predicate=quant_predicate,
-        dtype=dtype,
-        dequantize=dequantize,
-        scaling=scaling,
-        trained_length=trained_length,
-        freeze=freeze,
-        freeze_for=freeze_for,
-    )
+    options = Options(**fields)
     target = Path(mlx_path).expanduser()
     if not dry_run:
         check_target(target)
