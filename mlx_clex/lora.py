@@ -4,11 +4,12 @@ Takes the options and YAML files of `mlx_lm.lora`; adapters are in mlx-lm's own 
 Added are the scaling and how its scales and positions are drawn, packing, clipping,
 warm-up and cosine, perplexity by length, and going on after an interruption.
 
-Not covered: several machines, hub datasets.
+Not covered: a model that one process cannot hold.
 """
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -29,12 +30,14 @@ from .cli import run_command
 from .convert.scaling_options import add_scaling_arguments, scaling_from
 from .errors import InputError
 from .load import DEFAULT_CACHE, load, read_config, resolve
+from .sharding import one_voice
 from .training.batches import PACKINGS, Batches
 from .training.checkpoints import Checkpoints
 from .training.data import Corpus, load_corpora
 from .training.draws import SAMPLINGS, SCALE_DRAWS, Draws, Procedure, procedure_for
 from .training.evaluation import check_lengths, mean_loss
 from .training.loop import LoopOptions, Run
+from .training.ranks import Ranks
 from .training.setup import (
     FINE_TUNE_TYPES,
     SCALING_SHARE,
@@ -184,45 +187,26 @@ def run(args: argparse.Namespace) -> None:
         InputError: options, data or a folder that cannot be used.
         RunError: the loss is no longer a number.
     """
-    args = with_config(args)
-    check(args)
-    entry = scaling_from(args)
-    mx.random.seed(args.seed)
-    corpora_wanted = [s for s, on in (("train", args.train), ("valid", args.train)) if on]
-    model, tokenizer = load(
-        args.model,
-        adapter_path=None if args.train else (args.adapter_path or None),
-        trust_remote_code=args.trust_remote_code,
-    )
-    if entry is not None and args.train:
-        if isinstance(model, ScaledModel) and model.scaling.learned:
-            raise InputError(
-                f"--scaling {args.scaling}: {args.model} has a scaling with weights of its own, "
-                "which this would throw away. Leave the option out, or start from the base."
-            )
-        attach(model, entry, trained_length=args.trained_length)
-    if not isinstance(model, ScaledModel):
-        raise InputError(
-            f"{args.model} has no scaling of ours: say which with --scaling NAME (clex, gene, "
-            "..., or none for a plain fine-tune)."
-        )
-    corpora = load_corpora(
-        Path(args.data).expanduser(),
-        tokenizer,
-        mask_prompt=args.mask_prompt,
-        cache_dir=DEFAULT_CACHE,
-        splits=corpora_wanted + (["test"] if args.test else []),
-    )
-    for split in ("train", "test"):
-        if getattr(args, split) and split not in corpora:
-            raise InputError(f"--data {args.data} has no {split} part: give {split}.jsonl.")
-    if args.train:
-        _train(args, model, corpora, entry)
-    if args.test:
-        batches = _batches(args, corpora["test"])
-        count = batches.per_epoch if args.test_batches == -1 else args.test_batches
-        loss = mean_loss(model, (b for b, _ in zip(batches, range(count), strict=False)))
-        print(f"Test loss {loss:.3f}, Test ppl {math.exp(min(loss, 700)):.3f}.")
+    group = mx.distributed.init()
+    ranks = Ranks(group)
+    with one_voice(group):
+        with ranks.starting():
+            args = with_config(args)
+            check(args, processes=ranks.size)
+            model, corpora, entry = _load(args)
+            test = _batches(args, corpora["test"]) if args.test else None
+            training = _prepare(args, model, corpora, entry, ranks) if args.train else None
+            same = _same(args, corpora["train"]) if args.train else {}
+            going_on = training is None or _resume(args, training, same)
+        if training is not None:
+            with ranks.starting():
+                ranks.check_same([vars(args), same, training.progress.iteration])
+            if going_on:
+                training.train(same)
+        if test is not None and ranks.first:
+            count = test.per_epoch if args.test_batches == -1 else args.test_batches
+            loss = mean_loss(model, itertools.islice(test, count))
+            print(f"Test loss {loss:.3f}, Test ppl {math.exp(min(loss, 700)):.3f}.")
 
 
 def with_config(args: argparse.Namespace) -> argparse.Namespace:
@@ -255,8 +239,12 @@ def with_config(args: argparse.Namespace) -> argparse.Namespace:
     return argparse.Namespace(**values)
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, *, processes: int = 1) -> None:
     """Refuse options before anything is loaded.
+
+    Args:
+        args: from `with_config`.
+        processes: how many of mlx.launch share the rows of a batch.
 
     Raises:
         InputError: the message names the option.
@@ -278,6 +266,11 @@ def check(args: argparse.Namespace) -> None:
     for key, least in _AT_LEAST.items():
         if not getattr(args, key) >= least:
             raise InputError(f"{_option(key)} must be at least {least}, got {getattr(args, key)}.")
+    if args.batch_size % processes:
+        raise InputError(
+            f"--batch-size {args.batch_size} does not divide among {processes} processes: give a "
+            f"multiple of {processes}, or start another number of them."
+        )
     share = args.scaling_learning_rate
     if share is not None and not (isinstance(share, int | float) and share >= 0):
         raise InputError(f"--scaling-learning-rate must be at least 0, got {share!r}.")
@@ -293,12 +286,47 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--resume and --resume-adapter-file exclude each other.")
 
 
-def _train(
+def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Corpus], dict[str, Any] | None]:
+    """The model with its scaling, the data, and the entry of a scaling the base lacks."""
+    entry = scaling_from(args)
+    mx.random.seed(args.seed)
+    model, tokenizer = load(
+        args.model,
+        adapter_path=None if args.train else (args.adapter_path or None),
+        trust_remote_code=args.trust_remote_code,
+    )
+    if entry is not None and args.train:
+        if isinstance(model, ScaledModel) and model.scaling.learned:
+            raise InputError(
+                f"--scaling {args.scaling}: {args.model} has a scaling with weights of its own, "
+                "which this would throw away. Leave the option out, or start from the base."
+            )
+        attach(model, entry, trained_length=args.trained_length)
+    if not isinstance(model, ScaledModel):
+        raise InputError(
+            f"{args.model} has no scaling of ours: say which with --scaling NAME (clex, gene, "
+            "..., or none for a plain fine-tune)."
+        )
+    corpora = load_corpora(
+        Path(args.data).expanduser(),
+        tokenizer,
+        mask_prompt=args.mask_prompt,
+        cache_dir=DEFAULT_CACHE,
+        splits=(["train", "valid"] if args.train else []) + (["test"] if args.test else []),
+    )
+    for split in ("train", "test"):
+        if getattr(args, split) and split not in corpora:
+            raise InputError(f"--data {args.data} has no {split} part: give {split}.jsonl.")
+    return model, corpora, entry
+
+
+def _prepare(
     args: argparse.Namespace,
     model: Any,
     corpora: dict[str, Corpus],
     entry: dict[str, Any] | None,
-) -> None:
+    ranks: Ranks,
+) -> Run:
     checkpoints = Checkpoints(Path(args.adapter_path).expanduser(), keep=args.keep)
     if checkpoints.newest is not None and not args.resume:
         raise InputError(
@@ -346,13 +374,14 @@ def _train(
         schedule,
         scaling_share=share,
     )
-    callback: Any = _reporting(args)
+    callback: Any = _reporting(args) if ranks.first else None
     training = Run(
         step=TrainingStep(
             model,
             optimizer,
             grad_checkpoint=args.grad_checkpoint,
             max_grad_norm=args.max_grad_norm,
+            group=ranks.group,
         ),
         draws=draws,
         batches=batches,
@@ -371,20 +400,27 @@ def _train(
         valid_corpus=valid,
         extra=extra,
         seed=args.seed,
+        ranks=ranks,
     )
     if callback is not None:
         training.on_report = callback.on_train_loss_report
         training.on_validation = callback.on_val_loss_report
-    same = _same(args, corpora["train"])
-    if args.resume:
-        if not training.resume(same):
-            _say(f"{args.adapter_path} has no save yet; starting at iteration 0.")
-        elif training.progress.iteration >= args.iters:
-            _say(f"{args.adapter_path} has all {training.progress.iteration} iterations already.")
-            return
-        else:
-            _say(f"Going on after iteration {training.progress.iteration}.")
-    training.train(same)
+    return training
+
+
+def _resume(args: argparse.Namespace, training: Run, same: dict[str, Any]) -> bool:
+    """Whether there is something left to do, after going back to the last save."""
+    if not args.resume:
+        return True
+    if not training.resume(same):
+        _say(f"{args.adapter_path} has no save yet; starting at iteration 0.")
+        return True
+    iteration = training.progress.iteration
+    if iteration >= args.iters:
+        _say(f"{args.adapter_path} has all {iteration} iterations already.")
+        return False
+    _say(f"Going on after iteration {iteration}.")
+    return True
 
 
 def _scaling_share(args: argparse.Namespace) -> float:

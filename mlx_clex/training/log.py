@@ -12,7 +12,7 @@ Not covered: what is printed.
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 LOG = "log.jsonl"  # in the adapters' folder
 
@@ -20,13 +20,16 @@ LOG = "log.jsonl"  # in the adapters' folder
 class Log:
     """The log of a run that begins or goes on."""
 
-    def __init__(self, path: Path, iteration: int) -> None:
+    def __init__(self, path: Path | None, iteration: int) -> None:
         """Open it, and drop what a killed run wrote past its last save.
 
         Args:
-            path: the file, which need not exist.
+            path: the file, which need not exist; None writes nothing.
             iteration: that of the save; 0 where there is none.
         """
+        self._file: BinaryIO | None = None
+        if path is None:
+            return
         kept = 0
         for line, end in _lines(path):
             if line["iteration"] > iteration or iteration == 0:
@@ -37,14 +40,16 @@ class Log:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line, at once."""
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        if self._file:
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

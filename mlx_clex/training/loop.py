@@ -31,6 +31,7 @@ from .data import Corpus
 from .draws import Draws
 from .evaluation import mean_loss, perplexity
 from .log import LOG, Log
+from .ranks import Ranks
 from .step import Result, TrainingStep
 
 
@@ -73,6 +74,7 @@ class Run:
     valid_corpus: Corpus | None = None
     extra: frozenset[str] = frozenset()  # trained names that no adapter loader knows
     seed: int = 0
+    ranks: Ranks = field(default_factory=Ranks)
     on_report: Callable[[dict[str, Any]], None] = lambda info: None
     on_validation: Callable[[dict[str, Any]], None] = lambda info: None
     progress: Progress = field(default_factory=Progress)
@@ -132,13 +134,20 @@ class Run:
             KeyboardInterrupt: Ctrl-C, after a save.
         """
         options, progress = self.options, self.progress
-        self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
-        log = Log(self.checkpoints.folder / LOG, progress.iteration)
+        if self.ranks.first:
+            self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+        log = Log(self.checkpoints.folder / LOG if self.ranks.first else None, progress.iteration)
         self.model.train()
         started, timed_steps, timed_tokens = time.perf_counter(), 0, 0
         save_due = False
-        bar = tqdm(total=options.iters, initial=progress.iteration, desc="Training", leave=False)
-        with log, bar, _stop_request() as stopped:
+        bar = tqdm(
+            total=options.iters,
+            initial=progress.iteration,
+            desc="Training",
+            leave=False,
+            disable=not self.ranks.first,
+        )
+        with self.ranks.running(), log, bar, _stop_request() as stop_asked:
             if progress.iteration == 0:
                 self._validate(log)
                 started = time.perf_counter()
@@ -175,19 +184,22 @@ class Run:
                     self._validate(log)
                     started += time.perf_counter() - before
                 save_due = save_due or iteration % options.save_every == 0
-                # Between micro-batches of one update there is a half-made gradient.
-                if update and (save_due or stopped() or iteration == options.iters):
+                if not update:
+                    continue  # there is a half-made gradient
+                stop = any(self.ranks.each(stop_asked()))
+                if save_due or stop or iteration == options.iters:
                     self._save(same)
                     save_due = False
-                    if stopped():
-                        raise KeyboardInterrupt
+                if stop:
+                    raise KeyboardInterrupt
 
     def _iterate(self, iteration: int, update: bool) -> tuple[Result, float]:
         batch = self.batches.next()
         draw = self.draws.draw(batch.tokens.shape[1])
         # Dropout of an iteration depends on nothing that came before it.
-        mx.random.seed(self.seed * 1_000_003 + iteration)
-        return self.step(batch, draw, update=update), draw.scale
+        ranks = self.ranks
+        mx.random.seed((self.seed * 1_000_003 + iteration) * ranks.size + ranks.rank)
+        return self.step(batch.rows(ranks.rank, ranks.size), draw, update=update), draw.scale
 
     def _check_finite(self, iteration: int, scale: float, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -253,6 +265,11 @@ class Run:
         self.on_validation(info | {"val_loss": loss, "val_time": seconds} | by_length)
 
     def _save(self, same: Mapping[str, Any]) -> None:
+        if self.ranks.first:
+            self._write_save(same)
+        self.ranks.each(0)  # nobody ends, and so ends the others, before it is written
+
+    def _write_save(self, same: Mapping[str, Any]) -> None:
         trained = dict(tree_flatten(self.model.trainable_parameters()))
         scaling = {k: v for k, v in trained.items() if k.startswith(PREFIX)}
         extra = {k: v for k, v in trained.items() if k in self.extra}

@@ -33,6 +33,10 @@ class Batch(NamedTuple):
     targets: np.ndarray  # ids, (B, L)
     weights: np.ndarray  # of each target's loss, float32, (B, L)
 
+    def rows(self, part: int, parts: int) -> "Batch":
+        """One of several equal shares of the rows."""
+        return Batch(*(a[part::parts] for a in self))
+
     def cut(self, pieces: int) -> "Batch":
         """Each row cut into `pieces` rows of equal length; a remainder is dropped."""
         length = self.tokens.shape[1] // pieces
@@ -40,7 +44,7 @@ class Batch(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a step reports."""
+    """What a step reports, of all processes together."""
 
     loss: float  # sum over the tokens counted, nats
     tokens: int  # how many were counted
@@ -58,6 +62,7 @@ class TrainingStep:
         grad_checkpoint: bool = False,
         max_grad_norm: float = 0.0,
         chunk: int | None = None,
+        group: mx.distributed.Group | None = None,
     ) -> None:
         """Compile for this model and optimizer.
 
@@ -67,6 +72,8 @@ class TrainingStep:
             grad_checkpoint: recompute each layer in the backward pass.
             max_grad_norm: clip the gradient's norm to this; 0 for no clipping.
             chunk: tokens whose logits are there at once; None takes as many as fit 32 MiB.
+            group: processes whose steps these are, each with rows of its own; every token
+                weighs the same, wherever it is.
         """
         self.model = model
         self.scaling: Scaling = model.scaling
@@ -74,6 +81,8 @@ class TrainingStep:
         self.grad_checkpoint = grad_checkpoint
         self.max_grad_norm = max_grad_norm
         self.chunk = chunk
+        self.group = group
+        self.parts = group.size() if group else 1
         self.traces = 0  # how often a step was traced anew
         self._carried: Any = None  # gradients and token count of earlier micro-batches
         optimizer.init(model.trainable_parameters())
@@ -131,18 +140,15 @@ class TrainingStep:
         else:
             layers = range(scaling.shape.layers or 1) if scaling.by_layer else [0]
             inv_freq = [scaling.differentiable_inv_freq(frequencies, i) for i in layers]
+        by_position = self.scaling.gain_follows == "position"
         return Pass(
             inv_freq=inv_freq,
             positions=positions,
             # Only scalings that are never drawn have one.
             rotary_gain=scaling.rotary_gain(scaling.scale_at(1)) if scaling.static else 1.0,
             # CLEX's log_scale is for inference; GeNE's is part of its training.
-            position_gain=self._position_gain if self._has_position_gain else None,
+            position_gain=self._position_gain if by_position else None,
         )
-
-    @property
-    def _has_position_gain(self) -> bool:
-        return self.scaling.gain_by_position and bool(self.scaling.config.log_scale)
 
     def _position_gain(self, positions: mx.array) -> Any:
         return self.scaling.query_gain(positions, 0)
@@ -173,11 +179,12 @@ class TrainingStep:
         update: bool,
     ) -> tuple[mx.array, mx.array, mx.array, Any]:
         self.traces += 1
-        count = weights.sum()
+        count = self._summed(weights.sum())
         objective = nn.value_and_grad(self.model, self._objective)
+        # The mean over the tokens of all processes, of which each has a part.
         mean = weights / mx.maximum(count, 1)
         (_, loss), gradient = objective(tokens, targets, mean, frequencies, positions)
-        loss = loss * count
+        loss = self._summed(loss) * count
         norm = mx.array(0.0)
         if carried is None and not update:
             return loss, count, norm, (tree_map(lambda g: g * count, gradient), count)
@@ -188,10 +195,19 @@ class TrainingStep:
             if not update:
                 return loss, count, norm, (gradient, counted)
             gradient = tree_map(lambda g: g / mx.maximum(counted, 1), gradient)
+        if self.parts > 1:
+            average = nn.average_gradients(gradient, self.group)
+            gradient = tree_map(lambda g: g * self.parts, average)
         limit = self.max_grad_norm or float("inf")
         gradient, norm = optim.clip_grad_norm(gradient, limit)
         self.optimizer.update(self.model, gradient)
         return loss, count, norm, None
+
+    def _summed(self, value: mx.array) -> mx.array:
+        """Over all processes."""
+        if self.parts == 1:
+            return value
+        return mx.distributed.all_sum(value, group=self.group, stream=mx.cpu)
 
 
 @contextlib.contextmanager
