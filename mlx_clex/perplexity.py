@@ -1,32 +1,60 @@
-"""Command: perplexity of a model on a text, at chosen lengths.
+"""Command: perplexity of models on a text, by length.
 
-The protocol is *whole*: every sequence in one pass, at the scale of its whole length. The
-output names it, since figures of other protocols do not compare.
+Every figure says how it was taken: the protocol, how many windows, and a confidence interval
+over them. Figures of other protocols or other tokenizers do not compare, so one run has one
+of each. Everything is checked before anything is measured, and every figure is kept as soon
+as it is there.
 
-Not covered: reading in chunks with a cache, and sliding windows.
+Not covered: weights that do not share a tokenizer (bits per byte would compare them).
 """
 
 import argparse
+import hashlib
 import json
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from .attach import ScaledModel
+import mlx.nn as nn
+import numpy as np
+from tqdm import tqdm
+
+from .attach import ScaledModel, attach
+from .bundled import MODELS, held_out_text
 from .cli import run_command
 from .errors import InputError
-from .load import DEFAULT_CACHE, load
-from .training.data import load_corpora
-from .training.evaluation import check_lengths, perplexity
+from .families import config_value
+from .fingerprint import digest, fingerprint
+from .load import DEFAULT_CACHE, load, resolve
+from .pictures import picture
+from .results import Results, open_results
+from .scaling import SCALINGS
+from .training.data import Corpus, load_corpora
+from .training.evaluation import Protocol, check_lengths, score, windows_of
+
+_KEYS = ("label", "length")
+_TIMES = (1, 2, 4)  # the trained length: --lengths, unless given
+_BUNDLED_TIMES = (1, 2, 4, 8, 16)
+_BUNDLED_SCALINGS = ("none", "ntk", "yarn")  # of the bundled base
+# --windows, unless given: this many, and of short ones as many as these tokens make.
+_WINDOWS = 8
+_TOKENS = 16_384
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     parser.add_argument(
-        "--model", required=True, help="A folder, a .gguf file or a Hugging Face id."
+        "--model",
+        nargs="+",
+        help="Folders, .gguf files or Hugging Face ids. Default: the bundled models, and the "
+        "bundled base with inference-time scalings.",
     )
-    parser.add_argument("--adapter-path", help="A folder of adapters to put on top.")
+    parser.add_argument("--adapter-path", help="A folder of adapters to put on top of the model.")
     parser.add_argument(
-        "--data", required=True, help="A .txt or .md file, or a folder as for mlx_clex.lora."
+        "--data",
+        help="A .txt, .md or .jsonl file, or what mlx_clex.lora takes. Default: the bundled text.",
     )
     parser.add_argument(
         "--split",
@@ -39,13 +67,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="TOKENS",
-        help="Default: 1, 2 and 4 times the trained length.",
+        help="Default: 1, 2 and 4 times the trained length; of the bundled models, up to 16 times.",
     )
     parser.add_argument(
-        "--windows", type=int, default=8, help="Sequences at each length, at most. Default: 8."
+        "--windows",
+        type=int,
+        help=f"Windows of each length, at most. Default: {_WINDOWS}, and of short ones as many as "
+        f"{_TOKENS} tokens make.",
     )
-    parser.add_argument("--protocol", choices=("whole",), default="whole")
-    parser.add_argument("--scale", type=float, help="Hold the model at this scale.")
+    parser.add_argument(
+        "--protocol",
+        choices=("whole", "chunked", "sliding"),
+        default="whole",
+        help="whole: every window at the one scale of its length. chunked: as CLEX was published, "
+        "fed in chunks, the scale growing. sliding: windows overlap, and of all but the first only "
+        "the last tokens count. Default: whole.",
+    )
+    parser.add_argument(
+        "--chunk", type=int, metavar="TOKENS", help="For chunked. Default: the trained length."
+    )
+    parser.add_argument(
+        "--stride", type=int, metavar="TOKENS", help="For sliding. Default: a quarter of a window."
+    )
+    parser.add_argument("--scale", type=float, help="Hold the models at this scale.")
+    parser.add_argument(
+        "--scalings",
+        nargs="+",
+        choices=list(SCALINGS),
+        metavar="NAME",
+        help="Measure the same weights with each of these in place of their own scaling: "
+        f"{', '.join(SCALINGS)}.",
+    )
+    parser.add_argument(
+        "--factor",
+        type=float,
+        help="Of --scalings: longest length / trained length. Default: that of --lengths.",
+    )
+    parser.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=(2, 3, 4, 5, 6, 8),
+        help="Quantise the KV cache to so many bits.",
+    )
+    parser.add_argument("--kv-group-size", type=int, default=64, help="Default: 64.")
+    parser.add_argument(
+        "--output",
+        metavar="PREFIX",
+        help="Write PREFIX.json, PREFIX.csv and PREFIX.png; a run that was interrupted goes on "
+        "from them.",
+    )
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="Let the tokenizer run its own Python."
@@ -53,22 +123,185 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure and print a table.
+    """Measure, and print a table.
 
     Raises:
-        InputError: the text is too short or a length beyond the model's reach.
+        InputError: options, a text, lengths or models that cannot be used.
     """
-    if args.windows < 1:
+    _check(args)
+    loader = _Loader(args)
+    corpus, lengths, lines = _plan(args, loader)
+    settings = _settings(args, corpus)
+    results = open_results(args.output, kind="perplexity", settings=settings, keys=_KEYS)
+    for line in lines:
+        results.check_model(line.label, line.model)
+    try:
+        rows = _measure(args, loader, results, corpus, lengths, lines)
+    finally:
+        picture(results)
+    if args.json:
+        print(json.dumps({"protocol": args.protocol, "results": rows}))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to load."""
+
+    name: str  # to show
+    path: str  # a folder, file or hub id
+    scalings: Sequence[str] = ()  # to put in place of its own; none: its own
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the picture: a model as it is, or with another scaling."""
+
+    label: str
+    path: str
+    entry: Mapping[str, Any] | None  # a rope_scaling in place of its own
+    model: str  # digest of all that decides its answers
+    trained_length: int | None  # tokens
+    reach: int | None  # tokens
+
+
+class _Loader:
+    """Loads models, and keeps the last one."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.path = ""
+        self.loaded: tuple[Any, ...] = ()
+
+    def load(self, path: str) -> tuple[nn.Module, Any]:
+        """(model, tokenizer)."""
+        if path != self.path:
+            self.path, self.loaded = "", ()  # the memory of the last one is needed
+            self.loaded = load(
+                path,
+                scale=self.args.scale,
+                adapter_path=self.args.adapter_path,
+                trust_remote_code=self.args.trust_remote_code,
+            )
+            self.path = path
+        return self.loaded[0], self.loaded[1]
+
+    def with_scaling(self, path: str, entry: Mapping[str, Any] | None) -> nn.Module:
+        """The model, with another scaling in place of its own unless that is None."""
+        model, _ = self.load(path)
+        if entry is not None:
+            attach(model, entry, trained_length=trained_length_of(model))
+        return model
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options before anything is loaded."""
+    if args.adapter_path and len(args.model or MODELS) > 1:
+        raise InputError("--adapter-path goes with a single --model.")
+    if args.windows is not None and args.windows < 1:
         raise InputError(f"--windows must be at least 1, got {args.windows}.")
-    model, tokenizer = load(
-        args.model,
-        scale=args.scale,
-        adapter_path=args.adapter_path,
-        trust_remote_code=args.trust_remote_code,
+    for option, of in (("chunk", "chunked"), ("stride", "sliding")):
+        if getattr(args, option) is not None and args.protocol != of:
+            raise InputError(f"--{option} goes with --protocol {of}, not {args.protocol}.")
+    if args.stride is not None and args.stride > min(args.lengths or [args.stride]):
+        raise InputError(
+            f"--stride {args.stride} is longer than the shortest of --lengths, "
+            f"{min(args.lengths)}: tokens between two windows would be left out."
+        )
+    Protocol(chunk=args.chunk, stride=args.stride)
+    if args.factor is not None and not args.scalings:
+        raise InputError("--factor is that of --scalings, which were not given.")
+    if args.scale is not None and args.scalings:
+        raise InputError("--scale and --scalings exclude each other; their scale is --factor.")
+
+
+def _sources(args: argparse.Namespace) -> list[Source]:
+    """What to load."""
+    scalings = tuple(dict.fromkeys(args.scalings or ()))
+    if not args.model:
+        base, *tuned = (Source(name, str(folder)) for name, folder in MODELS.items())
+        if scalings:
+            return [replace(base, scalings=scalings)]
+        return [replace(base, scalings=_BUNDLED_SCALINGS), *tuned]
+    paths = list(dict.fromkeys(args.model))
+    names = [Path(path).name or path for path in paths]
+    if len(set(names)) < len(names):
+        names = paths
+    if args.adapter_path:
+        names = [f"{names[0]} + {Path(args.adapter_path).name}"]
+    return [Source(name, path, scalings) for name, path in zip(names, paths, strict=True)]
+
+
+def _plan(args: argparse.Namespace, loader: _Loader) -> tuple[Corpus, list[int], list[Line]]:
+    """The text, the lengths, and the lines; every model has been loaded once and checked."""
+    corpus: Corpus | None = None
+    lengths: list[int] = []
+    lines: list[Line] = []
+    for source in _sources(args):
+        model, tokenizer = loader.load(source.path)
+        own = _corpus(args, tokenizer)
+        if corpus is None:
+            corpus, lengths = own, _lengths(args, model, source.name)
+        elif _digest(own) != _digest(corpus):
+            raise InputError(
+                f"{source.name} and {lines[0].label} read the text as different tokens, so their "
+                "perplexities do not compare: measure them in runs of their own."
+            )
+        if args.protocol == "chunked" and not (args.chunk or trained_length_of(model)):
+            raise InputError(f"{source.name} does not say its trained length: give --chunk.")
+        for name in source.scalings or (None,):
+            lines.append(_line(args, loader, source, name, lengths[-1]))
+            check_lengths(model, corpus, lengths)
+    assert corpus is not None, "there is at least one model"
+    return corpus, lengths, lines
+
+
+def _line(
+    args: argparse.Namespace, loader: _Loader, source: Source, name: str | None, longest: int
+) -> Line:
+    """A model as it is, or with the scaling of this name; it stays loaded so."""
+    label, entry = source.name, None
+    trained = trained_length_of(loader.load(source.path)[0])
+    if name is not None:
+        factor = args.factor or max(1.0, longest / (trained or longest))
+        options = SCALINGS[name].options_for(factor)
+        entry = {"type": name, **options}
+        label += f" + {' '.join([name, *(f'{value:g}' for value in options.values())])}"
+    if args.scale is not None:
+        label += f" at scale {args.scale:g}"
+    model = loader.with_scaling(source.path, entry)
+    return Line(
+        label,
+        source.path,
+        entry,
+        digest(fingerprint(model, resolve(source.path), args.adapter_path)),
+        trained,
+        model.reach if isinstance(model, ScaledModel) else None,
     )
-    if not isinstance(model, ScaledModel) and args.lengths is None:
-        raise InputError(f"{args.model} has no scaling of ours: give --lengths, in tokens.")
-    lengths = args.lengths or [n * model.scaling.trained_length for n in (1, 2, 4)]
+
+
+def _lengths(args: argparse.Namespace, model: nn.Module, name: str) -> list[int]:
+    """The lengths to measure, shortest first."""
+    if args.lengths:
+        return sorted(set(args.lengths))
+    trained = trained_length_of(model)
+    if trained is None:
+        raise InputError(f"{name} does not say its trained length: give --lengths.")
+    times = _TIMES if args.model else _BUNDLED_TIMES
+    reach = model.reach if isinstance(model, ScaledModel) and model.scaling.hard_reach else None
+    return [n * trained for n in times if reach is None or n * trained <= reach]
+
+
+def trained_length_of(model: nn.Module) -> int | None:
+    """L0 in tokens, as the scaling has it or else the config; None where neither does."""
+    if isinstance(model, ScaledModel):
+        return model.scaling.trained_length
+    return config_value(model, "max_position_embeddings")
+
+
+def _corpus(args: argparse.Namespace, tokenizer: Any) -> Corpus:
+    if args.data is None:
+        ids = np.array(tokenizer.encode(held_out_text()), np.uint32)
+        return Corpus("The bundled text", ids, np.array([0]), np.array([0]))
     corpora = load_corpora(
         Path(args.data).expanduser(),
         tokenizer,
@@ -78,21 +311,152 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.split not in corpora:
         raise InputError(f"--data {args.data} has no {args.split} part.")
-    corpus = corpora[args.split]
-    check_lengths(model, corpus, lengths)
-    found = []
-    for length in lengths:
-        count = min(args.windows, (len(corpus.tokens) - 1) // length)
-        scale = model.scale_at(length) if isinstance(model, ScaledModel) else 1.0
-        value = perplexity(model, corpus, length, args.windows)
-        found.append({"length": length, "scale": scale, "windows": count, "perplexity": value})
-        if not args.json:
-            if len(found) == 1:
-                print(f"Protocol whole: {args.data}, {len(corpus.tokens)} tokens.")
-                print(f"{'tokens':>8} {'scale':>7} {'windows':>8} {'perplexity':>11}")
-            print(f"{length:>8} {scale:>7g} {count:>8} {value:>11.4f}", flush=True)
-    if args.json:
-        print(json.dumps({"protocol": args.protocol, "results": found}))
+    return corpora[args.split]
+
+
+def _digest(corpus: Corpus) -> str:
+    """Of the tokens, and of where texts begin."""
+    digest = hashlib.sha256(np.ascontiguousarray(corpus.tokens).data)
+    digest.update(np.ascontiguousarray(corpus.starts).data)
+    return digest.hexdigest()[:12]
+
+
+def _settings(args: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
+    """All that changes a figure, but for what the rows name."""
+    cache = ("kv_bits", "kv_group_size") if args.kv_bits else ()
+    names = ("protocol", "chunk", "stride", "windows", *cache)
+    return {
+        "data": Path(args.data).name if args.data else None,
+        "tokens": _digest(corpus),
+        **{name: getattr(args, name) for name in names},
+    }
+
+
+def _protocol(args: argparse.Namespace, line: Line, length: int) -> Protocol:
+    if args.protocol == "chunked":
+        return Protocol(chunk=args.chunk or line.trained_length)
+    if args.protocol == "sliding":
+        return Protocol(stride=args.stride or max(1, length // 4))
+    return Protocol()
+
+
+def _windows(args: argparse.Namespace, length: int) -> int:
+    return args.windows or max(_WINDOWS, _TOKENS // length)
+
+
+def _measure(
+    args: argparse.Namespace,
+    loader: _Loader,
+    results: Results,
+    corpus: Corpus,
+    lengths: list[int],
+    lines: list[Line],
+) -> list[dict[str, Any]]:
+    """The rows of all lines, printed as they come; what the results have is not measured."""
+    show = _silence if args.json else tqdm.write
+    width = max(len(line.label) for line in lines)
+    show(f"Protocol {args.protocol}: {corpus.name}, {len(corpus.tokens)} tokens.")
+    if any(line.entry for line in lines):
+        show("MODEL + SCALING: inference-time scaling only, the weights stay as they are.")
+    show(
+        f"{'model':{width}} {'tokens':>8} {'scale':>7} {'windows':>8} {'perplexity':>11}   "
+        "95 % interval"
+    )
+    rows = []
+    with tqdm(
+        total=_tokens_to_read(args, results, corpus, lengths, lines),
+        unit="tok",
+        unit_scale=True,
+        leave=False,
+        disable=None,
+    ) as bar:
+        for line in lines:
+            for length in lengths:
+                if not results.find(label=line.label, length=length):
+                    bar.set_description(f"{line.label}, {length} tokens")
+                    model = loader.with_scaling(line.path, line.entry)
+                    results.add(_row(args, model, corpus, line, length, bar.update))
+                row = results.find(label=line.label, length=length)
+                assert row is not None
+                rows.append(row)
+                show(_text(row, width))
+    if len(lines) > 1:
+        show("\nPerplexity by length, in tokens:")
+        show(f"{'':{width}}" + "".join(f" {length:>9}" for length in lengths))
+        for line in lines:
+            mine = [row["perplexity"] for row in rows if row["label"] == line.label]
+            show(f"{line.label:{width}}" + "".join(f" {_number(value, 9)}" for value in mine))
+    return rows
+
+
+def _tokens_to_read(
+    args: argparse.Namespace,
+    results: Results,
+    corpus: Corpus,
+    lengths: list[int],
+    lines: list[Line],
+) -> int:
+    total = 0
+    for line in lines:
+        for length in lengths:
+            if not results.find(label=line.label, length=length):
+                stride = _protocol(args, line, length).stride
+                places = windows_of(corpus, length, _windows(args, length), stride)
+                total += len(places) * (length - 1)  # nothing follows the last token
+    return total
+
+
+def _row(
+    args: argparse.Namespace,
+    model: nn.Module,
+    corpus: Corpus,
+    line: Line,
+    length: int,
+    on_read: Callable[[int], Any],
+) -> dict[str, Any]:
+    found = score(
+        model,
+        corpus,
+        length,
+        _windows(args, length),
+        _protocol(args, line, length),
+        kv_bits=args.kv_bits,
+        kv_group_size=args.kv_group_size,
+        on_read=on_read,
+    )
+    low, high = found.interval or (None, None)
+    return {
+        "label": line.label,
+        "trained_length": line.trained_length,
+        "reach": line.reach,
+        "length": length,
+        "scale": model.scale_at(length) if isinstance(model, ScaledModel) else 1.0,
+        "windows": len(found.losses),
+        "tokens": int(found.tokens.sum()),
+        "perplexity": found.perplexity,
+        "low": low,
+        "high": high,
+        "model": line.model,
+    }
+
+
+def _text(row: Mapping[str, Any], width: int) -> str:
+    interval = "" if row["low"] is None else f"{row['low']:.4g} .. {row['high']:.4g}"
+    return (
+        f"{row['label']:{width}} {row['length']:>8} {row['scale']:>7g} {row['windows']:>8} "
+        f"{_number(row['perplexity'], 11)}   {interval}"
+    ).rstrip()
+
+
+def _number(value: float | None, width: int) -> str:
+    # The largest ones are those of a model that has lost the thread: their digits say nothing.
+    return (
+        f"{'nan' if value is None else f'{value:.4f}' if value < 1e4 else f'{value:.3g}':>{width}}"
+    )
+
+
+def _silence(text: str) -> None:
+    """In the place of a table that was not asked for."""
 
 
 def main() -> None:
@@ -102,7 +466,7 @@ def main() -> None:
             add_arguments,
             run,
             prog="mlx_clex.perplexity",
-            description="Perplexity of a model on a text, at chosen lengths.",
+            description="Perplexity of models on a text, by length.",
         )
     )
 

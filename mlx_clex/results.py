@@ -55,6 +55,22 @@ class Results:
             self.rows.append(new)
         self.write()
 
+    def check_model(self, label: str, model: str) -> None:
+        """Refuse to go on with figures of another model that was called the same.
+
+        Args:
+            label: what it is called in the rows' column of this name.
+            model: its digest, as in the column "model".
+
+        Raises:
+            InputError: the message has the file and the name.
+        """
+        if any(row.get("label") == label and row.get("model") != model for row in self.rows):
+            raise InputError(
+                f"{self.path('.json')} has figures of another model called {label}: give another "
+                "--output, or delete it."
+            )
+
     def path(self, suffix: str) -> Path | None:
         """PREFIX + suffix; None where nothing is written."""
         return None if self.prefix is None else _path(self.prefix, suffix)

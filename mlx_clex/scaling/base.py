@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Self, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_args, get_type_hints
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -60,7 +60,6 @@ class Scaling(nn.Module, ABC):
     static: ClassVar[bool] = False  # the scale is the same for every length
     hard_reach: ClassVar[bool] = False  # beyond `reach` there is no answer at all
     by_layer: ClassVar[bool] = False  # every layer has frequencies of its own
-    gain_by_position: ClassVar[bool] = False  # query_gain needs positions
     learned: ClassVar[tuple[str, ...]] = ()  # names of the learned tensors
     untrained: ClassVar[str] = ""  # what it amounts to while these are fresh
 
@@ -133,12 +132,17 @@ class Scaling(nn.Module, ABC):
         """The longest sequence served, in tokens; None where there is no end."""
         return None
 
+    @property
+    def gain_follows(self) -> Literal["length", "position"] | None:
+        """What the gain on queries depends on; None: they have none."""
+        return None
+
     def query_gain(self, positions: mx.array | None, length: int) -> Any:
         """What queries are multiplied by after rotation, or None for nothing.
 
         Args:
             positions: positions of the queries from 0, in tokens, (L,) or (B, L); read
-                only where `gain_by_position`.
+                only where the gain follows them.
             length: of the sequence, in tokens.
 
         Returns:
@@ -225,6 +229,14 @@ class Scaling(nn.Module, ABC):
                 )
             solved.tables[scale, layer] = table
         return table
+
+    @classmethod
+    def options_for(cls, factor: float) -> dict[str, float]:
+        """Fields of `Config` that make it serve texts `factor` times the trained length.
+
+        Empty where the scale follows the text anyway.
+        """
+        return {}
 
     @classmethod
     def from_config(cls, rope_scaling: Mapping[str, Any], **shape: Any) -> Self:

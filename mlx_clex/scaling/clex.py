@@ -24,7 +24,7 @@ Not covered: drawing scales and positions for training.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -108,6 +108,11 @@ class Clex(Scaling):
         scale = -(-length // self.trained_length)
         return float(min(max(scale, 1), self.config.max_factor))
 
+    @classmethod
+    def options_for(cls, factor: float) -> dict[str, float]:
+        """The whole number above it."""
+        return {"max_factor": math.ceil(factor)}
+
     @property
     def reach(self) -> int | None:
         """L0 * max_factor."""
@@ -121,6 +126,11 @@ class Clex(Scaling):
                 f"(its max_factor), got {scale}."
             )
         return float(scale)
+
+    @property
+    def gain_follows(self) -> Literal["length"] | None:
+        """Under `log_scale`, the length of the text."""
+        return "length" if self.config.log_scale else None
 
     def query_gain(self, positions: mx.array | None, length: int) -> float | None:
         """Under `log_scale`, ln(length) / ln(L0): below 1 for short texts, 0 at 1.

@@ -28,6 +28,11 @@ class FactorScaling(Scaling):
         """The factor."""
         return self.config.factor
 
+    @classmethod
+    def options_for(cls, factor: float) -> dict[str, float]:
+        """The factor itself."""
+        return {"factor": factor}
+
     @property
     def reach(self) -> int | None:
         """L0 * factor; it runs on past it, badly."""

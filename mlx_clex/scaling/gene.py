@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import InputError
-from .base import RotaryShape, Scaling
+from .base import Scaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,52 +33,68 @@ class GeneConfig:
             )
 
 
-def scale_at(config: GeneConfig, trained_length: int, length: int) -> float:
-    """max(factor, ceil(length / L0)): constant up to L0 * factor, then growing."""
-    return max(config.factor, float(-(-length // trained_length)))
+class GeneScaling(Scaling):
+    """What `gene` and `gene-param` share: all but the periods."""
+
+    Config: ClassVar[type] = GeneConfig
+
+    def __init__(self, config: GeneConfig | None = None, **shape: Any) -> None:
+        """See `Scaling`.
+
+        Raises:
+            InputError: factor < training_seq_len / L0.
+        """
+        super().__init__(config, **shape)
+        factor, trained_at = self.config.factor, self._trained_at
+        if factor < trained_at / self.trained_length:
+            raise InputError(
+                f"rope_scaling.factor is {factor}, but training_seq_len {trained_at} / trained "
+                f"length {self.trained_length} asks for at least "
+                f"{trained_at / self.trained_length:g}: raise factor or lower training_seq_len."
+            )
+
+    @classmethod
+    def options_for(cls, factor: float) -> dict[str, float]:
+        """The factor itself."""
+        return {"factor": factor}
+
+    def scale_at(self, length: int) -> float:
+        """max(factor, ceil(length / L0)): constant up to L0 * factor, then growing."""
+        return max(self.config.factor, float(-(-length // self.trained_length)))
+
+    @property
+    def gain_follows(self) -> Literal["position"] | None:
+        """Under `log_scale`, each query's position."""
+        return "position" if self.config.log_scale else None
+
+    def query_gain(self, positions: mx.array | None, length: int) -> mx.array | None:
+        """Under `log_scale`, max(1, ln m / ln training_seq_len) at position m, from 1."""
+        if not self.config.log_scale or positions is None:
+            return None
+        logarithm = mx.log(positions.astype(mx.float32) + 1)
+        return mx.maximum(1.0, logarithm / math.log(self._trained_at))
+
+    @property
+    def _trained_at(self) -> int:
+        """Length of the sequences of fine-tuning, tokens."""
+        return self.config.training_seq_len or self.trained_length
+
+    def _ramp(self) -> np.ndarray:
+        """How far each pair is stretched: 0 not at all, 1 by the whole scale, (D/2,).
+
+        The first pair with fewer than `num_rotations` turns within L0 is stretched in full,
+        those before it in proportion to their index.
+
+        Source: GeNE (Findings of ACL 2024, 249); the repository's gene/gene_rope.py.
+        """
+        pairs = np.arange(self.dims // 2)
+        turns = self.trained_length * self._base_inv_freq() / (2 * math.pi)
+        slow = turns < self.config.num_rotations
+        first = int(np.argmax(slow)) if slow.any() else len(pairs)
+        return np.clip(pairs / first, 0, 1) if first else np.ones(len(pairs))
 
 
-def ramp(shape: RotaryShape, num_rotations: float) -> np.ndarray:
-    """How far each pair is stretched: 0 not at all, 1 by the whole scale, (D/2,).
-
-    The first pair with fewer than `num_rotations` turns within L0 is stretched in full,
-    those before it in proportion to their index.
-
-    Source: GeNE (Findings of ACL 2024, 249); the repository's gene/gene_rope.py.
-    """
-    pairs = np.arange(shape.dims // 2)
-    turns = shape.trained_length * shape.base ** -(2 * pairs / shape.dims) / (2 * math.pi)
-    slow = turns < num_rotations
-    first = int(np.argmax(slow)) if slow.any() else len(pairs)
-    return np.clip(pairs / first, 0, 1) if first else np.ones(len(pairs))
-
-
-def log_gain(
-    config: GeneConfig, trained_length: int, positions: mx.array | None
-) -> mx.array | None:
-    """max(1, ln m / ln training_seq_len) for the query at position m, from 1."""
-    if not config.log_scale or positions is None:
-        return None
-    log_length = math.log(config.training_seq_len or trained_length)
-    return mx.maximum(1.0, mx.log(positions.astype(mx.float32) + 1) / log_length)
-
-
-def check(config: GeneConfig, trained_length: int) -> None:
-    """Refuse a factor too small for the length of training.
-
-    Raises:
-        InputError: factor < training_seq_len / L0.
-    """
-    trained_at = config.training_seq_len or trained_length
-    if config.factor < trained_at / trained_length:
-        raise InputError(
-            f"rope_scaling.factor is {config.factor}, but training_seq_len "
-            f"{trained_at} / trained length {trained_length} asks for at least "
-            f"{trained_at / trained_length:g}: raise factor or lower training_seq_len."
-        )
-
-
-class Gene(Scaling):
+class Gene(GeneScaling):
     """Leaves fast pairs nearly as trained and slows slow ones by the scale.
 
     Needs fine-tuning with randomly drawn scales; nothing of its own is learned. The
@@ -86,29 +102,12 @@ class Gene(Scaling):
     ramp follows frequency and starts later; not `gene-param`.
     """
 
-    Config: ClassVar[type] = GeneConfig
-    gain_by_position: ClassVar[bool] = True
-
-    def __init__(self, config: GeneConfig | None = None, **shape: Any) -> None:
-        """See `Scaling`; refuses a factor below training_seq_len / L0."""
-        super().__init__(config, **shape)
-        check(self.config, self.trained_length)
-
-    def scale_at(self, length: int) -> float:
-        """max(factor, ceil(length / L0)), `length` in tokens."""
-        return scale_at(self.config, self.trained_length, length)
-
-    def query_gain(self, positions: mx.array | None, length: int) -> mx.array | None:
-        """Under `log_scale`, one number a position, never below 1."""
-        return log_gain(self.config, self.trained_length, positions)
-
     def _solve(self, scale: float, layer: int) -> np.ndarray:
         """Source: GeNE, gene/gene_rope.py, `InverseAngularVelocity.forward`."""
-        stretch = ramp(self.shape, self.config.num_rotations)
-        return self._base_inv_freq() * scale**-stretch
+        return self._base_inv_freq() * scale ** -self._ramp()
 
 
-class GeneParam(Scaling):
+class GeneParam(GeneScaling):
     """GeNE with two learned numbers for every pair, head and layer.
 
     The period of a pair becomes scale^ramp * period * exp(A) + scale * B, where A
@@ -116,9 +115,7 @@ class GeneParam(Scaling):
     scale 1 is no longer the base model. Needs as many key heads as query heads.
     """
 
-    Config: ClassVar[type] = GeneConfig
     by_layer: ClassVar[bool] = True
-    gain_by_position: ClassVar[bool] = True
     learned: ClassVar[tuple[str, ...]] = ("base_coef", "specific_coef")
     untrained: ClassVar[str] = "gene"
 
@@ -129,7 +126,6 @@ class GeneParam(Scaling):
             InputError: as `Gene`, or key heads are grouped.
         """
         super().__init__(config, **shape)
-        check(self.config, self.trained_length)
         heads, layers = self.shape.heads, self.shape.layers
         if heads is None or layers is None:
             raise InputError(
@@ -144,14 +140,6 @@ class GeneParam(Scaling):
         self.base_coef = mx.zeros((layers, heads, self.dims // 2))
         self.specific_coef = mx.zeros((layers, heads, self.dims // 2))
 
-    def scale_at(self, length: int) -> float:
-        """max(factor, ceil(length / L0)), `length` in tokens."""
-        return scale_at(self.config, self.trained_length, length)
-
-    def query_gain(self, positions: mx.array | None, length: int) -> mx.array | None:
-        """Under `log_scale`, one number a position, never below 1."""
-        return log_gain(self.config, self.trained_length, positions)
-
     def keep_heads(self, rank: int, size: int) -> None:
         """Keep A and B of the heads of one process; see `Scaling`."""
         count = self.base_coef.shape[1] // size
@@ -164,7 +152,7 @@ class GeneParam(Scaling):
 
         Source: GeNE, gene/gene_rope.py, `InverseAngularVelocity.forward`.
         """
-        stretch = mx.array(ramp(self.shape, self.config.num_rotations), mx.float32)
+        stretch = mx.array(self._ramp(), mx.float32)
         periods = mx.array(1 / self._base_inv_freq(), mx.float32)
         stretched = mx.power(scale, stretch) * periods * mx.exp(self.base_coef[layer])
         return 1 / (stretched + scale * self.specific_coef[layer])
