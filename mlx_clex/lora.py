@@ -55,6 +55,7 @@ _DEFAULTS: dict[str, Any] = {
 } | {
     "model": None,
     "data": None,
+    "hf_dataset": None,
     "trained_length": None,
     "scale_draw": None,
     "sampling": None,
@@ -89,6 +90,7 @@ _FREE = {
     "config",
     "data",  # its tokens may not
     "eval_lengths",
+    "hf_dataset",
     "iters",
     "keep",
     "model",  # its weights may not
@@ -111,7 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         help="A folder with train.jsonl, valid.jsonl and test.jsonl (text, messages, or prompt "
-        "and completion), or with .txt and .md files.",
+        "and completion), or with .txt and .md files; or OWNER/NAME of a data set on the hub.",
     )
     parser.add_argument(
         "--fine-tune-type",
@@ -253,8 +255,8 @@ def check(args: argparse.Namespace, *, processes: int = 1) -> None:
         raise InputError("Nothing to do: give --train, --test or both.")
     if args.model is None:
         raise InputError("No model: give a folder, a .gguf file or a Hugging Face id as --model.")
-    if args.data is None:
-        raise InputError("No data: give a folder as --data.")
+    if args.data is None and args.hf_dataset is None:
+        raise InputError("No data: give a folder, or a data set of the hub, as --data.")
     for key, default in _DEFAULTS.items():
         value = getattr(args, key)
         number = isinstance(default, int | float) and not isinstance(default, bool)
@@ -308,15 +310,17 @@ def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Corpus], dict[str, A
             "..., or none for a plain fine-tune)."
         )
     corpora = load_corpora(
-        Path(args.data).expanduser(),
+        Path(args.data or ".").expanduser(),
         tokenizer,
         mask_prompt=args.mask_prompt,
         cache_dir=DEFAULT_CACHE,
         splits=(["train", "valid"] if args.train else []) + (["test"] if args.test else []),
+        hf_dataset=args.hf_dataset,
     )
     for split in ("train", "test"):
         if getattr(args, split) and split not in corpora:
-            raise InputError(f"--data {args.data} has no {split} part: give {split}.jsonl.")
+            source = args.data if args.hf_dataset is None else "hf_dataset"
+            raise InputError(f"--data {source} has no {split} part: give {split}.jsonl.")
     return model, corpora, entry
 
 

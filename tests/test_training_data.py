@@ -1,13 +1,21 @@
 """Texts to tokens on disk to batches."""
 
 import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+from mlx_clex.convert.chat_templates import GENE
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+from sentencepiece import SentencePieceProcessor
 
 from mlx_clex.errors import InputError
 from mlx_clex.training.batches import Batches
 from mlx_clex.training.data import Corpus, find_files, load_corpora
+
+from .conftest import GOLDEN
 
 
 class Letters:
@@ -67,6 +75,31 @@ def test_formats_of_mlx_lm(tmp_path, record, ids, prompt):
     assert corpus.starts.tolist() == [0, len(ids)]
     assert corpus.prompts.tolist() == [prompt] * 2
     assert isinstance(corpus.tokens, np.memmap)
+
+
+@pytest.mark.parametrize("mask_prompt", [False, True])
+def test_turns_of_gene(converted, tmp_path, mask_prompt):
+    """Pieces tokenised apart, as its data was; one text would have other tokens at the seams."""
+    tokenizer = load_tokenizer(converted("gene_llama"), {"chat_template": GENE})
+    turns = [("brown fox", " jumps over"), ("Lazy? ", "dog, and runs")]
+    messages = [
+        {"role": role, "content": content}
+        for turn in turns
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
+    write_jsonl(tmp_path / "train.jsonl", {"messages": messages})
+    pieces = SentencePieceProcessor(str(GOLDEN / "gene_llama" / "tokenizer.model")).encode
+    by_hand = [1]
+    for question, answer in turns:
+        by_hand += pieces("user: ") + pieces(question) + pieces("\n\nassistant: ")
+        prompt = len(by_hand)
+        by_hand += [*pieces(answer), 2]
+
+    options = {"cache_dir": tmp_path / "cache", "splits": ["train"]}
+    corpus = load_corpora(tmp_path, tokenizer, mask_prompt=mask_prompt, **options)["train"]
+    assert corpus.tokens.tolist() == by_hand
+    assert corpus.tokens.tolist() != tokenizer.apply_chat_template(messages, return_dict=False)
+    assert corpus.prompts.tolist() == [prompt if mask_prompt else 0]
 
 
 def test_a_folder_of_texts_holds_the_last_twentieth_out(tmp_path):
@@ -145,6 +178,120 @@ def test_missing_and_empty_data_are_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(InputError, match=r"a\.txt is no UTF-8"):
         load_from(tmp_path, tmp_path)
+
+
+class Table(list):
+    """Rows as the package `datasets` gives them: a list with a fingerprint."""
+
+    def __init__(self, rows, fingerprint):
+        super().__init__(rows)
+        self._fingerprint = fingerprint
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A package `datasets` whose tables are the dict that this returns."""
+    tables = {}
+
+    class NotFoundError(Exception):
+        pass
+
+    def load_dataset(name, split=None, **config):
+        if name not in tables:
+            raise NotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
+        return tables[name] if split is None else tables[name][split]
+
+    package = ModuleType("datasets")
+    package.load_dataset = load_dataset
+    package.exceptions = SimpleNamespace(DatasetNotFoundError=NotFoundError)
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    return tables
+
+
+def test_a_data_set_of_the_hub(hub, tmp_path, monkeypatch):
+    """OWNER/NAME is read as mlx-lm reads it, kept on disk, and read anew when it changes."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": "ab"}, {"text": "c"}]
+    hub["owner/name"] = {"train": Table(rows, "1"), "valid": Table(rows[1:], "2"), "more": []}
+    with monkeypatch.context() as patched:
+        for _ in range(2):
+            corpora = load_from(Path("owner/name"), tmp_path)
+            assert corpora["train"].tokens.tolist() == [1, 97, 98, 0, 1, 99, 0]
+            assert corpora["train"].starts.tolist() == [0, 4]
+            assert corpora["valid"].tokens.tolist() == [1, 99, 0]
+            assert corpora["train"].name == "owner/name (train)"
+            patched.setattr(Letters, "encode", None)  # the second time nothing is read
+    hub["owner/name"]["train"] = Table(rows[:1], "3")
+    assert len(load_from(Path("owner/name"), tmp_path)["train"].tokens) == 4
+
+
+def test_data_sets_of_a_yaml_file(hub, tmp_path):
+    """mlx-lm's hf_dataset: several, each with splits and columns of its own."""
+    hub["a/b"] = {
+        "train[:1]": Table([{"body": "a"}], "1"),
+        "train[1:]": Table([{"body": "b"}], "2"),
+    }
+    chat = [{"messages": [{"role": "user", "content": "c"}]}]
+    hub["c"] = {"train[:80%]": Table(chat, "3"), "train[-10%:]": Table(chat, "4")}
+    first = {
+        "path": "a/b",
+        "train_split": "train[:1]",
+        "valid_split": "train[1:]",
+        "text_feature": "body",
+    }
+    options = {"mask_prompt": False, "cache_dir": tmp_path}
+
+    def load(entries, splits=("train", "valid")):
+        return load_corpora(Path(), Letters(), **options, splits=splits, hf_dataset=entries)
+
+    assert load(first)["valid"].tokens.tolist() == [1, 98, 0]
+    both = load([first, {"path": "c"}])
+    assert both["train"].tokens.tolist() == [1, 97, 0, 2, 3, 99, 4]
+    assert both["train"].name == "a/b + c (train)"
+    for entries, splits, match in [
+        ([{"name": "a/b"}], ["train"], "path: NAME"),
+        ([], ["train"], "path: NAME"),
+        (first, ["test"], "test_split for a/b"),
+        ({"path": "a/c"}, ["train"], "a/c cannot be used .*doesn't exist"),
+        (first | {"text_feature": "text"}, ["train"], "a/b cannot be used .*Unsupported"),
+    ]:
+        with pytest.raises(InputError, match=match):
+            load(entries, splits)
+
+
+def test_a_data_set_of_the_hub_that_cannot_be_had(hub, tmp_path, monkeypatch):
+    """The package, the name, a row: each in one line."""
+    hub["owner/name"] = {"train": Table([{"text": "ab"}, {"text": None}], "1")}
+    with pytest.raises(InputError, match=r"owner/name, row 1, cannot be used \(TypeError"):
+        load_from(Path("owner/name"), tmp_path)
+    with pytest.raises(InputError, match="Not found Hugging Face dataset: owner/none"):
+        load_from(Path("owner/none"), tmp_path)
+    with pytest.raises(InputError, match=r"owner/name cannot be used .*masking"):
+        load_from(Path("owner/name"), tmp_path, mask_prompt=True)
+    for name in ("a/b.txt", "../name", "a/b/c", "name"):
+        with pytest.raises(InputError, match="neither a folder"):
+            load_from(Path(name), tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match="pip install datasets"):
+        load_from(Path("owner/name"), tmp_path)
+
+
+def test_the_package_datasets_itself(tmp_path, monkeypatch):
+    """Tables, fingerprints and errors are as the package has them."""
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    (tmp_path / "rows").mkdir()
+    write_jsonl(tmp_path / "rows" / "train.jsonl", *({"text": letter} for letter in "abcdefghij"))
+    entry = {"path": str(tmp_path / "rows")}
+    options = {"mask_prompt": False, "cache_dir": tmp_path, "splits": ["train", "valid"]}
+    made = []
+    for entries in (entry, entry, entry | {"train_split": "train[:50%]"}):
+        corpora = load_corpora(Path(), Letters(), **options, hf_dataset=entries)
+        made.append("".join(chr(i) for i in corpora["train"].tokens if i > 1))
+        assert [chr(i) for i in corpora["valid"].tokens if i > 1] == ["j"]
+    assert made == ["abcdefgh", "abcdefgh", "abcde"]
+    kept = [path.name for path in (tmp_path / "tokens").iterdir()]
+    assert len(kept) == 3
 
 
 def test_packing_predicts_every_token_once():

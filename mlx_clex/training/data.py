@@ -1,9 +1,9 @@
 """Texts from files to token ids on disk.
 
 Reads what mlx-lm reads (train.jsonl, valid.jsonl, test.jsonl with text, chat or
-completions) and folders of .txt and .md files. Every text is tokenised as it is read and
-appended to one flat file, which training maps into memory; the next run with the same
-files and tokenizer finds it there.
+completions; data sets of the hub) and folders of .txt and .md files. Every text is tokenised
+as it is read and appended to one flat file, which training maps into memory; the next run
+with the same files and tokenizer finds it there.
 
 Not covered: cutting tokens into batches (`batches.py`).
 """
@@ -13,8 +13,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,12 +24,17 @@ import numpy as np
 from mlx_lm.tuner.datasets import create_dataset
 
 from ..errors import InputError
+from .hub_data import Entries, documents, fingerprint_of, is_hub_id, load_hub_data, name_of
+from .turns import for_training
 
 SPLITS = ("train", "valid", "test")
 _TEXT = (".txt", ".md")
 _HELD_OUT = 0.05  # of a folder of texts without a validation part
 _PIECE = 1 << 20  # characters of a text that are tokenised at once
 _FORMAT = 1  # of the files written here
+
+# (ids, length of the prompt) of each text; (ids, None) continues the one before.
+Documents = Iterator[tuple[list[int], int | None]]
 
 
 @dataclass(frozen=True)
@@ -54,35 +60,74 @@ class Corpus:
 
 
 def load_corpora(
-    path: Path, tokenizer: Any, *, mask_prompt: bool, cache_dir: Path, splits: Sequence[str]
+    path: Path,
+    tokenizer: Any,
+    *,
+    mask_prompt: bool,
+    cache_dir: Path,
+    splits: Sequence[str],
+    hf_dataset: Entries | None = None,
 ) -> dict[str, Corpus]:
-    """Tokenise what a folder or file has for these splits, or find it done.
+    """Tokenise what a source has for these splits, or find it done.
 
     Args:
-        path: a folder with jsonl files or texts, or one text.
+        path: a folder with jsonl files or texts, one text, or OWNER/NAME of a data set.
         tokenizer: mlx-lm's wrapper.
         mask_prompt: leave prompts out of the loss.
         cache_dir: where token files are kept.
         splits: of `SPLITS`; those the data does not have are left out of the result.
+        hf_dataset: data sets to read in place of `path`, as in mlx-lm's YAML files.
 
     Raises:
         InputError: nothing to read, or a text that cannot be used; says where.
     """
+
+    tokenizer = for_training(tokenizer)
+
+    def tokenised(name: str, key: str, size: str, texts: Callable[[], Documents]) -> Corpus:
+        target = cache_dir.expanduser() / "tokens" / _cache_key(key, tokenizer, mask_prompt)
+        if not target.is_dir():
+            print(f"[mlx_clex] Tokenising {size}.", file=sys.stderr)
+            _write(target, name, texts())
+        return Corpus(
+            name=name,
+            tokens=np.memmap(target / "tokens.bin", np.uint32, "r"),
+            starts=np.load(target / "starts.npy"),
+            prompts=np.load(target / "prompts.npy"),
+        )
+
+    if hf_dataset is not None or is_hub_id(path):
+        source = path.as_posix() if hf_dataset is None else hf_dataset
+        data = load_hub_data(source, tokenizer, mask_prompt=mask_prompt, splits=splits)
+        return {
+            split: tokenised(
+                f"{name_of(source)} ({split})",
+                fingerprint_of(rows),
+                f"{len(rows)} rows of {name_of(source)} ({split})",
+                partial(documents, name_of(source), rows),
+            )
+            for split, rows in data.items()
+        }
     found = find_files(path)
     if not any(found.values()):
         raise InputError(
             f"--data {path} has no data: give a folder with train.jsonl (and valid.jsonl, "
             "test.jsonl), or with .txt or .md files."
         )
-    texts = all(file.suffix in _TEXT for file in found["train"])
-    if mask_prompt and texts:
+    plain = all(file.suffix in _TEXT for file in found["train"])
+    if mask_prompt and plain:
         raise InputError(f"--mask-prompt: {path} has plain texts, which have no prompts.")
     corpora = {
-        split: _tokenised(path, split, found[split], tokenizer, mask_prompt, cache_dir)
+        split: tokenised(
+            f"{path} ({split})",
+            _state_of(found[split]),
+            f"{len(found[split])} file(s), {_megabytes(found[split]):.1f} MB",
+            partial(_documents, found[split], tokenizer, mask_prompt),
+        )
         for split in splits
         if found[split]
     }
-    if "valid" in splits and not found["valid"] and texts and "train" in corpora:
+    if "valid" in splits and not found["valid"] and plain and "train" in corpora:
         whole = corpora["train"]
         cut = int(len(whole.tokens) * (1 - _HELD_OUT))
         corpora["train"] = whole.part(0, cut, whole.name)
@@ -100,10 +145,13 @@ def find_files(path: Path) -> dict[str, list[Path]]:
         InputError: there is no such folder or file.
     """
     found: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    if path.is_file() and path.suffix in _TEXT:
+    if path.is_file() and path.suffix in (*_TEXT, ".jsonl"):
         return found | {"train": [path]}
     if not path.is_dir():
-        raise InputError(f"--data {path} is neither a folder nor a .txt or .md file.")
+        raise InputError(
+            f"--data {path} is neither a folder, nor a .txt, .md or .jsonl file, nor OWNER/NAME "
+            "of a data set on the hub."
+        )
     jsonl = {split: path / f"{split}.jsonl" for split in SPLITS}
     if any(file.is_file() for file in jsonl.values()):
         return {split: [file] if file.is_file() else [] for split, file in jsonl.items()}
@@ -116,38 +164,21 @@ def _texts(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in _TEXT)
 
 
-def _tokenised(
-    path: Path, split: str, files: list[Path], tokenizer: Any, mask_prompt: bool, cache_dir: Path
-) -> Corpus:
-    key = _cache_key(files, tokenizer, mask_prompt)
-    target = cache_dir.expanduser() / "tokens" / key
-    if not target.is_dir():
-        _write(target, files, tokenizer, mask_prompt)
-    return Corpus(
-        name=f"{path} ({split})",
-        tokens=np.memmap(target / "tokens.bin", np.uint32, "r"),
-        starts=np.load(target / "starts.npy"),
-        prompts=np.load(target / "prompts.npy"),
-    )
-
-
-def _write(target: Path, files: list[Path], tokenizer: Any, mask_prompt: bool) -> None:
+def _write(target: Path, name: str, texts: Documents) -> None:
     """Tokenise into a folder that appears when it is complete."""
-    size = sum(file.stat().st_size for file in files)
-    print(f"[mlx_clex] Tokenising {len(files)} file(s), {size / 1e6:.1f} MB.", file=sys.stderr)
     temporary = target.with_name(f"{target.name}.incomplete-{os.getpid()}")
     temporary.mkdir(parents=True, exist_ok=True)
     starts, prompts, total = [], [], 0
     try:
         with (temporary / "tokens.bin").open("wb") as out:
-            for ids, prompt in _documents(files, tokenizer, mask_prompt):
+            for ids, prompt in texts:
                 if prompt is not None:
                     starts.append(total)
                     prompts.append(prompt)
                 out.write(np.asarray(ids, np.uint32).tobytes())
                 total += len(ids)
         if not total:
-            raise InputError(f"{files[0]} has no text.")
+            raise InputError(f"{name} has no text.")
         np.save(temporary / "starts.npy", np.array(starts, np.int64))
         np.save(temporary / "prompts.npy", np.array(prompts, np.int64))
         temporary.rename(target)
@@ -157,10 +188,7 @@ def _write(target: Path, files: list[Path], tokenizer: Any, mask_prompt: bool) -
             raise
 
 
-def _documents(
-    files: list[Path], tokenizer: Any, mask_prompt: bool
-) -> Iterator[tuple[list[int], int | None]]:
-    """(ids, length of the prompt) of each text; (ids, None) continues the one before."""
+def _documents(files: list[Path], tokenizer: Any, mask_prompt: bool) -> Documents:
     for file in files:
         if file.suffix in _TEXT:
             yield from _plain_text(file, tokenizer)
@@ -168,7 +196,7 @@ def _documents(
             yield from _json_lines(file, tokenizer, mask_prompt)
 
 
-def _plain_text(file: Path, tokenizer: Any) -> Iterator[tuple[list[int], int | None]]:
+def _plain_text(file: Path, tokenizer: Any) -> Documents:
     first = True
     try:
         with file.open(encoding="utf-8") as lines:
@@ -185,9 +213,7 @@ def _plain_text(file: Path, tokenizer: Any) -> Iterator[tuple[list[int], int | N
         yield [tokenizer.eos_token_id], None
 
 
-def _json_lines(
-    file: Path, tokenizer: Any, mask_prompt: bool
-) -> Iterator[tuple[list[int], int | None]]:
+def _json_lines(file: Path, tokenizer: Any, mask_prompt: bool) -> Documents:
     options = SimpleNamespace(mask_prompt=mask_prompt)
     dataset: Any = None
     with file.open("rb") as lines:
@@ -216,12 +242,20 @@ def _json_lines(
             yield list(ids), prompt
 
 
-def _cache_key(files: list[Path], tokenizer: Any, mask_prompt: bool) -> str:
+def _megabytes(files: list[Path]) -> float:
+    return sum(file.stat().st_size for file in files) / 1e6
+
+
+def _state_of(files: list[Path]) -> str:
+    """Changes with the files' content."""
+    states = ((file.resolve(), file.stat()) for file in files)
+    return "".join(f"{path} {state.st_size} {state.st_mtime_ns}\n" for path, state in states)
+
+
+def _cache_key(source: str, tokenizer: Any, mask_prompt: bool) -> str:
     """Changes with all that changes the tokens."""
     digest = hashlib.sha256(f"{_FORMAT} {mask_prompt} {tokenizer.eos_token_id}\n".encode())
-    for file in files:
-        stat = file.stat()
-        digest.update(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    digest.update(source.encode())
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
     backend = getattr(inner, "backend_tokenizer", None)
     known = backend.to_str() if backend is not None else json.dumps(sorted(inner.get_vocab()))
