@@ -56,14 +56,14 @@ def frozen_config(
             f"--freeze: {config['rope_scaling']['type']} has frequencies of its own for every "
             "head and layer, which no stock program can express. Use it with mlx_clex."
         )
-    length = round(scale * scaling.trained_length)
-    gain = scaling.query_gain(None, length) if not _gain_by_position(scaling) else None
-    if _gain_by_position(scaling):
+    if scaling.gain_follows == "position":
         raise InputError(
             "--freeze: log_scale multiplies every position's query by another number, which "
             "no stock program can express. Use it with mlx_clex."
         )
-    ours = _Ours(scaling, scale, float(gain) if gain is not None else 1.0)
+    length = round(scale * scaling.trained_length)
+    gain = scaling.query_gain(None, length)
+    ours = _Ours(scaling, scale, 1.0 if gain is None else float(gain))
     build = _mlx_rotation if program == "mlx-lm" else _transformers_rotation
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     base = {key: value for key, value in config.items() if key not in ("model_file", "log_scale")}
@@ -109,10 +109,6 @@ class _Ours:
 
     def queries(self, x: mx.array, position: int) -> mx.array:
         return self.keys(x, position) * self.query_gain
-
-
-def _gain_by_position(scaling: Scaling) -> bool:
-    return scaling.gain_by_position and getattr(scaling.config, "log_scale", False)
 
 
 def _candidates(

@@ -251,7 +251,7 @@ def _check_heads(model: nn.Module, scaling: Scaling, sites: list[Site]) -> None:
 def _check_gain(model: nn.Module, scaling: Scaling, sites: list[Site]) -> None:
     """Refuse a gain on queries where a rope cannot give it."""
     why = next((site.ungainable for site in sites if site.ungainable), None)
-    if why is not None and getattr(scaling.config, "log_scale", False):
+    if why is not None and scaling.gain_follows is not None:
         raise InputError(
             f"log_scale multiplies queries, which {model_name(model)} does not allow: {why}. "
             "Set log_scale to false."
@@ -439,9 +439,9 @@ class _Planner:
 
     def _set_gain(self, new: Pass, lengths: list[int]) -> None:
         scaling = self.scaling
-        if not getattr(scaling.config, "log_scale", False):
+        if scaling.gain_follows is None:
             return
-        if scaling.gain_by_position:
+        if scaling.gain_follows == "position":
             new.position_gain = lambda positions: scaling.query_gain(positions, 0)
             return
         if self.fixed_scale is not None:

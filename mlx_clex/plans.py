@@ -37,7 +37,8 @@ def plan_at(model: nn.Module, length: int) -> tuple[Any, ...]:
     scaling = model.scaling
     if scaling.static or model.fixed_scale is not None:
         return ()
-    gain = None if scaling.gain_by_position else scaling.query_gain(None, max(length, 1))
+    by_length = scaling.gain_follows == "length"
+    gain = scaling.query_gain(None, max(length, 1)) if by_length else None
     return (scaling.scale_at(length), gain)
 
 
