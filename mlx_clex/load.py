@@ -38,7 +38,6 @@ DEFAULT_CACHE = Path("~/.cache/mlx_clex")
 # Part of the name of a conversion kept there; to be raised when converting gives
 # something else.
 CONVERSION = 1
-BUNDLED = "bundled:"  # before the name of a model that comes with the package
 
 # Published under these types only in formats that mlx-lm cannot read.
 _PUBLISHED = ("clex", "gene", "gene-param")
@@ -104,7 +103,7 @@ def load(
             "convert it with mlx_clex.convert --scaling NAME first."
         )
     _fit_to_cpu(model)
-    if str(path_or_hub_id).startswith(BUNDLED):
+    if str(path_or_hub_id).startswith(bundled.PREFIX):
         # Kept in half precision for the size of the package; a CPU is far faster so.
         model.set_dtype(mx.float32)
     if group is not None:
@@ -187,8 +186,8 @@ def resolve(
     Raises:
         InputError: there is no such folder or hub id, or it has no usable weights.
     """
-    if str(path_or_hub_id).startswith(BUNDLED):
-        return bundled.folder(str(path_or_hub_id).removeprefix(BUNDLED))
+    if str(path_or_hub_id).startswith(bundled.PREFIX):
+        return bundled.folder(str(path_or_hub_id).removeprefix(bundled.PREFIX))
     path = Path(path_or_hub_id).expanduser()
     cache = Path(cache_dir or DEFAULT_CACHE).expanduser()
     if path.suffix == ".gguf" and path.is_file():

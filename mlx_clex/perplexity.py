@@ -218,7 +218,7 @@ def _sources(args: argparse.Namespace) -> list[Source]:
     """What to load."""
     scalings = tuple(dict.fromkeys(args.scalings or ()))
     if not args.model:
-        base, *tuned = (Source(name, str(folder)) for name, folder in MODELS.items())
+        base, *tuned = (Source(name, model) for name, model in MODELS.items())
         if scalings:
             return [replace(base, scalings=scalings)]
         return [replace(base, scalings=_BUNDLED_SCALINGS), *tuned]
@@ -238,10 +238,10 @@ def _plan(args: argparse.Namespace, loader: _Loader) -> tuple[Corpus, list[int],
     lines: list[Line] = []
     for source in _sources(args):
         model, tokenizer = loader.load(source.path)
-        own = _corpus(args, tokenizer)
+        own = corpus_of(args.data, args.split, tokenizer)
         if corpus is None:
             corpus, lengths = own, _lengths(args, model, source.name)
-        elif _digest(own) != _digest(corpus):
+        elif digest_of(own) != digest_of(corpus):
             raise InputError(
                 f"{source.name} and {lines[0].label} read the text as different tokens, so their "
                 "perplexities do not compare: measure them in runs of their own."
@@ -298,24 +298,26 @@ def trained_length_of(model: nn.Module) -> int | None:
     return config_value(model, "max_position_embeddings")
 
 
-def _corpus(args: argparse.Namespace, tokenizer: Any) -> Corpus:
-    if args.data is None:
-        ids = np.array(tokenizer.encode(held_out_text()), np.uint32)
+def corpus_of(data: str | None, split: str, tokenizer: Any) -> Corpus:
+    """The tokens of --data, or of the bundled text.
+
+    Raises:
+        InputError: there is no such text, or it has no such part.
+    """
+    if data is None:
+        ids = np.array(tokenizer.encode(held_out_text(), verbose=False), np.uint32)
         return Corpus("The bundled text", ids, np.array([0]), np.array([0]))
+    path = Path(data).expanduser()
     corpora = load_corpora(
-        Path(args.data).expanduser(),
-        tokenizer,
-        mask_prompt=False,
-        cache_dir=DEFAULT_CACHE,
-        splits=[args.split],
+        path, tokenizer, mask_prompt=False, cache_dir=DEFAULT_CACHE, splits=[split]
     )
-    if args.split not in corpora:
-        raise InputError(f"--data {args.data} has no {args.split} part.")
-    return corpora[args.split]
+    if split not in corpora:
+        raise InputError(f"--data {data} has no {split} part.")
+    return corpora[split]
 
 
-def _digest(corpus: Corpus) -> str:
-    """Of the tokens, and of where texts begin."""
+def digest_of(corpus: Corpus) -> str:
+    """Of the tokens, and of where texts begin: the same for the same figures."""
     digest = hashlib.sha256(np.ascontiguousarray(corpus.tokens).data)
     digest.update(np.ascontiguousarray(corpus.starts).data)
     return digest.hexdigest()[:12]
@@ -327,7 +329,7 @@ def _settings(args: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
     names = ("protocol", "chunk", "stride", "windows", *cache)
     return {
         "data": Path(args.data).name if args.data else None,
-        "tokens": _digest(corpus),
+        "tokens": digest_of(corpus),
         **{name: getattr(args, name) for name in names},
     }
 

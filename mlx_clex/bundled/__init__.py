@@ -21,7 +21,8 @@ import numpy as np
 from ..errors import InputError
 
 FOLDER = Path(__file__).parent
-MODELS = {name: FOLDER / name for name in ("base", "clex", "gene")}
+PREFIX = "bundled:"  # before the name of a model that comes with the package
+MODELS = {name: f"{PREFIX}{name}" for name in ("base", "clex", "gene")}  # what `load` takes
 HELD_OUT = ("Judges", "Ruth", "1 Samuel")  # neighbours, so that windows cross them
 _FIRST_BEHIND = "2 Samuel"
 QUESTION = "The pass key is"  # before a key, told or asked for
@@ -35,7 +36,7 @@ def folder(name: str) -> Path:
     """
     if name not in MODELS:
         raise InputError(f"There is no bundled model {name!r}; there are: {', '.join(MODELS)}.")
-    return MODELS[name]
+    return FOLDER / name
 
 
 @functools.cache
