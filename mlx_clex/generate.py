@@ -22,6 +22,7 @@ from mlx_lm.sample_utils import make_sampler
 from tqdm import tqdm
 
 from .attach import ScaledModel, make_prompt_cache
+from .bundled import MODELS
 from .cache_file import is_ours, load_cache, quantised
 from .cli import run_command
 from .errors import InputError, RunError
@@ -29,6 +30,9 @@ from .fingerprint import fingerprint
 from .load import load, resolve
 from .plans import plan_at, plan_of, planned_caches, single_caches
 from .sharding import one_voice, shared_seed
+
+_DEFAULT_MODEL = MODELS["clex"]
+_OPENING = "And it came to pass"  # a text that model can go on with
 
 # Of options that mlx-lm checks late, inside a compiled function, or not at all.
 _RANGES = (
@@ -48,16 +52,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `mlx_lm.generate` does not have, or has otherwise."""
     parser.add_argument(
         "--model",
-        default=None,
+        default=_DEFAULT_MODEL,
         help="A folder with a model, a .gguf file, or a Hugging Face id. Published CLEX and "
-        "GeNE checkpoints are converted on the fly, once.",
+        "GeNE checkpoints are converted on the fly, once. Default: %(default)s, a tiny one that "
+        "comes with the package.",
     )
     parser.add_argument(
         "--prompt",
         "-p",
         default=None,
         help=f"Message to be processed by the model ('-' reads from stdin; default: "
-        f"{DEFAULT_PROMPT!r}). With --prompt-file it follows the file's text.",
+        f"{DEFAULT_PROMPT!r}, or for the default model {_OPENING!r}). With --prompt-file it "
+        "follows the file's text.",
     )
     parser.add_argument(
         "--prompt-file",
@@ -259,8 +265,6 @@ def check_ranges(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse options before anything is loaded."""
-    if args.model is None:
-        raise InputError("No model: give a folder, a .gguf file or a Hugging Face id as --model.")
     check_cache_options(args)
     _template_options(args)
     if args.image:
@@ -319,7 +323,8 @@ def prompt_text(args: argparse.Namespace) -> str:
     if message is not None:
         message = message.replace("\\n", "\n").replace("\\t", "\t")
     if args.prompt_file is None:
-        message = DEFAULT_PROMPT if message is None else message
+        if message is None:
+            message = _OPENING if args.model == _DEFAULT_MODEL else DEFAULT_PROMPT
         return _read_stdin() if message == "-" else message
     if message == "-" and args.prompt_file == "-":
         raise InputError("--prompt - and --prompt-file - both read stdin; give one of them.")

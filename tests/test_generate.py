@@ -282,11 +282,11 @@ def test_a_run_that_fails_is_one_line_and_status_one(cli, model, monkeypatch):
     assert "99 bytes which" in err
 
 
-def test_no_model_is_asked_for(cli):
-    """mlx_lm has a default model on the hub; here nothing is downloaded unasked."""
-    status, _, err = cli("--prompt", "x")
-    assert status == 2
-    assert "--model" in err
+def test_without_options_the_bundled_model_writes(cli):
+    """A newcomer's first command; nothing is downloaded."""
+    status, out, _ = cli("--max-tokens", "20")
+    assert status == 0
+    assert "Scale: 1, reach: 2048 tokens" in out
 
 
 def test_a_chat_template_is_applied_and_can_be_left_out(cli, model, tmp_path):

@@ -252,7 +252,7 @@ def test_results_of_another_run(converted, text, tmp_path, capsys):
 def test_without_options_the_bundled_models(text, tmp_path, converted, capsys, monkeypatch):
     """Stand-ins for them: the base under three scalings and its fine-tunes, 1 to 16 x L0."""
     stock = stock_folder(tmp_path, converted("clex_llama"), vocab_size=512)
-    models = {name: tmp_path / name for name in ("base", "clex", "gene")}
+    models = {name: str(tmp_path / name) for name in ("base", "clex", "gene")}
     convert(stock, models["base"])
     convert(stock, models["clex"], scaling={"type": "clex", "max_factor": 16})
     convert(stock, models["gene"], scaling={"type": "gene", "factor": 16})

@@ -133,8 +133,8 @@ def write_random(folder: Path, data: Path, *, seed: int = _SEED, **architecture:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (json.loads(line)["text"] for line in (data / "train.jsonl").open(encoding="utf-8"))
-    tokenizer.train_from_iterator(texts, trainer)
+    lines = (data / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    tokenizer.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=_END)
     fast.save_pretrained(folder)
     mx.random.seed(seed)
