@@ -32,10 +32,10 @@ from .attach import ScaledModel, check_length
 from .bundled import MODELS, words_task
 from .cli import run_command
 from .errors import InputError
-from .families import config_value
 from .fingerprint import digest, fingerprint
 from .generate import check_cache_options, scale_policy
 from .load import load, resolve
+from .perplexity import trained_length_of
 from .pictures import picture
 from .reader import Reader
 from .results import Results, open_results
@@ -305,8 +305,7 @@ def _measure(args: argparse.Namespace, results: Results, label: str, source: str
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
     )
-    scaling = model.scaling if isinstance(model, ScaledModel) else None
-    trained = scaling.trained_length if scaling else config_value(model, "max_position_embeddings")
+    trained = trained_length_of(model)
     lengths = _lengths(args, model, trained, label)
     depths = sorted({round(float(depth), 4) for depth in args.depths})
     reader = Reader(

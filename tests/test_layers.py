@@ -25,6 +25,8 @@ ORDER = [
     "conversation",
     "results",
     "pictures",
+    "reader",
+    "harness",
     "commands",
 ]
 COMMANDS = [
@@ -36,7 +38,9 @@ COMMANDS = [
     "lora",
     "fuse",
     "perplexity",
+    "compare",
     "passkey",
+    "evaluate",
     "plot",
     "doctor",
 ]

@@ -1,0 +1,268 @@
+"""Command: LongBench, RULER, InfiniteBench and every other task of lm-evaluation-harness.
+
+The tasks, their prompts and their scores are the harness's; the model is read as `generate`
+reads it, each prompt at the scale of its own length. No prompt is cut without a word.
+
+Not covered: what `harness.py` leaves out.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .attach import ScaledModel
+from .cli import run_command
+from .errors import InputError
+from .fingerprint import digest, fingerprint
+from .generate import scale_policy
+from .load import load, read_config, resolve
+from .results import Results, open_results, read_results
+
+# RULER (arXiv 2404.06654) calls a length effective where a model does better than
+# Llama-2-7B does at 4,096 tokens.
+RULER_THRESHOLD = 0.856
+_RULER_TASKS = 13
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    parser.add_argument("--model", help="A folder, a .gguf file or a Hugging Face id.")
+    parser.add_argument("--adapter-path", help="A folder of adapters to put on top of the model.")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="Of tasks, groups or tags of lm-evaluation-harness: longbench, longbench2, ruler, "
+        "infinitebench, niah_single_1, ...",
+    )
+    parser.add_argument(
+        "--include-path", type=Path, metavar="FOLDER", help="Task files of your own."
+    )
+    parser.add_argument(
+        "--metadata",
+        default="{}",
+        metavar="JSON",
+        help="An object that reaches the tasks, e.g. '{\"max_seq_lengths\": [4096, 8192]}' for "
+        "RULER.",
+    )
+    parser.add_argument(
+        "--limit", type=int, help="Documents of each task, and of each of RULER's lengths, at most."
+    )
+    parser.add_argument(
+        "--num-fewshot", type=int, help="Examples in a prompt. Default: as the task says."
+    )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        metavar="TOKENS",
+        help="Of prompt and answer together; a longer prompt loses its middle, as in LongBench. "
+        "Default: the reach of a model that ends there (CLEX), else none.",
+    )
+    parser.add_argument(
+        "--scale",
+        type=scale_policy,
+        default="prompt",
+        metavar="prompt|NUMBER",
+        help="prompt (default): each request has the scale of its whole length. NUMBER: fixed.",
+    )
+    parser.add_argument(
+        "--apply-chat-template",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="Prompts are messages of a user. Default: where the model has a template.",
+    )
+    parser.add_argument(
+        "--effective-length",
+        action="store_true",
+        help="Report RULER's effective context length. Without --tasks: of the results in "
+        "--output.",
+    )
+    parser.add_argument(
+        "--output", metavar="PREFIX", help="Write PREFIX.json and PREFIX.csv, or add to them."
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="Let the tokenizer run its own Python."
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate, and print a table.
+
+    Raises:
+        InputError: options, tasks, data or a model that cannot be used.
+        RunError: MLX failed.
+    """
+    metadata = _check(args)
+    results = _evaluate(args, metadata) if args.tasks else read_results(args.output, "evaluate")
+    if args.effective_length:
+        _report_effective_length(results)
+
+
+def _check(args: argparse.Namespace) -> dict[str, Any]:
+    """Refuse options before anything is loaded; returns --metadata."""
+    if not args.tasks and not (args.effective_length and args.output):
+        raise InputError("No task: give names as --tasks, such as longbench or ruler.")
+    if args.tasks and args.model is None:
+        raise InputError("No model: give a folder, a .gguf file or a Hugging Face id as --model.")
+    if args.scale == "grow":
+        raise InputError("--scale grow would let a score depend on how its prompt is read.")
+    for option, least in (("limit", 1), ("num_fewshot", 0), ("max_length", 2)):
+        value = getattr(args, option)
+        if value is not None and value < least:
+            name = option.replace("_", "-")
+            raise InputError(f"--{name} must be at least {least}, got {value}.")
+    if args.include_path is not None and not args.include_path.is_dir():
+        raise InputError(f"--include-path {args.include_path} is no folder.")
+    try:
+        metadata = json.loads(args.metadata)
+    except ValueError as error:
+        raise InputError(f"--metadata is no JSON ({error}): {args.metadata}") from error
+    if not isinstance(metadata, dict):
+        raise InputError(f"--metadata must be a JSON object, got {args.metadata}.")
+    if args.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise InputError("The tasks need lm-eval: pip install 'mlx-clex[evaluate]'.")
+    return metadata
+
+
+def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
+    # Here, since it takes seconds, and the extra.
+    from .harness import PlannedLM, load_tasks, run_tasks
+
+    folder = resolve(args.model)
+    tasks = load_tasks(args.tasks, {**_tokenizer_of(folder, args), **metadata}, args.include_path)
+    model, tokenizer = load(
+        folder,
+        scale=args.scale if isinstance(args.scale, float) else None,
+        adapter_path=args.adapter_path,
+        trust_remote_code=args.trust_remote_code,
+    )
+    templated = args.apply_chat_template
+    if templated is None:
+        templated = tokenizer.has_chat_template
+    elif templated and not tokenizer.has_chat_template:
+        raise InputError(f"{args.model} has no chat template: leave --apply-chat-template out.")
+    reach = model.reach if isinstance(model, ScaledModel) and model.scaling.hard_reach else None
+    max_length = args.max_length or reach
+    if reach and args.max_length and args.max_length > reach:
+        raise InputError(f"--max-length {max_length} is beyond the reach, {reach} tokens.")
+    results = open_results(
+        args.output,
+        kind="evaluate",
+        settings={
+            "limit": args.limit,
+            "num_fewshot": args.num_fewshot,
+            "scale": args.scale,
+            "max_length": max_length,
+            "chat_template": templated,
+            # Lengths are in the rows.
+            "metadata": {key: metadata[key] for key in metadata if key != "max_seq_lengths"},
+            "lm_eval": version("lm_eval"),
+        },
+        keys=("label", "task", "metric"),
+    )
+    label = Path(args.model).name or args.model
+    if args.adapter_path:
+        label = f"{label} + {Path(args.adapter_path).name}"
+    same = {"label": label, "model": digest(fingerprint(model, folder, args.adapter_path))}
+    results.check_model(label, same["model"])
+    lm = PlannedLM(model, tokenizer, use_chat_template=templated, max_length=max_length)
+    for name in args.tasks:
+        rows = run_tasks(lm, tasks[name], num_fewshot=args.num_fewshot, limit=args.limit)
+        for row in rows:
+            results.add({**same, **row})
+        _print_table(rows, first=name == args.tasks[0])
+    if lm.cut:
+        print(
+            f"[mlx_clex] {lm.cut} of {lm.prompts} prompts had no room in {max_length} tokens and "
+            "lost their middle (--max-length).",
+            file=sys.stderr,
+        )
+    return results
+
+
+def _tokenizer_of(folder: Path, args: argparse.Namespace) -> dict[str, str]:
+    """For tasks that make their documents up to a length, with the tokenizer."""
+    runs_code = "auto_map" in read_config(folder) | _tokenizer_config(folder)
+    # The harness would run it unasked.
+    return {} if runs_code and not args.trust_remote_code else {"tokenizer": str(folder)}
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    file = folder / "tokenizer_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _print_table(rows: Sequence[dict[str, Any]], *, first: bool) -> None:
+    if first:
+        print(f"{'task':<36} {'metric':<20} {'value':>8} {'stderr':>8} {'samples':>8}")
+    for row in rows:
+        stderr = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
+        samples = "" if row["samples"] is None else row["samples"]
+        print(
+            f"{row['task']:<36} {row['metric']:<20} {row['value']:>8.4f} {stderr:>8} {samples:>8}",
+            flush=True,
+        )
+
+
+def effective_length(results: Results, label: str) -> tuple[dict[int, float], int | None]:
+    """RULER's effective context length of a model.
+
+    Args:
+        results: of the kind evaluate; of their rows, those with a length count.
+        label: the model.
+
+    Returns:
+        The mean over the tasks by length, and the longest length at which it is above
+        RULER_THRESHOLD, as at all shorter ones; None where it is at none.
+    """
+    values: dict[int, list[float]] = defaultdict(list)
+    for row in results.rows:
+        if row["label"] == label and row["length"] is not None:
+            values[row["length"]].append(row["value"])
+    means = {length: sum(values[length]) / len(values[length]) for length in sorted(values)}
+    effective = None
+    for length, mean in means.items():
+        if mean <= RULER_THRESHOLD:
+            break
+        effective = length
+    return means, effective
+
+
+def _report_effective_length(results: Results) -> None:
+    for label in dict.fromkeys(row["label"] for row in results.rows):
+        means, effective = effective_length(results, label)
+        if not means:
+            raise InputError(
+                f"--effective-length needs results of RULER at several lengths; {label} has none. "
+                "Run --tasks ruler with --metadata '{\"max_seq_lengths\": [4096, 8192]}'."
+            )
+        tasks = {row["task"] for row in results.rows if row["label"] == label and row["length"]}
+        print(f"{label}: " + ", ".join(f"{length}: {mean:.1%}" for length, mean in means.items()))
+        found = "none of these" if effective is None else f"{effective} tokens"
+        print(
+            f"Effective context length: {found} (above {RULER_THRESHOLD:.1%}, what Llama-2-7B has "
+            f"at 4,096 tokens; {len(tasks)} of RULER's {_RULER_TASKS} tasks)"
+        )
+
+
+def main() -> None:
+    """Run the command and exit with its status."""
+    sys.exit(
+        run_command(
+            add_arguments,
+            run,
+            prog="mlx_clex.evaluate",
+            description="Score a model on LongBench, RULER, InfiniteBench and other tasks.",
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

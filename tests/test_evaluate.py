@@ -1,0 +1,424 @@
+"""The harness's tasks on our models: figures checked by hand, nothing cut without a word."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import lm_eval
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_clex.convert import convert
+from mlx_lm.evaluate import MLXLM
+
+from mlx_clex import evaluate, harness, load
+from mlx_clex.cli import run_command
+from mlx_clex.harness import PlannedLM
+from mlx_clex.reader import Reader
+from mlx_clex.results import read_results
+
+from .conftest import GOLDEN, stock_folder
+
+BUILT_IN = Path(lm_eval.__file__).parent / "tasks"
+
+# Of jieba, fuzzywuzzy and their like.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::SyntaxWarning"),
+    pytest.mark.filterwarnings("ignore:Using slow pure-python SequenceMatcher"),
+    pytest.mark.filterwarnings("ignore:pkg_resources is deprecated"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A function from a method's name to a folder, trained at 64 tokens."""
+    made = {}
+    stock = stock_folder(
+        tmp_path_factory.mktemp("base"),
+        GOLDEN / "clex_llama",
+        vocab_size=512,
+        max_position_embeddings=64,
+    )
+
+    def folder(name):
+        if name == "stock":
+            return stock
+        if name not in made:
+            method, *log = name.split("-")
+            scaling = {"type": method, **({"log_scale": True} if log else {})}
+            if method in ("clex", "yarn"):
+                scaling["max_factor" if method == "clex" else "factor"] = 40
+            made[name] = convert(stock, tmp_path_factory.mktemp("models") / name, scaling=scaling)
+        return made[name]
+
+    return folder
+
+
+class FewWords:
+    _categories = {  # noqa: RUF012 - read by RULER
+        "nouns": ["larch", "crate", "hour"],
+        "adjectives": ["odd", "permissible"],
+        "verbs": [],
+    }
+
+
+@pytest.fixture
+def local(tmp_path, monkeypatch):
+    """Task files of the three benchmarks, as they are, over documents of our own."""
+    monkeypatch.setattr(harness.datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    # RULER wants a sentence splitter, which a haystack of repeated sentences never calls.
+    (tmp_path / "nltk_data" / "tokenizers" / "punkt_tab").mkdir(parents=True)
+    monkeypatch.setattr("nltk.data.path", [str(tmp_path / "nltk_data")])
+    # Nor, at its import, six million pairs of adjectives and nouns.
+    monkeypatch.setattr("wonderwords.RandomWord", FewWords)
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+
+    def write(name, include, split, docs):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+        (folder / f"{name}.yaml").write_text(
+            f"include: {BUILT_IN / include}\ntask: {name}\ndataset_path: json\n"
+            f"dataset_name: null\ntag: null\ndataset_kwargs:\n  data_files:\n"
+            f"    {split}: {folder / name}.jsonl\n"
+        )
+
+    write(
+        "local_hotpotqa",
+        "longbench/hotpotqa.yaml",
+        "test",
+        [
+            {"context": "A barn is red. " * 8, "question": "What is red?", "answers": ["barn"]},
+            {"context": "B " * 60, "question": "Which house?", "answers": ["red house", "x"]},
+        ],
+    )
+    write(
+        "local_passkey",
+        "infinitebench/infinitebench_passkey.yaml",
+        "passkey",
+        [
+            {
+                "id": number,
+                "context": f"The pass key is {key}. Remember it. {key} is the pass key.",
+                "input": "What is the pass key?",
+                "answer": [key],
+                "options": [],
+            }
+            for number, key in enumerate(("71432", "90210"))
+        ],
+    )
+    (folder / "local_niah.yaml").write_text(
+        f"include: {BUILT_IN / 'ruler/niah_single_1.yaml'}\ntask: local_niah\ntag: null\n"
+    )
+    (folder / "remote_hotpotqa.yaml").write_text(
+        f"include: {BUILT_IN / 'longbench/hotpotqa.yaml'}\ntask: remote_hotpotqa\ntag: null\n"
+    )
+    return folder
+
+
+def call(*argv):
+    argv = [str(arg) for arg in argv]
+    return run_command(
+        evaluate.add_arguments, evaluate.run, prog="evaluate", description="", argv=argv
+    )
+
+
+@pytest.fixture
+def replies(monkeypatch):
+    """What the model is made to say: a function of the prompt's text. Keeps the prompts."""
+    told = SimpleNamespace(prompts=[], answer=lambda text: "")
+
+    def answer(self, prompt, max_tokens, progress=None, until=()):
+        told.prompts.append(prompt)
+        return told.answer(self.tokenizer.decode(prompt))
+
+    monkeypatch.setattr(Reader, "answer", answer)
+    return told
+
+
+def value(results, task, metric):
+    return results.find(task=task, metric=metric)["value"]
+
+
+def test_longbench_scores(folders, local, replies, tmp_path, capsys):
+    """F1 by words without articles: 1 for "The barn.", 1/2 for "red barn" against "red house"."""
+    replies.answer = lambda text: "The barn." if "What is red?" in text else "red barn"
+    out = tmp_path / "out"
+    tasks = ("--tasks", "local_hotpotqa", "--include-path", local)
+    assert call("--model", folders("gene"), *tasks, "--output", out) == 0
+    row = read_results(out, "evaluate").find(task="local_hotpotqa", metric="qa_f1_score")
+    assert row["value"] == 0.75
+    assert (row["label"], row["samples"], row["length"]) == ("gene", 2, None)
+    assert abs(row["stderr"] - 0.25) < 1e-9
+    assert "local_hotpotqa" in capsys.readouterr().out
+    assert (tmp_path / "out.csv").is_file()
+
+
+def test_infinitebench_scores(folders, local, replies, tmp_path):
+    """The first number counts; what follows the end of the line was cut off."""
+    replies.answer = lambda text: " 71432\n90210"
+    out = tmp_path / "out"
+    tasks = ("--tasks", "local_passkey", "--include-path", local)
+    assert call("--model", folders("gene"), *tasks, "--output", out) == 0
+    assert value(read_results(out), "local_passkey", "score") == 0.5
+
+
+LENGTHS = '{"max_seq_lengths": [600, 1000]}'
+
+
+def test_ruler_scores_by_length(folders, local, replies, tmp_path, capsys):
+    """--metadata reaches the task, and --limit leaves no length out."""
+
+    def answer(text):
+        key = re.search(r"special magic number for (\S+) mentioned in", text)[1]
+        number = re.search(rf"numbers for {key} is: (\d+)", text)[1]
+        return number if len(replies.prompts) < 4 else "none"
+
+    replies.answer = answer
+    base = ("--model", folders("gene"), "--include-path", local, "--output", tmp_path / "out")
+    ruler = ("--tasks", "local_niah", "--metadata", LENGTHS, "--limit", 2)
+    assert call(*base, *ruler, "--effective-length") == 0
+    assert len(replies.prompts) == 4
+    sizes = sorted(len(prompt) for prompt in replies.prompts)
+    assert sizes[1] <= 600 < sizes[2] <= 1000
+    results = read_results(tmp_path / "out")
+    short, long = (results.find(task="local_niah", length=length) for length in (600, 1000))
+    assert (short["value"], short["samples"]) == (1.0, 2)
+    assert (long["value"], long["samples"]) == (0.5, 2)
+    out = capsys.readouterr().out
+    assert "gene: 600: 100.0%, 1000: 50.0%" in out
+    assert "Effective context length: 600 tokens (above 85.6%" in out
+    assert "1 of RULER's 13 tasks" in out
+    # Once more, from the file alone.
+    assert call("--effective-length", "--output", tmp_path / "out") == 0
+    assert "Effective context length: 600 tokens" in capsys.readouterr().out
+
+
+def test_a_gap_ends_the_effective_length():
+    """A longer length that does well again does not count."""
+    rows = [
+        {"label": "m", "task": task, "length": length, "value": score}
+        for length, scores in {4096: (1.0, 0.9), 8192: (1.0, 0.6), 16384: (1.0, 1.0)}.items()
+        for task, score in zip("ab", scores, strict=True)
+    ]
+    results = SimpleNamespace(rows=rows)
+    means, effective = evaluate.effective_length(results, "m")
+    assert list(means.values()) == [0.95, 0.8, 1.0]
+    assert effective == 4096
+    assert evaluate.effective_length(SimpleNamespace(rows=rows[2:]), "m")[1] is None
+
+
+def test_a_model_of_its_own_mind(folders, local, tmp_path):
+    """Nothing scripted: from the task file to a score."""
+    out = tmp_path / "out"
+    argv = ("--tasks", "local_passkey", "local_hotpotqa", "--include-path", local, "--limit", 1)
+    assert call("--model", folders("clex"), *argv, "--output", out) == 0
+    results = read_results(out)
+    assert {row["task"] for row in results.rows} == {"local_passkey", "local_hotpotqa"}
+    assert all(row["samples"] == 1 and 0 <= row["value"] <= 1 for row in results.rows)
+
+
+def test_a_prompt_that_is_too_long_loses_its_middle(folders, local, replies, tmp_path, capsys):
+    """LongBench's instructions stand at both ends; the harness cuts off the first."""
+    model = folders("gene")
+    argv = ("--model", model, "--tasks", "local_hotpotqa", "--include-path", local)
+    assert call(*argv) == 0
+    whole, replies.prompts = replies.prompts, []
+    assert "lost" not in capsys.readouterr().err
+    # Room for the shorter prompt and its 32 tokens, and for no more.
+    sizes = sorted(map(len, whole))
+    assert sizes[0] < sizes[1]
+    assert call(*argv, "--max-length", sizes[0] + 32) == 0
+    half = sizes[0] // 2
+    expected = [p if len(p) == sizes[0] else p[:half] + p[-half:] for p in whole]
+    assert replies.prompts == expected
+    assert "1 of 2 prompts had no room" in capsys.readouterr().err
+
+
+def test_a_reach_that_ends_is_the_longest_length(folders, local, replies, tmp_path):
+    """Without --max-length: 40 times 64 tokens of the tiny CLEX model."""
+    file = local / "local_hotpotqa.jsonl"
+    docs = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text(json.dumps({**docs[0], "context": "A barn is red. " * 900}) + "\n")
+    argv = ("--model", folders("clex"), "--tasks", "local_hotpotqa", "--include-path", local)
+    assert call(*argv) == 0
+    assert [len(prompt) for prompt in replies.prompts] == [40 * 64 - 32]
+
+
+def request(*args):
+    return SimpleNamespace(args=args)
+
+
+def lm(folder, **options):
+    model, tokenizer = load(folder)
+    return PlannedLM(model, tokenizer, **options)
+
+
+def plain(model, tokens, count):
+    """Log-likelihood of the last `count` tokens, and whether greedy, in one pass."""
+    logits = model(mx.array([tokens[:-1]]))[0].astype(mx.float32)
+    scores = nn.log_softmax(logits)[-count:]
+    ends = mx.array(tokens[-count:])
+    picked = mx.take_along_axis(scores, ends[:, None], axis=-1)
+    return picked.sum().item(), (scores.argmax(-1) == ends).all().item()
+
+
+TEXT = "The quick brown fox runs away from the lazy dog. "
+
+
+@pytest.mark.parametrize("name", ["clex", "clex-log", "gene", "dynamic", "yarn", "stock"])
+def test_loglikelihoods_are_those_of_one_pass(folders, name):
+    """mlx-lm's harness reads in chunks, each at the scale of what it has read so far."""
+    mine = lm(folders(name))
+    # Contexts of many lengths, ends of one context on both sides of a step of the scale.
+    contexts = [TEXT * count for count in (1, 2, 3, 5, 8)]
+    ends = [" dog", " A dog sits.", " " + TEXT, " fox" * 20]
+    requests = [request(context, end) for context in contexts for end in ends]
+    requests += [request("", TEXT), request(TEXT + " ", "dog")]
+    # One end that is sure to be greedy.
+    tokens = mine.tok_encode(TEXT)
+    likeliest = mine._model(mx.array([tokens]))[0, -1].argmax().item()
+    got = mine._loglikelihood_tokens([(None, tokens, [likeliest])], disable_tqdm=True)
+    assert got[0][1]
+    found = mine.loglikelihood(requests, disable_tqdm=True)
+    for (context, end), (score, greedy) in zip((r.args for r in requests), found, strict=True):
+        whole = mine.tok_encode(context + end)
+        count = len(whole) - (len(mine.tok_encode(context.rstrip())) if context else 1)
+        expected, is_greedy = plain(mine._model, whole, count)
+        assert abs(score - expected) < 2e-3 + 1e-5 * abs(expected), (len(whole), count)
+        assert greedy == is_greedy
+
+
+def test_whole_texts_are_scored_in_one_window(folders):
+    """And in disjoint windows where a longest length is set; every token once."""
+    mine = lm(folders("clex"))
+    tokens = mine.tok_encode(TEXT * 6)
+    assert tokens[0] == mine.prefix_token_id
+    (score,) = mine.loglikelihood_rolling([request(TEXT * 6)], disable_tqdm=True)
+    assert abs(score - plain(mine._model, tokens, len(tokens) - 1)[0]) < 2e-3
+
+    short = lm(folders("clex"), max_length=100)
+    (score,) = short.loglikelihood_rolling([request(TEXT * 6)], disable_tqdm=True)
+    expected, rest = plain(mine._model, tokens[:101], 100)[0], tokens[1:]
+    for start in range(100, len(rest), 100):
+        end = min(start + 100, len(rest))
+        # The last window is filled up with context.
+        window = rest[end - 101 : end]
+        expected += plain(mine._model, window, end - start)[0]
+    assert abs(score - expected) < 5e-3
+
+
+def test_nothing_is_cut_at_8192_tokens(folders, monkeypatch):
+    """mlx-lm's harness dropped the beginning of longer contexts without a word."""
+    read = []
+
+    def score_ends(self, context, ends):
+        read.append(len(context))
+        return [(0.0, False)] * len(ends)
+
+    monkeypatch.setattr(PlannedLM, "_score_ends", score_ends)
+    mine = lm(folders("gene"))
+    text = TEXT * 500
+    assert len(mine.tok_encode(text.rstrip())) > 8192 + 100
+    mine.loglikelihood([request(text, "dog")], disable_tqdm=True)
+    assert read == [len(mine.tok_encode(text.rstrip()))]
+
+
+def test_answers_are_those_of_generate(folders):
+    """Up to the stop text, which is left out."""
+    mine = lm(folders("clex"))
+    options = {"max_gen_toks": 12, "until": ["\n\n"]}
+    (whole,) = mine.generate_until([request(TEXT * 4, options)], disable_tqdm=True)
+    expected = Reader(mine._model, mine.tokenizer).answer(mine.tok_encode(TEXT * 4), 12)
+    assert whole == expected.split("\n\n")[0]
+    assert len(whole) > 3
+    stop = whole[2:4]
+    options = {"max_gen_toks": 12, "until": stop}
+    (cut,) = mine.generate_until([request(TEXT * 4, options)], disable_tqdm=True)
+    assert cut == whole.split(stop)[0]
+
+
+def test_it_is_the_harness_class_of_mlx_lm(folders):
+    """Chat templates and names come from there."""
+    mine = lm(folders("stock"), use_chat_template=True)
+    assert isinstance(mine, MLXLM)
+    mine.tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    assert mine.apply_chat_template([{"role": "user", "content": "A"}]) == "<A>"
+    assert mine.tok_encode("A") == mine.tokenizer.encode("A", add_special_tokens=False)
+
+
+class Few(harness.TaskManager):
+    """Without the 14,000 tasks that come with the harness, to save the time."""
+
+    def __init__(self, include_path=None, include_defaults=False, metadata=None):
+        super().__init__(include_path=include_path, include_defaults=False, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--tasks", "local_hotpot"), ["no task 'local_hotpot'", "local_hotpotqa"]),
+        (("--tasks", "xyz"), ["no task 'xyz'", "--include-path"]),
+        (("--tasks", "remote_hotpotqa"), ["Xnhyacinth/LongBench", "datasets", "hotpotqa"]),
+        (("--metadata", "{"), ["--metadata is no JSON"]),
+        (("--metadata", "[1]"), ["--metadata must be a JSON object"]),
+        (("--limit", "0"), ["--limit must be at least 1"]),
+        (("--scale", "grow"), ["--scale grow"]),
+        (("--scale", "99"), ["within 1..40"]),
+        (("--max-length", "9999"), ["beyond the reach, 2560"]),
+        (("--max-length", "20"), ["--max-length 20 leaves no room"]),
+        (("--apply-chat-template",), ["no chat template"]),
+        (("--include-path", "/nowhere"), ["--include-path /nowhere is no folder"]),
+        (("--adapter-path", "/nowhere"), ["adapter_config.json"]),
+        (("--model", "/nowhere"), ["neither a folder"]),
+        (("--effective-length",), ["--effective-length needs results of RULER"]),
+    ],
+)
+def test_bad_input_is_one_line(folders, local, replies, monkeypatch, capsys, more, words):
+    """Exit 2; a task or dataset that is missing is named, and where it would be looked for."""
+    monkeypatch.setattr(harness, "TaskManager", Few)
+    base = ("--model", folders("clex"), "--tasks", "local_hotpotqa", "--include-path", local)
+    assert call(*base, *more) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert err[-1].startswith("evaluate: error: "), err
+    assert all(word in err[-1] for word in words), err[-1]
+    assert "Traceback" not in "".join(err)
+
+
+@pytest.mark.parametrize(
+    ("argv", "match"),
+    [
+        ((), "No task"),
+        (("--effective-length",), "No task"),
+        (("--tasks", "ruler"), "No model"),
+        (("--effective-length", "--output", "/nowhere/x"), "cannot be read"),
+    ],
+)
+def test_nothing_to_do(capsys, argv, match):
+    """One line."""
+    assert call(*argv) == 2
+    assert match in capsys.readouterr().err
+
+
+def test_without_the_extra(monkeypatch, capsys):
+    """It is named."""
+    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    assert call("--model", "a", "--tasks", "ruler") == 2
+    assert "pip install 'mlx-clex[evaluate]'" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_code_of_its_own_is_not_handed_over(folders, local, capsys, tmp_path):
+    """RULER would have run it unasked."""
+    folder = tmp_path / "code"
+    folder.mkdir()
+    for file in folders("gene").iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").unlink()
+    config["auto_map"] = {"AutoTokenizer": ["evil.Evil", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    argv = ("--tasks", "local_niah", "--include-path", local, "--metadata", LENGTHS)
+    assert call("--model", folder, *argv) == 2
+    assert "No tokenizer" in capsys.readouterr().err.strip().splitlines()[-1]
