@@ -28,6 +28,7 @@ import mlx_clex  # noqa: F401  (before mlx.core: on Linux it looks for OpenBLAS)
 from mlx_clex.attach import ScaledModel
 from mlx_clex.bundled.make import TRAINED_LENGTH, write_data, write_random
 from mlx_clex.load import load
+from mlx_clex.pictures import picture
 from mlx_clex.results import Results, open_results, read_results
 from mlx_clex.training.data import load_corpora
 from mlx_clex.training.evaluation import score
@@ -243,20 +244,44 @@ def print_table(found: dict[tuple[str, int], list[Results]]) -> None:
     print("| method | trained at | " + " | ".join(f"{m}x" for m in MULTIPLES) + " |")
     print("|---" * (len(MULTIPLES) + 2) + "|")
     for (method, length), results in found.items():
-        cells = []
-        for multiple in MULTIPLES:
-            values = [
-                row["perplexity"]
-                for result in results
-                if (row := result.find(length=multiple * TRAINED_LENGTH)) is not None
-            ]
-            if not values:
-                cells.append("")
-                continue
-            spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.2f}{spread}")
+        by_length = [_perplexities(results, m * TRAINED_LENGTH) for m in MULTIPLES]
+        cells = [_with_spread(values) if values else "" for values in by_length]
         seeds = f" ({len(results)} seeds)" if len(results) > 1 else ""
         print(f"| {method}{seeds} | {length // TRAINED_LENGTH} x L0 | {' | '.join(cells)} |")
+
+
+def _with_spread(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def _perplexities(results: Sequence[Results], length: int) -> list[float]:
+    """Of all seeds that have been measured at a length."""
+    rows = (result.find(length=length) for result in results)
+    return [row["perplexity"] for row in rows if row is not None]
+
+
+def draw_pictures(found: dict[tuple[str, int], list[Results]], folder: Path) -> None:
+    """Perplexity against length, one picture for each training length; means over seeds."""
+    for trained in sorted({length for _, length in found}):
+        rows = [
+            {
+                "label": method,
+                "trained_length": TRAINED_LENGTH,
+                "reach": None,
+                "length": multiple * TRAINED_LENGTH,
+                "perplexity": statistics.mean(values),
+            }
+            for (method, length), results in found.items()
+            if length == trained and method in METHODS
+            for multiple in MULTIPLES
+            if (values := _perplexities(results, multiple * TRAINED_LENGTH))
+        ]
+        settings = {"protocol": "whole", "trained at": trained}
+        results = Results("perplexity", settings, ("label", "length"), rows)
+        results.prefix = folder / f"trained-at-{trained}"
+        results.write()
+        picture(results)
 
 
 def _curve(results: Results) -> str:
@@ -293,6 +318,7 @@ def main() -> None:
                 future.result()
     found = summary(runs, folder)
     print_table(found)
+    draw_pictures(found, folder)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def _held_out_span() -> tuple[int, int]:
 
 
 def statement(key: str) -> str:
-    """The line that tells a key of four digits."""
+    """The line that tells a key."""
     return f"{QUESTION} {key}."
 
 
@@ -77,12 +77,12 @@ def words_task(
         depth: where the key is told, 0 (before the verses) to 1 (after them).
 
     Returns:
-        (ids of the prompt, the answer that follows it, four digits).
+        (ids of the prompt, the answer that follows it, a digit).
 
     Raises:
         ValueError: `length` has no room for the key and the question.
     """
-    key = "".join(str(digit) for digit in rng.integers(0, 10, 4))
+    key = str(rng.integers(0, 10))
     told = tokenizer.encode(statement(key) + "\n", add_special_tokens=False)
     asked = tokenizer.encode(QUESTION, add_special_tokens=False)
     room = length - len(told) - len(asked)
