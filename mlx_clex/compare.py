@@ -1,0 +1,258 @@
+"""Command: how far two models differ on the same text.
+
+Converted against quantised, unfrozen against frozen, bfloat16 against float32: at every token
+both answer with a distribution over the vocabulary. What lies between the two is told by how
+far into the text it is, since errors of a rotation grow with the position.
+
+Not covered: models with different tokenizers, whose distributions are over other things.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from tqdm import tqdm
+
+from .cli import run_command
+from .errors import InputError
+from .fingerprint import digest, fingerprint
+from .load import load, resolve
+from .perplexity import corpus_of, digest_of, trained_length_of
+from .pictures import picture
+from .results import Results, open_results
+from .training.data import Corpus
+from .training.evaluation import check_lengths, exp, logits_of_text, windows_of
+from .training.loss import chunk_length, token_losses
+
+_FIRST = 16  # positions below are one bucket; the others begin at powers of two
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    for which, role in (("a", "the one held against"), ("b", "the other one")):
+        parser.add_argument(
+            which,
+            metavar=which.upper(),
+            help=f"A folder, a .gguf file or a Hugging Face id: {role}.",
+        )
+    for which in "ab":
+        parser.add_argument(
+            f"--adapter-path-{which}",
+            help=f"A folder of adapters to put on top of {which.upper()}.",
+        )
+    for which in "ab":
+        parser.add_argument(
+            f"--scale-{which}", type=float, help=f"Hold {which.upper()} at this scale."
+        )
+    parser.add_argument("--data", help="As for mlx_clex.perplexity. Default: the bundled text.")
+    parser.add_argument(
+        "--split",
+        default="train",
+        choices=("train", "valid", "test"),
+        help="Which part of a folder. Default: train, which is all of a folder of texts.",
+    )
+    parser.add_argument("--length", type=int, help="In tokens. Default: A's trained length.")
+    parser.add_argument(
+        "--windows", type=int, default=8, help="Texts of this length, at most. Default: 8."
+    )
+    parser.add_argument(
+        "--output", metavar="PREFIX", help="Write PREFIX.json, PREFIX.csv and PREFIX.png."
+    )
+    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="Let the tokenizers run their own Python."
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compare, and print a table.
+
+    Raises:
+        InputError: models that do not compare, or a text or length that cannot be used.
+    """
+    if args.windows < 1:
+        raise InputError(f"--windows must be at least 1, got {args.windows}.")
+    a, tokenizer = _load(args, "a")
+    corpus = corpus_of(args.data, args.split, tokenizer)
+    b, tokenizer = _load(args, "b")
+    if digest_of(corpus_of(args.data, args.split, tokenizer)) != digest_of(corpus):
+        raise InputError(
+            f"{args.a} and {args.b} read the text as different tokens, so there is nothing to hold "
+            "against each other."
+        )
+    length = args.length or trained_length_of(a)
+    if length is None:
+        raise InputError(f"{args.a} does not say its trained length: give --length.")
+    for model in (a, b):
+        check_lengths(model, corpus, [length])
+    settings = {
+        **{f"model_{which}": getattr(args, which) for which in "ab"},
+        **{
+            f"weights_{which}": _digest(args, which, model) for which, model in (("a", a), ("b", b))
+        },
+        "tokens": digest_of(corpus),
+        "length": length,
+        "windows": args.windows,
+    }
+    results = open_results(args.output, kind="compare", settings=settings, keys=["first"])
+    if not results.rows:
+        _measure(args, a, b, corpus, length, results)
+    picture(results)
+    if args.json:
+        print(json.dumps({"length": length, "results": results.rows}))
+    else:
+        _print_table(args, results)
+
+
+def _load(args: argparse.Namespace, which: str) -> tuple[nn.Module, Any]:
+    return load(
+        getattr(args, which),
+        scale=getattr(args, f"scale_{which}"),
+        adapter_path=getattr(args, f"adapter_path_{which}"),
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def _digest(args: argparse.Namespace, which: str, model: nn.Module) -> str:
+    folder = resolve(getattr(args, which))
+    return digest(fingerprint(model, folder, getattr(args, f"adapter_path_{which}")))
+
+
+def _measure(
+    args: argparse.Namespace,
+    a: nn.Module,
+    b: nn.Module,
+    corpus: Corpus,
+    length: int,
+    results: Results,
+) -> None:
+    windows = windows_of(corpus, length, args.windows)
+    total = np.zeros((length - 1, 4))
+    with tqdm(
+        total=len(windows) * (length - 1), unit="tok", unit_scale=True, leave=False, disable=None
+    ) as bar:
+        for window in windows:
+            ids = corpus.tokens[window.start : window.start + length]
+            total += differences(a, b, ids, bar.update)
+    for first, last in buckets(length):
+        kl, flips, loss_a, loss_b = total[first - 1 : last].mean(axis=0) / len(windows)
+        results.add(
+            {
+                "first": first,
+                "last": last,
+                "tokens": (last - first + 1) * len(windows),
+                "kl": kl,
+                "flips": flips,
+                "perplexity_a": exp(loss_a),
+                "perplexity_b": exp(loss_b),
+            }
+        )
+
+
+def differences(
+    a: nn.Module,
+    b: nn.Module,
+    ids: np.ndarray,
+    on_read: Callable[[int], Any] = lambda tokens: None,
+) -> np.ndarray:
+    """What lies between two models at each token of a text but the first.
+
+    Args:
+        a: the model that is held against.
+        b: the other one.
+        ids: the text, (L,).
+        on_read: is told how many more tokens both have read.
+
+    Returns:
+        For every token, float64, (L - 1, 4): the divergence KL(A || B) of what the models
+        expect there, nats; 1 where their first choices differ, else 0; and the loss of the
+        token in A and in B, nats.
+
+    Raises:
+        InputError: they are not over the same vocabulary, or the text is beyond a reach.
+    """
+    chunk = min(chunk_length(getattr(model.args, "vocab_size", 32_000)) for model in (a, b))
+    found = []
+    both = zip(
+        logits_of_text(a, ids, head_chunk=chunk),
+        logits_of_text(b, ids, head_chunk=chunk, on_read=on_read),
+        strict=True,
+    )
+    for (start, of_a), (_, of_b) in both:
+        if of_a.shape != of_b.shape:
+            raise InputError(
+                f"A answers over {of_a.shape[-1]} tokens and B over {of_b.shape[-1]}: there is no "
+                "divergence between them."
+            )
+        targets = mx.array(np.asarray(ids[start + 1 : start + 1 + len(of_a)], np.int32))
+        log_a, log_b = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (of_a, of_b))
+        columns = [
+            (mx.exp(log_a) * (log_a - log_b)).sum(axis=-1),
+            of_a.argmax(axis=-1) != of_b.argmax(axis=-1),
+            token_losses(of_a, targets),
+            token_losses(of_b, targets),
+        ]
+        found.append(np.array(mx.stack([x.astype(mx.float32) for x in columns], axis=-1)))
+    return np.concatenate(found).astype(np.float64)
+
+
+def buckets(length: int) -> list[tuple[int, int]]:
+    """First and last position of each bucket, for texts of this length: 1..15, 16..31, ..."""
+    starts = [1]
+    while max(_FIRST, 2 * starts[-1]) < length:
+        starts.append(max(_FIRST, 2 * starts[-1]))
+    return list(zip(starts, [*(start - 1 for start in starts[1:]), length - 1], strict=True))
+
+
+def _print_table(args: argparse.Namespace, results: Results) -> None:
+    print(f"A: {args.a}. B: {args.b}.")
+    print("KL(A || B) of what they expect, in nats; flips: share of first choices that differ.")
+    heads = ("tokens", "KL", "flips", "perplexity A", "perplexity B")
+    print(f"{'position':>15}" + "".join(f" {head:>12}" for head in heads))
+    # A figure that is none is None in the rows.
+    rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in results.rows]
+    for row in [*rows, _whole(rows)]:
+        place = f"{row['first']}-{row['last']}" if "first" in row else "all"
+        print(
+            f"{place:>15} {row['tokens']:>12} {row['kl']:>12.3e} {row['flips']:>12.2%}"
+            f" {row['perplexity_a']:>12.4f} {row['perplexity_b']:>12.4f}"
+        )
+
+
+def _whole(rows: list[dict[str, Any]]) -> Mapping[str, Any]:
+    """All buckets in one row."""
+    tokens = np.array([row["tokens"] for row in rows])
+
+    def mean(values: Any) -> float:
+        return float(np.average(values, weights=tokens))
+
+    return {
+        "tokens": tokens.sum(),
+        **{name: mean([row[name] for row in rows]) for name in ("kl", "flips")},
+        **{
+            name: exp(mean([math.log(row[name]) for row in rows]))
+            for name in ("perplexity_a", "perplexity_b")
+        },
+    }
+
+
+def main() -> None:
+    """Run the command and exit with its status."""
+    sys.exit(
+        run_command(
+            add_arguments,
+            run,
+            prog="mlx_clex.compare",
+            description="How far two models differ on the same text, by position.",
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
