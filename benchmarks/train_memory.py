@@ -1,16 +1,19 @@
 """Peak memory and time of a training step, against mlx_lm.lora on the same model.
 
-Each figure comes from a process of its own: the peak is MLX's own count, reset after one
-step to warm up. `head` is the loss head's share: the peak less that of the same step with
-the mean of the hidden states as its loss.
+Every case runs in processes of its own, in turn, `--rounds` times: the peak is MLX's own
+count, reset after one step to warm up; seconds are the median of the rounds' fastest steps.
+`head` is the loss head's share: the peak less that of the same step with the mean of the
+hidden states as its loss. `cpu` counts the seconds of all cores together, and so depends less
+on what else the machine does.
 
-    python benchmarks/train_memory.py [--length 4096] [--model FOLDER] [--json]
+    python benchmarks/train_memory.py [--length 4096] [--model FOLDER] [--rounds 3] [--json]
 
 Without --model: hidden 256, 2 layers, 4 heads, vocabulary 32000, gradient checkpointing.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -115,16 +118,20 @@ def measure(case: str, path: str | None, length: int) -> dict[str, float]:
     step()
     mx.clear_cache()
     mx.reset_peak_memory()
-    times = []
-    for _ in range(STEPS):
-        started = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - started)
-    return {"peak": mx.get_peak_memory(), "seconds": min(times)}
+    times = [timed(step) for _ in range(STEPS)]
+    seconds, cpu = (min(column) for column in zip(*times, strict=True))
+    return {"peak": mx.get_peak_memory(), "seconds": seconds, "cpu": cpu}
 
 
-def scaling_share() -> float:
-    """Seconds a step for CLEX's frequencies, forward and backward, D 128, p 1, t 16."""
+def timed(call: Callable[[], object]) -> tuple[float, float]:
+    """Seconds by the clock, and of all cores together."""
+    started, cpu = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - started, time.process_time() - cpu
+
+
+def scaling_time() -> dict[str, float]:
+    """Seconds a step for CLEX's frequencies, forward and backward, D 128, p 1, t to 16."""
     scaling = build_scaling(
         {"type": "clex", "max_factor": 16}, dims=128, base=1e4, trained_length=4096
     )
@@ -133,12 +140,10 @@ def scaling_share() -> float:
         return scaling.differentiable_inv_freq(scale).sum()
 
     both: Any = mx.compile(nn.value_and_grad(scaling, loss))
-    times = []
-    for scale in range(2, 17):
-        started = time.perf_counter()
-        mx.eval(both(mx.array(float(scale))))
-        times.append(time.perf_counter() - started)
-    return float(np.median(times))
+    mx.eval(both(mx.array(1.0)))
+    times = [timed(lambda t=t: mx.eval(both(mx.array(float(t))))) for t in range(2, 17)]
+    seconds, cpu = (statistics.median(column) for column in zip(*times, strict=True))
+    return {"seconds": seconds, "cpu": cpu}
 
 
 def main() -> None:
@@ -146,6 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model")
     parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -153,28 +159,40 @@ def main() -> None:
         print(json.dumps(measure(args.case, args.model, args.length)))
         return
     found: dict[str, Any] = {}
-    for case in CASES:
-        command = [sys.executable, __file__, "--case", case, "--length", str(args.length)]
-        command += ["--model", args.model] if args.model else []
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        found[case] = json.loads(out.splitlines()[-1])
-    heads = {who: found[who]["peak"] - found[f"{who} body"]["peak"] for who in ("stock", "ours")}
-    found["ratios"] = {
-        "peak": found["ours"]["peak"] / found["stock"]["peak"],
-        "seconds": found["ours"]["seconds"] / found["stock"]["seconds"],
-        "head": heads["ours"] / heads["stock"],
+    for _ in range(args.rounds):
+        for case in CASES:
+            command = [sys.executable, __file__, "--case", case, "--length", str(args.length)]
+            command += ["--model", args.model] if args.model else []
+            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            found.setdefault(case, []).append(json.loads(out.splitlines()[-1]))
+    found = {
+        case: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for case, runs in found.items()
     }
-    found["scaling_seconds"] = scaling_share()
+    for who in ("stock", "ours"):
+        found[who]["head"] = found[who]["peak"] - found[f"{who} body"]["peak"]
+    found["ratios"] = {key: found["ours"][key] / found["stock"][key] for key in found["stock"]}
+    found["scaling"] = scaling_time()
     if args.json:
         print(json.dumps(found))
         return
-    print(f"{'':12} {'peak MiB':>9} {'head MiB':>9} {'s a step':>9}")
+    print(f"{'':8} {'peak MiB':>9} {'head MiB':>9} {'s a step':>9} {'cpu s':>9}")
     for who in ("stock", "ours"):
-        peak, head = found[who]["peak"] / 2**20, heads[who] / 2**20
-        print(f"{who:12} {peak:9.0f} {head:9.0f} {found[who]['seconds']:9.3f}")
-    ratios = found["ratios"]
-    print(f"{'ratio':12} {ratios['peak']:9.2f} {ratios['head']:9.2f} {ratios['seconds']:9.2f}")
-    print(f"CLEX's frequencies, forward and backward: {found['scaling_seconds'] * 1e3:.1f} ms")
+        row = found[who]
+        print(
+            f"{who:8} {row['peak'] / 2**20:9.0f} {row['head'] / 2**20:9.0f} "
+            f"{row['seconds']:9.3f} {row['cpu']:9.3f}"
+        )
+    row = found["ratios"]
+    print(
+        f"{'ratio':8} {row['peak']:9.2f} {row['head']:9.2f} {row['seconds']:9.2f} {row['cpu']:9.2f}"
+    )
+    seconds, cpu = found["scaling"]["seconds"], found["scaling"]["cpu"]
+    share = seconds / found["ours"]["seconds"]
+    print(
+        f"CLEX's frequencies, forward and backward: {1e3 * seconds:.1f} ms, {1e3 * cpu:.1f} ms of "
+        f"one core, {share:.2%} of a step"
+    )
 
 
 if __name__ == "__main__":

@@ -134,6 +134,24 @@ def test_the_loss_in_chunks_is_the_plain_loss(head, chunk):
         assert error < 1e-5, f"{name}: {error:.1e}"
 
 
+def test_a_chunk_is_of_all_rows_together(monkeypatch):
+    """With a batch of four the logits took four times the memory that a chunk is given."""
+    shapes = []
+
+    def seen(logits, targets):
+        shapes.append(logits.shape)
+        return token_losses(logits, targets)
+
+    monkeypatch.setattr("mlx_clex.training.loss.token_losses", seen)
+    model = heads()["untied"]
+    tokens, targets, weights = (mx.array(a) for a in batch_of())
+    mx.eval(loss_for_gradient(model, tokens, targets, weights, 10))
+    rows = len(tokens)
+    assert rows > 1
+    assert max(b * length for b, length, _ in shapes) == 10
+    assert sum(length for _, length, _ in shapes) == tokens.shape[1]
+
+
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_ten_scales_ten_losses_one_trace(checkpoint):
     """A scale that became a constant of the compiled step would give one loss."""

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import InputError
 
-_CHUNK_ELEMENTS = 1 << 23  # logits of a chunk: 32 MiB in float32
+_CHUNK_ELEMENTS = 1 << 22  # logits of a chunk: 16 MiB in float32
 _SMALLEST_CHUNK = 64  # tokens
 
 
@@ -77,7 +77,7 @@ def summed_loss(
     """
     hidden = hidden_states(model, tokens)
     total = mx.array(0.0)
-    for start, stop in _chunks(tokens.shape[1], chunk):
+    for start, stop in _chunks(tokens.shape, chunk):
         part, _ = mx.depends([hidden[:, start:stop], total], [total])
         logits = logits_of(model, part, tokens[:, start:stop])
         losses = token_losses(logits, targets[:, start:stop])
@@ -117,7 +117,7 @@ def loss_for_gradient(
     parts: list[mx.array] = []
     summed = tree_map(mx.zeros_like, parameters)
     frozen = tree_map(mx.stop_gradient, parameters)
-    for start, stop in _chunks(tokens.shape[1], chunk):
+    for start, stop in _chunks(tokens.shape, chunk):
         part = fixed[:, start:stop]
         if parts:
             # One chunk after the other: evaluated side by side, all logits would be there.
@@ -138,9 +138,12 @@ def _inner(factor: mx.array, variable: mx.array) -> mx.array:
     return (factor * variable.astype(mx.float32)).sum()
 
 
-def _chunks(length: int, chunk: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, length, chunk):
-        yield start, min(start + chunk, length)
+def _chunks(shape: tuple[int, ...], chunk: int) -> Iterator[tuple[int, int]]:
+    """Parts of L that have `chunk` tokens in all B rows together."""
+    rows, length = shape
+    part = max(1, chunk // rows)
+    for start in range(0, length, part):
+        yield start, min(start + part, length)
 
 
 def _is_logits(model: nn.Module, hidden: mx.array, tokens: mx.array) -> bool:

@@ -71,7 +71,7 @@ class TrainingStep:
             optimizer: takes the updates.
             grad_checkpoint: recompute each layer in the backward pass.
             max_grad_norm: clip the gradient's norm to this; 0 for no clipping.
-            chunk: tokens whose logits are there at once; None takes as many as fit 32 MiB.
+            chunk: tokens whose logits are there at once; None takes as many as fit 16 MiB.
             group: processes whose steps these are, each with rows of its own; every token
                 weighs the same, wherever it is.
         """
