@@ -196,7 +196,7 @@ def logits_of_text(
             None: those of the whole text for all of it.
         kv_bits: quantise keys and values to so many bits as they are read.
         kv_group_size: how many of them share a scale and a bias.
-        head_chunk: tokens whose logits are there at once; None takes what 32 MiB hold.
+        head_chunk: tokens whose logits are there at once; None takes what 16 MiB hold.
         on_read: is told how many more tokens have been read.
 
     Yields:
