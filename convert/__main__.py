@@ -8,7 +8,7 @@ from mlx_lm.convert import QUANT_RECIPES
 
 from mlx_clex.cli import run_command
 
-from .options import DTYPES, Options
+from .options import DTYPES, PROGRAMS, Options
 from .pipeline import convert
 from .scaling_options import add_scaling_arguments, scaling_from
 
@@ -63,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--for",
         dest="freeze_for",
         default=_DEFAULTS["freeze_for"],
-        choices=["mlx-lm", "transformers"],
-        help="The program a frozen checkpoint is for.",
+        choices=PROGRAMS,
+        help="The program a frozen checkpoint is for; llama.cpp gets one .gguf file.",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="Print what would happen; write nothing."

@@ -22,6 +22,7 @@ from mlx_clex.model_file import get_stock_classes
 from mlx_clex.rotary import rotate
 from mlx_clex.scaling import Scaling
 
+from . import gguf_export
 from .torch_bin import import_torch
 
 # Rotates (1, 1, 1, head_dim) at a position.
@@ -40,7 +41,7 @@ def frozen_config(
         config: of the model, with its scaling.
         scaling: the scaling, with its weights.
         scale: to hold, target length / trained length.
-        program: "mlx-lm" or "transformers".
+        program: "mlx-lm", "transformers" or "llama.cpp".
 
     Returns:
         The new config, and the length it is made for in tokens, scale x trained length.
@@ -64,10 +65,16 @@ def frozen_config(
     length = round(scale * scaling.trained_length)
     gain = scaling.query_gain(None, length)
     ours = _Ours(scaling, scale, 1.0 if gain is None else float(gain))
-    build = _mlx_rotation if program == "mlx-lm" else _transformers_rotation
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     base = {key: value for key, value in config.items() if key not in ("model_file", "log_scale")}
     base |= {"rope_scaling": None, "head_dim": head_dim, "max_position_embeddings": length}
+    if program == "llama.cpp":
+        gguf_export.check(config)
+        factors = _base_inv_freq(scaling) / np.array(inv_freq, np.float64)
+        entry = {"factors": factors.tolist(), "query_gain": ours.score_gain}
+        theta = {"rope_theta": scaling.base}
+        return base | theta | {"rope_scaling": {"type": gguf_export.ROPE, **entry}}, length
+    build = _mlx_rotation if program == "mlx-lm" else _transformers_rotation
     errors = {}
     for change in _candidates(scaling, scale, length, ours.score_gain):
         candidate = base | change
@@ -129,7 +136,7 @@ def _candidates(
             beta_fast=scaling.config.beta_fast,
             beta_slow=scaling.config.beta_slow,
         )
-    factors = (scaling.base**-exponents / inv_freq).tolist()
+    factors = (_base_inv_freq(scaling) / inv_freq).tolist()
     yield _entry(
         "longrope",
         short_factor=factors,
@@ -137,6 +144,11 @@ def _candidates(
         # Its attention scale is sqrt(ln length / ln original) on queries and keys.
         original_max_position_embeddings=(length if score_gain == 1 else scaling.trained_length),
     )
+
+
+def _base_inv_freq(scaling: Scaling) -> np.ndarray:
+    """Of the model as it was trained; radians per token, (D/2,)."""
+    return scaling.base ** -(np.arange(0, scaling.dims, 2) / scaling.dims)
 
 
 def _entry(kind: str, **fields: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_clex.errors import InputError
 
+PROGRAMS = ("mlx-lm", "transformers", "llama.cpp")  # those that run frozen checkpoints
 DTYPES = ("float16", "bfloat16", "float32")  # those of mlx_lm.convert
 
 
@@ -26,7 +27,7 @@ class Options:
     scaling: Mapping[str, Any] | None = None  # a rope_scaling entry to switch on
     trained_length: int | None = None  # tokens; None takes max_position_embeddings
     freeze: float | None = None  # the scale to hold for good
-    freeze_for: str = "mlx-lm"
+    freeze_for: str = PROGRAMS[0]
 
     def __post_init__(self) -> None:
         if self.quantize and self.dequantize:
@@ -37,8 +38,8 @@ class Options:
             raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         if self.freeze is None and self.freeze_for != "mlx-lm":
             raise InputError("--for goes with --freeze SCALE; it is missing.")
-        if self.for_transformers and self.quantize:
-            raise InputError("--for transformers and -q exclude each other: leave out -q.")
+        if self.freeze_for != "mlx-lm" and self.quantize:
+            raise InputError(f"--for {self.freeze_for} and -q exclude each other: leave out -q.")
         if self.trained_length is not None and self.trained_length < 2:
             raise InputError(
                 f"--trained-length must be at least 2 tokens, got {self.trained_length}."
@@ -48,3 +49,8 @@ class Options:
     def for_transformers(self) -> bool:
         """Whether transformers is to load the result."""
         return self.freeze is not None and self.freeze_for == "transformers"
+
+    @property
+    def for_llama_cpp(self) -> bool:
+        """Whether a .gguf file is to be written instead of a checkpoint."""
+        return self.freeze is not None and self.freeze_for == "llama.cpp"

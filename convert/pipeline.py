@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from mlx_clex.errors import InputError
 from mlx_clex.load import SHIM
 
-from . import gguf_file, safetensors_file, torch_bin
+from . import gguf_export, gguf_file, safetensors_file, torch_bin
 from .card import write_card
 from .dry_run import describe, describe_download
 from .options import Options
@@ -173,27 +174,25 @@ class Source:
 
 def _write(source: Source, plan: Plan, options: Options, folder: Path, name: str) -> None:
     checkpoint = source.checkpoint
-    # First, since it may still be found broken.
-    missing = write_tokenizer(checkpoint, folder, plan.reach, source.gguf)
-    if missing:
-        _say(missing)
     scratch = folder / "scratch"
     scratch.mkdir()
+    # First, since it may still be found broken.
+    words = scratch if options.for_llama_cpp else folder
+    missing = write_tokenizer(checkpoint, words, plan.reach, source.gguf)
+    if missing:
+        _say(missing)
+    tokenizer = _gguf_tokenizer(source, plan, words) if options.for_llama_cpp else {}
     if not source.is_lazy:
         plan = make_plan(source.config, source.rewrite(scratch), options)
-    largest = max(file.stat().st_size for file in checkpoint.files)
     with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="Writing") as bar:
-        write_weights(
-            folder,
-            plan.tensors,
-            shard_bytes=min(MAX_FILE_SIZE_GB << 30, max(largest, 1 << 30)),
-            file_format=plan.file_format,
-            advance=bar.update,
-        )
+        if options.for_llama_cpp:
+            file = folder / gguf_export.FILE
+            gguf_export.write(
+                file, plan.config, plan.tensors, tokenizer, name=name, advance=bar.update
+            )
+        else:
+            _write_checkpoint(source, plan, folder, bar.update)
     shutil.rmtree(scratch)
-    generation = checkpoint.folder / "generation_config.json"
-    if generation.exists() and source.gguf is None:
-        shutil.copyfile(generation, folder / generation.name)
     write_card(
         folder,
         name=name,
@@ -203,9 +202,34 @@ def _write(source: Source, plan: Plan, options: Options, folder: Path, name: str
         method=plan.method,
         frozen=options.freeze,
     )
+    if not options.for_llama_cpp:
+        # Last: it makes a checkpoint of it.
+        save_config(plan.config, folder / "config.json")
+
+
+def _write_checkpoint(
+    source: Source, plan: Plan, folder: Path, advance: Callable[[int], object]
+) -> None:
+    largest = max(file.stat().st_size for file in source.checkpoint.files)
+    write_weights(
+        folder,
+        plan.tensors,
+        shard_bytes=min(MAX_FILE_SIZE_GB << 30, max(largest, 1 << 30)),
+        file_format=plan.file_format,
+        advance=advance,
+    )
+    generation = source.checkpoint.folder / "generation_config.json"
+    if generation.exists() and source.gguf is None:
+        shutil.copyfile(generation, folder / generation.name)
     if plan.config.get("model_file") == SHIM:
         (folder / SHIM).write_text(_SHIM_TEXT, encoding="utf-8")
-    save_config(plan.config, folder / "config.json")  # last: it makes a checkpoint of it
+
+
+def _gguf_tokenizer(source: Source, plan: Plan, folder: Path) -> dict[str, Any]:
+    if source.gguf is not None:
+        metadata = source.gguf.metadata
+        return {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
+    return gguf_export.tokenizer_of(folder, plan.tensors["model.embed_tokens.weight"].shape[0])
 
 
 def _say(line: str) -> None:

@@ -219,12 +219,13 @@ def _cached_values(model: nn.Module, length: int) -> tuple[int, int, bool]:
 
 def _exports(model: Any, config: dict[str, Any]) -> Iterator[Row]:
     from .convert.freeze import frozen_config
+    from .convert.options import PROGRAMS
 
     # What it says about an entry that is tried here and not written is nothing to worry about.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     scaling = model.scaling
     scale = _furthest(model) / scaling.trained_length
-    for program in ("mlx-lm", "transformers"):
+    for program in PROGRAMS:
         try:
             frozen_config(config, scaling, scale, program)
             text = f"--freeze {scale:g} --for {program}"

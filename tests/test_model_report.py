@@ -69,9 +69,10 @@ def test_every_published_format(name):
     assert found["trained length"] == [f"{config['max_position_embeddings']} tokens"]
     hard = "clex" in name
     assert found["reach"][0].startswith("256 tokens, and not" if hard else "no limit")
-    mlx, transformers = found["export"]
+    mlx, transformers, llama_cpp = found["export"]
     assert ("not for" in mlx) == (name in ("clex_mixtral", "clex_phi", "gene_param_llama"))
     assert ("not for" in transformers) == (name == "gene_param_llama")
+    assert ("not for" in llama_cpp) == ("not for" in mlx)
     assert "problem" not in found
 
 
