@@ -295,6 +295,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="Default: build/extrapolation-quick or -full.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time. Default: 1.")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="Of these methods.")
+    parser.add_argument("--at", type=int, metavar="TOKENS", help="Trained at this length.")
     parser.add_argument("--table", action="store_true", help="Of what there is; run nothing.")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--base", help=argparse.SUPPRESS)
@@ -305,7 +306,11 @@ def main() -> None:
         return
     size = QUICK if args.quick else FULL
     folder = args.output or Path("build") / f"extrapolation-{'quick' if args.quick else 'full'}"
-    runs = [run for run in all_runs(size) if not args.only or run.method in args.only]
+    runs = [
+        run
+        for run in all_runs(size)
+        if run.method in (args.only or [run.method]) and run.length == (args.at or run.length)
+    ]
     if not args.table:
         if not (folder / "data").exists():
             write_data(folder / "data")
