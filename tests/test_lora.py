@@ -249,9 +249,16 @@ def test_resume_without_a_save_and_after_the_end(base, texts, tmp_path, capsys):
     assert "has all 2 iterations" in capsys.readouterr().err
 
 
-def test_resume_refuses_another_run(base, texts, tmp_path, capsys):
+def test_resume_refuses_another_run(base, converted, texts, tmp_path, capsys):
     """What differs is said; starting over in the folder is refused too."""
     assert call(argv_for(base, texts, tmp_path / "a", "--iters 2")) == 0
+    model = converted("clex_llama_gqa_log_scale")
+    assert call(argv_for(model, texts, tmp_path / "a", "--iters 4", "--resume")) == 2
+    assert "the model was" in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.txt").write_text(WORDS * 50)
+    assert call(argv_for(base, tmp_path / "other", tmp_path / "a", "--iters 4", "--resume")) == 2
+    assert "the training data was" in capsys.readouterr().err
     other = argv_for(base, texts, tmp_path / "a", "--iters 4 --seed 5", "--resume")
     assert call(other) == 2
     assert "seed was 0 and is 5" in capsys.readouterr().err
@@ -358,6 +365,45 @@ def test_bad_options_are_one_line(base, texts, tmp_path, more, match, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert match in error
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "more", "match"),
+    [
+        ("clex_llama", None, "", "has no data: give a folder with train.jsonl"),
+        ("clex_llama", '{"text": "a few words"}', "", "texts (train) has "),
+        ("clex_llama", '{"text": "a"}\n{"text": ', "", "train.jsonl, line 2 is no JSON"),
+        ("clex_llama", '{"words": "a"}', "", "train.jsonl, line 1 cannot be used"),
+        ("gene_llama", WORDS * 40, "--max-seq-length 576", "576 is 9 times the trained length 64"),
+        ("clex_llama", WORDS * 40, "--test", "has no test part"),
+        ("clex_llama", WORDS * 40, "--eval-lengths 200", "too few for a length of 200"),
+    ],
+)
+def test_bad_data_is_one_line(converted, tmp_path, model, train, more, match, capsys):
+    """File, line and length are named, and nothing is written."""
+    (tmp_path / "texts").mkdir()
+    if train is not None:
+        text = train if train.startswith("{") else json.dumps({"text": train})
+        (tmp_path / "texts" / "train.jsonl").write_text(text)
+        (tmp_path / "texts" / "valid.jsonl").write_text(json.dumps({"text": WORDS * 3}))
+    argv = argv_for(converted(model), tmp_path / "texts", tmp_path / "a", f"--iters 1 {more}")
+    assert call(argv) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert match in error
+    assert not (tmp_path / "a").exists()
+
+
+def test_nothing_given_is_one_line(capsys):
+    """What to give is said."""
+    for argv, match in [
+        ([], "give --train, --test or both"),
+        (["--train"], "No model"),
+        (["--train", "--model", "m"], "No data"),
+        (["--train", "--model", "m", "--data", "d", "--batch-size", "0"], "--batch-size must be"),
+    ]:
+        assert call(argv) == 2
+        (error,) = capsys.readouterr().err.strip().splitlines()
+        assert match in error
 
 
 @pytest.mark.parametrize(
