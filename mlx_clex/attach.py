@@ -12,26 +12,28 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import operator
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import QuantizedKVCache
+from mlx_lm.models.pipeline import PipelineMixin
 
 from .cache import (
     Difference,
-    ScaledBatchKVCache,
     ScaledCache,
     ScaledKVCache,
-    ScaledQuantizedKVCache,
 )
 from .errors import InputError
 from .families import RotatedKeys, Site, config_value, find_sites, model_name, stock_caches
 from .rotary import CurrentPass, Pass, Rope
 from .scaling import PREFIX, Scaling, build_scaling
+
+_SCALED_CACHES = frozenset(get_args(ScaledCache))
 
 
 def attach(
@@ -105,7 +107,10 @@ def attach(
     model.scaling = scaling
     model.fixed_scale = scale
     keys = [cached for site in sites for cached in site.keys]
-    model._planner = _Planner(scaling, scale, current, layers, keys)
+    stage = getattr(model, "model", None)
+    model._planner = _Planner(
+        scaling, scale, current, layers, keys, stage if isinstance(stage, PipelineMixin) else None
+    )
     model.__class__ = _scaled_class(stock)
     return model
 
@@ -141,7 +146,7 @@ class ScaledModel:
         caches: Any = stock_caches(self)
         if self._planner.constant:
             return caches
-        for keys in self._planner.keys_of(self):
+        for keys in self._planner.keys_here():
             *outer, last = keys.path
             parent = caches
             for index in outer:
@@ -156,7 +161,7 @@ class ScaledModel:
         Raises:
             InputError: none of its layers keeps keys that are scaled.
         """
-        if not self._planner.keys_of(self):
+        if not self._planner.keys_here():
             raise InputError(
                 "A process of the pipeline would have no layer with a scaling, and not know how "
                 "long the text is: start fewer of them."
@@ -307,6 +312,13 @@ def _sharding(stock: Any) -> Any:
     return shard
 
 
+def _picker(keys: list[RotatedKeys]) -> Callable[[Any], Sequence[Any]]:
+    """A function from a model's caches to those of the keys, looked up anew at every pass."""
+    if len(keys) > 1 and all(len(its.path) == 1 for its in keys):
+        return operator.itemgetter(*(its.path[0] for its in keys))
+    return lambda caches: [its.cache(caches) for its in keys]
+
+
 class _Planner:
     """Decides what a pass does, and moves cached keys to its scale."""
 
@@ -317,14 +329,20 @@ class _Planner:
         current: CurrentPass,
         layers: list[int],
         keys: list[RotatedKeys],
+        stage: PipelineMixin | None,
     ) -> None:
         self.scaling = scaling
         self.fixed_scale = fixed_scale
         self.current = current
         self.layers = layers
         self.keys = keys
-        self.stage: Any = None  # layers of a pipeline's process
-        self.keys_here = keys
+        self.stage = stage  # what knows which layers a pipeline's process has
+        self.span: tuple[int, int | None] = (0, None)  # those at the last pass
+        self.spanned = keys
+        self.pick = _picker(keys)
+        self.made_for = (
+            scaling.reach if fixed_scale is None else int(fixed_scale * scaling.trained_length)
+        )
         self.constant = scaling.static or fixed_scale is not None
         self.warned = False
         self.given: Pass | None = None
@@ -340,56 +358,59 @@ class _Planner:
         if self.given is not None:
             return self._enter(self.given)
         if self.constant:
-            lengths = [self._length_of_constant(model, new_tokens, caches)]
+            lengths = [self._length_of_constant(new_tokens, caches)]
         elif caches is None:
             lengths = [new_tokens]
         else:
-            here = self.keys_of(model)
-            scaled = [self._checked(keys.cache(caches)) for keys in here]
+            here = self.keys_here()
+            scaled = self.pick(caches)
+            if not _SCALED_CACHES.issuperset(map(type, scaled)):
+                self._check_caches(scaled)
             lengths = scaled[0].lengths_after(new_tokens)
-        check_length(model, max(lengths))
-        self._warn_past_reach(model, max(lengths))
+        longest = max(lengths)
+        if self.made_for is not None and longest > self.made_for:
+            check_length(model, longest)
+            self._warn_past_reach(longest)
         scales = [self.scale_at(length) for length in lengths]
         if not self.constant and caches is not None:
             for keys, cache in zip(here, scaled, strict=True):
                 if cache.scales != scales:
                     cache.move_to(scales, self._difference_of(keys.layer), keys.place)
-        return self._enter(self._pass(model, scales, lengths))
+        # A pass with caches generates, also in a model that was left in training mode.
+        learns = caches is None and model.training
+        return self._enter(self._pass(scales, lengths, learns))
 
     def _enter(self, now: Pass) -> CurrentPass:
         self.current.count += 1
         self.current.now = now
         return self.current
 
-    def keys_of(self, model: Any) -> list[RotatedKeys]:
+    def keys_here(self) -> list[RotatedKeys]:
         """Where keys are cached here: in a pipeline, those of this process's layers."""
-        stage = getattr(model, "model", None)
-        start, end = getattr(stage, "start_idx", 0), getattr(stage, "end_idx", None)
-        if end is None:
-            return self.keys
-        if self.stage != (start, end):
-            self.stage = (start, end)
-            self.keys_here = [
+        if self.stage is not None and self.span != (self.stage.start_idx, self.stage.end_idx):
+            self.span = start, end = self.stage.start_idx, self.stage.end_idx
+            self.spanned = [
                 dataclasses.replace(keys, path=(keys.path[0] - start, *keys.path[1:]))
                 for keys in self.keys
-                if start <= keys.path[0] < end
+                if start <= keys.path[0] and (end is None or keys.path[0] < end)
             ]
-        return self.keys_here
+            self.pick = _picker(self.spanned)
+        return self.spanned
 
-    def _length_of_constant(self, model: Any, new_tokens: int, caches: Sequence[Any] | None) -> int:
+    def _length_of_constant(self, new_tokens: int, caches: Sequence[Any] | None) -> int:
         """Length in tokens, for the checks alone; a batch's is not read off its array."""
-        here = self.keys_of(model)
+        here = self.keys_here()
         offset = getattr(here[0].cache(caches), "offset", 0) if caches and here else 0
         return new_tokens + (offset if isinstance(offset, int) else 0)
 
-    def _checked(self, cache: Any) -> ScaledCache:
-        if isinstance(cache, ScaledKVCache | ScaledQuantizedKVCache | ScaledBatchKVCache):
-            return cache
-        kind = "A quantised cache" if isinstance(cache, QuantizedKVCache) else "The cache"
-        raise InputError(
-            f"{kind} of class {type(cache).__name__} does not know the scale its keys are "
-            "rotated at: make caches with mlx_clex.make_prompt_cache(model)."
-        )
+    def _check_caches(self, caches: Sequence[Any]) -> None:
+        for cache in caches:
+            if not isinstance(cache, ScaledCache):
+                kind = "A quantised cache" if isinstance(cache, QuantizedKVCache) else "The cache"
+                raise InputError(
+                    f"{kind} of class {type(cache).__name__} does not know the scale its keys are "
+                    "rotated at: make caches with mlx_clex.make_prompt_cache(model)."
+                )
 
     def _difference_of(self, layer: int) -> Difference:
         def difference(old: float, new: float) -> mx.array:
@@ -397,26 +418,23 @@ class _Planner:
 
         return difference
 
-    def _warn_past_reach(self, model: Any, length: int) -> None:
-        fixed, reach = self.fixed_scale, model.reach
-        if fixed is not None:
-            reach = int(fixed * self.scaling.trained_length)
-        if reach is not None and length > reach and not self.warned:
+    def _warn_past_reach(self, length: int) -> None:
+        if not self.warned:
             self.warned = True
             warnings.warn(
-                f"{length} tokens are past the {reach} that this model's scaling is made "
+                f"{length} tokens are past the {self.made_for} that this model's scaling is made "
                 "for; answers get worse from there on.",
                 stacklevel=4,
             )
 
-    def _pass(self, model: Any, scales: list[float], lengths: list[int]) -> Pass:
+    def _pass(self, scales: list[float], lengths: list[int], learns: bool) -> Pass:
         scaling = self.scaling
         new = Pass()
         scale = scales[0]
         same = all(other == scale for other in scales)
         if same:
             new.rotary_gain = scaling.rotary_gain(scale)
-        if same and model.training and scaling.trainable_parameters():
+        if same and learns and scaling.trainable_parameters():
             layers = self.layers if scaling.by_layer else [0]
             new.inv_freq = [scaling.differentiable_inv_freq(scale, i) for i in layers]
         elif same and not scaling.by_layer:

@@ -53,13 +53,17 @@ class _OneScale:
     keys: Any
     values: Any
     offset: int
-    scale: float | None = None
+    scales: Sequence[float | None] = (None,)  # of its one row
     expected_length: int = 0
 
     @property
-    def scales(self) -> list[float | None]:
-        """The scale of the one row there is."""
-        return [self.scale]
+    def scale(self) -> float | None:
+        """The scale its keys are rotated at."""
+        return self.scales[0]
+
+    @scale.setter
+    def scale(self, scale: float | None) -> None:
+        self.scales = [scale]
 
     def lengths_after(self, new_tokens: int) -> list[int]:
         """Its length in tokens after a pass of `new_tokens`, or the expected one."""

@@ -185,7 +185,6 @@ def decode_ratio() -> Outcome:
     stock, scaled = llama.Model(args), llama.Model(args)
     scaled.update(stock.parameters())
     attach(scaled, {"type": "clex"})
-    # In training mode frequencies are solved anew in every pass, for their gradient.
     stock.eval()
     scaled.eval()
     prompt = mx.random.randint(0, 2048, (1, 300), key=mx.random.key(0))

@@ -5,6 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from mlx_clex.attach import make_prompt_cache
 from mlx_clex.errors import InputError
 from mlx_clex.rotary import Pass, cos_sin, positions_from, rotate, rotate_by
 from mlx_clex.scaling import SCALINGS, build_scaling
@@ -154,6 +155,18 @@ def test_training_never_hands_frequencies_to_the_fused_kernel(name, tokens, monk
     monkeypatch.setattr(mx.fast, "rope", fused)
     model.eval()
     assert loss(model).item() == pytest.approx(value.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in SCALINGS if SCALINGS[n].learned])
+def test_generating_in_training_mode_solves_nothing_anew(name, tokens, monkeypatch):
+    """After a fine-tune without eval(), every token cost a solve with gradients."""
+    model = scaled_llama(name)
+    expected = model(tokens[:1, :40])
+    model.train()
+    monkeypatch.setattr(type(model.scaling), "differentiable_inv_freq", None)
+    assert mx.allclose(model(tokens[:1, :40], cache=make_prompt_cache(model)), expected, atol=1e-5)
+    with pytest.raises(TypeError):
+        model(tokens[:1, :40])
 
 
 @pytest.mark.parametrize("name", [n for n in SCALINGS if SCALINGS[n].learned])
