@@ -14,6 +14,7 @@ import difflib
 import functools
 import logging
 import random
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ class PlannedLM(MLXLM, TemplateLM):
             for (context, _), members in together.items():
                 ends = [pairs[index][1] for index in members]
                 try:
-                    scores = self._score_ends(list(context), ends)
+                    scores = list(self._score_ends(list(context), ends))
                 except InputError:
                     raise
                 except RuntimeError as error:
@@ -327,6 +328,9 @@ def run_tasks(
         for, in tokens, where the task has several.
     """
     documents = tasks.documents(limit)
+    for name, task in tasks.tasks.items():
+        if (task.get_config("generation_kwargs") or {}).get("do_sample"):
+            print(f"[mlx_clex] {name} asks for sampling; answers are greedy.", file=sys.stderr)
     try:
         found: Any = lm_eval.simple_evaluate(
             model=lm,

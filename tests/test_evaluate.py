@@ -14,6 +14,7 @@ from mlx_lm.evaluate import MLXLM
 
 from mlx_clex import evaluate, harness, load
 from mlx_clex.cli import run_command
+from mlx_clex.errors import RunError
 from mlx_clex.harness import PlannedLM
 from mlx_clex.reader import Reader
 from mlx_clex.results import read_results
@@ -245,6 +246,26 @@ def test_a_reach_that_ends_is_the_longest_length(folders, local, replies, tmp_pa
     argv = ("--model", folders("clex"), "--tasks", "local_hotpotqa", "--include-path", local)
     assert call(*argv) == 0
     assert [len(prompt) for prompt in replies.prompts] == [40 * 64 - 32]
+
+
+def test_greedy_answers_are_told(folders, local, replies, capsys):
+    """A task that asks for sampling got something else."""
+    file = local / "local_passkey.yaml"
+    file.write_text(file.read_text() + "generation_kwargs:\n  do_sample: true\n  until: []\n")
+    argv = ("--model", folders("gene"), "--tasks", "local_passkey", "--include-path", local)
+    assert call(*argv) == 0
+    assert "local_passkey asks for sampling; answers are greedy" in capsys.readouterr().err
+
+
+def test_a_failure_of_mlx_is_one_line(folders, monkeypatch):
+    """Out of memory, above all."""
+
+    def fail(self, inputs, cache=None, step_size=2048):
+        raise RuntimeError("[metal::malloc] Attempting to allocate too much")
+
+    monkeypatch.setattr(PlannedLM, "_score_fn", fail)
+    with pytest.raises(RunError, match="MLX failed on a context of"):
+        lm(folders("gene")).loglikelihood([request(TEXT, " A dog.")], disable_tqdm=True)
 
 
 def request(*args):
