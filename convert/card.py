@@ -16,6 +16,7 @@ def write_card(
     scaling: Scaling | None,
     method: str,
     frozen: float | None = None,
+    library: str = "mlx",
 ) -> None:
     """Write README.md.
 
@@ -27,8 +28,10 @@ def write_card(
         scaling: the model's scaling, or None where it has none of ours.
         method: its name, "clex".
         frozen: the scale a frozen export holds, or None.
+        library: what loads it, as the hub names it.
     """
-    front = ["---", "library_name: mlx", "pipeline_tag: text-generation", "tags:", "- mlx"]
+    front = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
+    front += ["tags:", f"- {library}"]
     if scaling is not None and frozen is None:
         front.append("- mlx-clex")
     if base_model:

@@ -2,7 +2,8 @@
 
 llama.cpp divides every frequency of the base by its number in `rope_freqs.weight`, which is
 how Llama 3 is scaled there; a gain of the scores goes into the query projections. The
-format's own package writes the file, one tensor in memory at a time.
+format's own package writes the file, one tensor in memory at a time; mlx-lm's export has
+neither these factors nor byte-level tokenizers.
 
 Not covered: other architectures than `llama`, quantised blocks (llama.cpp's own tool makes
 them of this file), byte-level tokenizers that cut text in other ways than those below, and

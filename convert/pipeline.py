@@ -201,6 +201,7 @@ def _write(source: Source, plan: Plan, options: Options, folder: Path, name: str
         scaling=plan.scaling,
         method=plan.method,
         frozen=options.freeze,
+        library={"mlx-lm": "mlx", "llama.cpp": "gguf"}.get(options.freeze_for, options.freeze_for),
     )
     if not options.for_llama_cpp:
         # Last: it makes a checkpoint of it.
