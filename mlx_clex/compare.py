@@ -27,8 +27,15 @@ from .perplexity import corpus_of, digest_of, trained_length_of
 from .pictures import picture
 from .results import Results, open_results
 from .training.data import Corpus
-from .training.evaluation import check_lengths, exp, logits_of_text, windows_of
-from .training.loss import chunk_length, token_losses
+from .training.evaluation import (
+    check_lengths,
+    exp,
+    log_sum_exp,
+    logits_of_text,
+    losses_of,
+    windows_of,
+)
+from .training.loss import chunk_length
 
 _FIRST = 16  # positions below are one bucket; the others begin at powers of two
 
@@ -190,13 +197,13 @@ def differences(
                 f"A answers over {of_a.shape[-1]} tokens and B over {of_b.shape[-1]}: there is no "
                 "divergence between them."
             )
-        targets = mx.array(np.asarray(ids[start + 1 : start + 1 + len(of_a)], np.int32))
-        log_a, log_b = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (of_a, of_b))
+        targets = ids[start + 1 : start + 1 + len(of_a)]
+        log_a, log_b = (x - log_sum_exp(x)[:, None] for x in (of_a, of_b))
         columns = [
             (mx.exp(log_a) * (log_a - log_b)).sum(axis=-1),
             of_a.argmax(axis=-1) != of_b.argmax(axis=-1),
-            token_losses(of_a, targets),
-            token_losses(of_b, targets),
+            losses_of(of_a, targets),
+            losses_of(of_b, targets),
         ]
         found.append(np.array(mx.stack([x.astype(mx.float32) for x in columns], axis=-1)))
     return np.concatenate(found).astype(np.float64)

@@ -90,6 +90,18 @@ def test_the_published_code_has_these_losses(name, converted, monkeypatch):
         assert np.abs(ours[1 - size :] - theirs).max() < 1e-4
 
 
+@pytest.mark.parametrize("vocabulary", [64, 256, 49_999, 51_200])
+def test_losses_over_a_large_vocabulary(vocabulary):
+    """A plain sum in float32 took 5e-5 off every loss."""
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=(4, vocabulary)) * 3 + 10).astype(np.float32)
+    targets = rng.integers(0, vocabulary, 4)
+    exact = logits.astype(np.float64)
+    exact = np.log(np.exp(exact).sum(-1)) - exact[np.arange(4), targets]
+    ours = np.array(evaluation.losses_of(mx.array(logits), targets))
+    assert np.abs(ours - exact).max() < 5e-6
+
+
 def test_which_tokens_count():
     """Whole: all but the first. Chunked: all but the first of a chunk. Sliding: the last."""
     model, text = scaled_llama("clex"), corpus(300)

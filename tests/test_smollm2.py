@@ -4,12 +4,17 @@
 file elsewhere.
 """
 
+import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 ROOT = Path(__file__).parents[1]
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -59,3 +64,39 @@ def test_finds_a_fact_past_the_trained_length(smollm2, tmp_path):
     )
 
     assert "banana" in answer
+
+
+def test_perplexity_is_that_of_transformers(smollm2, tmp_path):
+    """A plain loop over the same weights; at scale 1 fresh CLEX is the base model.
+
+    MLX_CLEX_LENGTHS="1024 2048 4096" takes the long way.
+    """
+    lengths = [int(length) for length in os.environ.get("MLX_CLEX_LENGTHS", "96 192").split()]
+    text = tmp_path / "text.txt"
+    text.write_bytes((ROOT / "README.md").read_bytes() * 2)
+    options = ("--data", text, "--windows", 1, "--scale", 1, "--json", "--lengths", *lengths)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
+    ids = torch.tensor([tokenizer.encode(text.read_text())[: max(lengths)]])
+    plain = tmp_path / "plain"
+    shutil.copytree(smollm2, plain)
+    config = json.loads((plain / "config.json").read_text()) | {"rope_scaling": None}
+    (plain / "config.json").write_text(json.dumps(config))
+    model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+
+    for protocol, chunk in (("whole", None), ("chunked", 64)):
+        chunks = ("--chunk", chunk) if chunk else ()
+        out = run(
+            "mlx_clex.perplexity", "--model", smollm2, "--protocol", protocol, *chunks, *options
+        )
+        for row in json.loads(out)["results"]:
+            cache, losses = None, []
+            for part in ids[:, : row["length"]].split(chunk or row["length"], dim=1):
+                with torch.no_grad():
+                    found = model(part, past_key_values=cache, use_cache=True)
+                cache = found.past_key_values
+                flat = found.logits[0, :-1], part[0, 1:]
+                losses.append(torch.nn.functional.cross_entropy(*flat, reduction="none"))
+            theirs = math.exp(torch.cat(losses).mean())
+            print(protocol, row["length"], row["perplexity"], theirs)
+            assert row["tokens"] == sum(map(len, losses))
+            assert math.isclose(row["perplexity"], theirs, rel_tol=1e-3)
