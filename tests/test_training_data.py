@@ -115,6 +115,16 @@ def test_a_folder_of_texts_holds_the_last_twentieth_out(tmp_path):
     assert corpora["valid"].starts.tolist() == [0]
 
 
+def test_long_texts_are_no_reason_to_warn(converted, tmp_path, caplog):
+    """transformers told that the model would fail on a book, which is cut up before."""
+    tokenizer = load_tokenizer(converted("gene_llama"))
+    (tmp_path / "a.txt").write_text("a long text " * 200)
+    options = {"mask_prompt": False, "cache_dir": tmp_path, "splits": ["train"]}
+    caplog.clear()
+    assert len(load_corpora(tmp_path, tokenizer, **options)["train"].tokens) > 512
+    assert caplog.text == ""
+
+
 def test_folders_named_as_splits(tmp_path):
     """train/, valid/ and test/ are what they say."""
     for split in ("train", "valid", "test"):
