@@ -271,6 +271,8 @@ def draw_pictures(found: dict[tuple[str, int], list[Results]], folder: Path) -> 
                 "reach": None,
                 "length": multiple * TRAINED_LENGTH,
                 "perplexity": statistics.mean(values),
+                "low": None,
+                "high": None,
             }
             for (method, length), results in found.items()
             if length == trained and method in METHODS
@@ -296,6 +298,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time. Default: 1.")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="Of these methods.")
     parser.add_argument("--at", type=int, metavar="TOKENS", help="Trained at this length.")
+    parser.add_argument("--seed", type=int, help="Of this seed.")
     parser.add_argument("--table", action="store_true", help="Of what there is; run nothing.")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--base", help=argparse.SUPPRESS)
@@ -309,7 +312,9 @@ def main() -> None:
     runs = [
         run
         for run in all_runs(size)
-        if run.method in (args.only or [run.method]) and run.length == (args.at or run.length)
+        if run.method in (args.only or [run.method])
+        and args.at in (None, run.length)
+        and args.seed in (None, run.seed)
     ]
     if not args.table:
         if not (folder / "data").exists():

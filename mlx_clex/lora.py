@@ -26,7 +26,7 @@ from mlx_lm.tuner.utils import print_trainable_parameters
 from mlx_lm.utils import _parse_size
 
 from .attach import ScaledModel, attach
-from .cli import run_command
+from .cli import check_seed, run_command
 from .convert.scaling_options import add_scaling_arguments, scaling_from
 from .errors import InputError
 from .load import DEFAULT_CACHE, load, read_config, resolve
@@ -142,7 +142,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plain-share",
         type=float,
-        help=f"--sampling dense: share of steps at scale 1. Default: {Procedure.plain_share}.",
+        help="--sampling dense, and skips in sequences longer than the trained length: share of "
+        f"steps at scale 1. Default: {Procedure.plain_share}.",
     )
     parser.add_argument(
         "--release-recipe",
@@ -265,6 +266,7 @@ def check(args: argparse.Namespace, *, processes: int = 1) -> None:
         if number and (not isinstance(value, kinds) or isinstance(value, bool)):
             kind = "a whole number" if whole else "a number"
             raise InputError(f"{_option(key)} must be {kind}, got {value!r}.")
+    check_seed(args.seed)  # which may come from --config
     for key, least in _AT_LEAST.items():
         if not getattr(args, key) >= least:
             raise InputError(f"{_option(key)} must be at least {least}, got {getattr(args, key)}.")

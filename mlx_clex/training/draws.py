@@ -7,7 +7,8 @@ GeNE; `fixed`, that of the training length. The positions:
     dense       a sorted sample of whole positions over L0 * scale; a share of the steps
                 is plain, at scale 1 and in rows of L0 tokens
     skips       one to four runs of neighbours with jumps between them, up to L0 * scale
-                (after PoSE, arXiv 2309.10400)
+                (after PoSE, arXiv 2309.10400); of sequences longer than L0 a share is
+                plain, as under dense
     contiguous  0, 1, 2, ..., as GeNE
 
 Random numbers are NumPy's, whose state can be saved and restored exactly.
@@ -33,7 +34,8 @@ class Procedure:
 
     scale_draw: str = FIXED  # one of SCALE_DRAWS
     sampling: str = CONTIGUOUS  # one of SAMPLINGS
-    plain_share: float = 0.25  # of the steps under `dense`, at scale 1
+    # Of the steps, at scale 1; under `dense`, and `skips` in sequences longer than L0.
+    plain_share: float = 0.25
 
     def __post_init__(self) -> None:
         if self.scale_draw not in SCALE_DRAWS:
@@ -128,7 +130,10 @@ class Draws:
         """The next scale and positions, for sequences of `length` tokens."""
         procedure, trained = self.procedure, self.scaling.trained_length
         dense = procedure.sampling == DENSE
-        if dense and procedure.plain_share and self.rng.random() < procedure.plain_share:
+        # Sequences longer than L0 have no skips at the scales below their own length's.
+        may_be_plain = dense or (procedure.sampling == SKIPS and length > trained)
+        plain_share = procedure.plain_share if may_be_plain else 0
+        if plain_share and self.rng.random() < plain_share:
             pieces = max(1, length // trained)
             return Draw(1.0, np.arange(length // pieces, dtype=np.float32), pieces)
         scale = self._scale(length)
