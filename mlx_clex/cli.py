@@ -11,6 +11,8 @@ from typing import NoReturn
 
 from .errors import InputError, RunError
 
+_SEEDS = range(1 << 32)  # mlx takes 64 bits, and training multiplies them
+
 
 def run_command(
     add_arguments: Callable[[argparse.ArgumentParser], None],
@@ -47,6 +49,7 @@ def run_command(
     # Of a warning the user needs the sentence, not our source line.
     warnings.formatwarning = lambda message, *_, **__: f"[mlx_clex] {message}\n"
     try:
+        check_seed(getattr(args, "seed", None))
         run(args)
     except InputError as error:
         print(f"{prog}: error: {_one_line(error)}", file=sys.stderr)
@@ -62,6 +65,16 @@ def run_command(
         print(f"\n{prog}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def check_seed(seed: int | None) -> None:
+    """Refuse a seed that some generator of random numbers would not take.
+
+    Raises:
+        InputError: the message has the range.
+    """
+    if seed is not None and seed not in _SEEDS:
+        raise InputError(f"--seed must be within 0..{_SEEDS[-1]}, got {seed}.")
 
 
 class _Parser(argparse.ArgumentParser):

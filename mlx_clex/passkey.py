@@ -271,8 +271,6 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, option) < 1:
             name = option.replace("_", "-")
             raise InputError(f"--{name} must be at least 1, got {getattr(args, option)}.")
-    if args.seed < 0:
-        raise InputError(f"--seed must be at least 0, got {args.seed}.")
     for depth in args.depths:
         if not 0 <= depth <= 1:
             raise InputError(f"--depths must be within 0..1, got {depth:g}.")

@@ -244,6 +244,8 @@ def test_kv_bits_needs_an_end(cli, converted):
         (("--chat-template-config", "{"), ["--chat-template-config"]),
         (("--temp", "1", "--min-p", "2"), ["--min-p", "0..1", "2"]),
         (("--chat-template-config", "[1]"), ["--chat-template-config"]),
+        (("--seed", "-1"), ["--seed", "0..4294967295", "-1"]),
+        (("--seed", str(1 << 64)), ["--seed", "0..4294967295"]),
         (("--adapter-path", "/nowhere"), ["/nowhere", "adapter_config.json"]),
         (("--prompt-cache-file", "/nowhere"), ["--prompt-cache-file", "/nowhere"]),
         (("--model", "/nowhere/model"), ["/nowhere/model", "neither a folder"]),

@@ -414,6 +414,7 @@ def test_nothing_given_is_one_line(capsys):
         ("a: [", "cannot be read"),
         ("sampling: skip", "release, dense, skips, contiguous"),
         ("iters: many", "must be a whole number"),
+        ("seed: -1", "--seed must be within 0..4294967295, got -1"),
         ("lora_parameters: {rank: 8, dropout: 0.0}", "lora_parameters cannot be used"),
         ("lora_parameters: {rank: 8, scale: 1.0, dropout: 0.5}\ngrad_checkpoint: true", "twice"),
         ("lr_schedule: {name: nothing, arguments: [1]}", "lr_schedule cannot be used"),
