@@ -343,6 +343,7 @@ def _add_adapters(model: nn.Module, folder: Path, scale: float | None) -> None:
             length = settings.get("trained_length")
             attach(model, settings["rope_scaling"], trained_length=length, scale=scale)
         load_adapters(model, str(folder))
+        _check_adapters(model, folder / "adapters.safetensors")
         scaling_file, extra_file = folder / ADAPTER_SCALING, folder / EXTRA_WEIGHTS
         if scaling_file.is_file():
             if not isinstance(model, ScaledModel):
@@ -361,9 +362,33 @@ def _add_adapters(model: nn.Module, folder: Path, scale: float | None) -> None:
             model.load_weights(list(extra.items()), strict=False)
     except InputError:
         raise
-    except (ValueError, RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        RuntimeError,
+        OSError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as error:
         raise InputError(f"The adapters in {folder} do not load: {_summary(error)}") from error
     model.eval()
+
+
+def _check_adapters(model: nn.Module, file: Path) -> None:
+    """Refuse a file without the tensors of some layer, while none is in memory yet.
+
+    mlx-lm would leave such a layer without effect, and make it up at any rank that is asked for.
+    """
+    given: Any = mx.load(str(file))
+    parameters: Any = tree_flatten(model.parameters())
+    names = (name for name, _ in parameters if name.endswith(".lora_a"))
+    missing = next((name for name in names if name not in given), None)
+    if missing is not None:
+        raise InputError(
+            f"{file} lacks {missing}, which its adapter_config.json asks for: copy the whole "
+            "folder that training wrote."
+        )
 
 
 def looks_like_hub_id(name: str) -> bool:

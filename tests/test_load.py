@@ -13,7 +13,7 @@ from mlx_clex import load
 from mlx_clex.attach import ScaledModel
 from mlx_clex.errors import InputError
 
-from .conftest import GOLDEN, stock_folder
+from .conftest import GOLDEN, random_adapters, stock_folder
 
 
 @pytest.fixture
@@ -175,6 +175,18 @@ def test_a_damaged_folder_is_refused_in_one_line(damage, folder):
     with pytest.raises(InputError) as error:
         load(folder)
     assert words in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("rank", [10**9, 10**10])
+def test_adapters_without_their_tensors_are_not_made_up(folder, tmp_path, rank):
+    """A rank of 1e9 in adapter_config.json ended the process: the tensors took all memory."""
+    adapters = random_adapters(folder, tmp_path / "adapters", seed=0)
+    config = json.loads((adapters / "adapter_config.json").read_text())
+    config["lora_parameters"]["rank"] = rank
+    (adapters / "adapter_config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(adapters / "adapters.safetensors"), {})
+    with pytest.raises(InputError, match=r"adapters\.safetensors lacks|do not load"):
+        load(folder, adapter_path=adapters)
 
 
 def test_neither_a_folder_nor_an_id(tmp_path):
