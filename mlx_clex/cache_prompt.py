@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .attach import ScaledModel, check_length, make_prompt_cache
 from .cache_file import file_for, save_cache
 from .cli import run_command
-from .errors import InputError, RunError
+from .errors import InputError, generating
 from .fingerprint import fingerprint
 from .generate import check_cache_options, prompt_text, scale_policy
 from .load import load, resolve
@@ -150,17 +150,9 @@ def _read(args: argparse.Namespace, model: nn.Module, tokens: list[int], caches:
             quantized_kv_start=args.quantized_kv_start,
             prompt_progress_callback=lambda done, _: bar.update(done - bar.n),
         )
-        try:
+        with generating(lambda: f"after {bar.n} tokens"):
             for _ in steps:
                 pass
-        except InputError:
-            raise
-        except ValueError as error:
-            hint = " Try another --kv-group-size." if "[quantize]" in str(error) else ""
-            raise InputError(f"mlx-lm refused an option: {error}{hint}") from error
-        except RuntimeError as error:
-            # Out of memory, above all.
-            raise RunError(f"MLX failed after {bar.n} tokens: {error}") from error
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ is there to reach.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -25,7 +26,7 @@ from .attach import ScaledModel, make_prompt_cache
 from .bundled import MODELS
 from .cache_file import is_ours, load_cache, quantised
 from .cli import run_command
-from .errors import InputError, RunError
+from .errors import InputError, generating
 from .fingerprint import fingerprint
 from .load import load, resolve
 from .plans import plan_at, plan_of, planned_caches, single_caches
@@ -459,22 +460,11 @@ def _stream(
     responses = stream_generate(
         model, tokenizer, prompt, prompt_progress_callback=progress, **options
     )
-    try:
+    with contextlib.closing(bar), generating(lambda: f"after {len(text)} characters"):
         for last in responses:
             text += last.text
             if args.verbose:
                 print(last.text, end="", flush=True)
-    except InputError:
-        raise
-    except ValueError as error:
-        # mlx-lm checks sampling and KV quantisation only where it uses them.
-        hint = " Try another --kv-group-size." if "[quantize]" in str(error) else ""
-        raise InputError(f"mlx-lm refused an option: {error}{hint}") from error
-    except RuntimeError as error:
-        # Out of memory, above all.
-        raise RunError(f"MLX failed after {len(text)} characters: {error}") from error
-    finally:
-        bar.close()
     if not args.verbose:
         print(text)
     elif last is not None:

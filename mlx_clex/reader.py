@@ -15,7 +15,7 @@ from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, stream_generate
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from .attach import make_prompt_cache
-from .errors import InputError, RunError
+from .errors import generating
 from .plans import plan_at, plan_of, planned_caches, single_caches
 
 
@@ -61,31 +61,24 @@ class Reader:
         """
         caches, start = self._caches_for(prompt, max_tokens)
         self._tokens, self._caches = [], []  # no use if this one fails
-        try:
-            parts = stream_generate(
-                self.model,
-                self.tokenizer,
-                prompt[start:],
-                max_tokens=max_tokens,
-                prompt_cache=caches,
-                prefill_step_size=self.prefill_step_size,
-                kv_bits=self.kv_bits,
-                kv_group_size=self.kv_group_size,
-                quantized_kv_start=self.quantized_kv_start,
-                prompt_progress_callback=lambda done, _: progress(start + done),
-            )
-            reply = ""
+        parts = stream_generate(
+            self.model,
+            self.tokenizer,
+            prompt[start:],
+            max_tokens=max_tokens,
+            prompt_cache=caches,
+            prefill_step_size=self.prefill_step_size,
+            kv_bits=self.kv_bits,
+            kv_group_size=self.kv_group_size,
+            quantized_kv_start=self.quantized_kv_start,
+            prompt_progress_callback=lambda done, _: progress(start + done),
+        )
+        reply = ""
+        with generating(lambda: f"on a prompt of {len(prompt)} tokens"):
             for part in parts:
                 reply += part.text
                 if any(stop in reply for stop in until):
                     break
-        except InputError:
-            raise
-        except ValueError as error:
-            hint = " Try another --kv-group-size." if "[quantize]" in str(error) else ""
-            raise InputError(f"mlx-lm refused an option: {error}{hint}") from error
-        except RuntimeError as error:
-            raise RunError(f"MLX failed on a prompt of {len(prompt)} tokens: {error}") from error
         self._tokens, self._caches = prompt, caches
         return reply
 
