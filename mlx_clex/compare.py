@@ -187,8 +187,8 @@ def differences(
     chunk = min(chunk_length(getattr(model.args, "vocab_size", 32_000)) for model in (a, b))
     found = []
     both = zip(
-        logits_of_text(a, ids, head_chunk=chunk),
-        logits_of_text(b, ids, head_chunk=chunk, on_read=on_read),
+        logits_of_text(a, ids[None], head_chunk=chunk),
+        logits_of_text(b, ids[None], head_chunk=chunk, on_read=on_read),
         strict=True,
     )
     for (start, of_a), (_, of_b) in both:
@@ -197,15 +197,15 @@ def differences(
                 f"A answers over {of_a.shape[-1]} tokens and B over {of_b.shape[-1]}: there is no "
                 "divergence between them."
             )
-        targets = ids[start + 1 : start + 1 + len(of_a)]
-        log_a, log_b = (x - log_sum_exp(x)[:, None] for x in (of_a, of_b))
+        targets = ids[None, start + 1 : start + 1 + of_a.shape[1]]
+        log_a, log_b = (x - log_sum_exp(x)[..., None] for x in (of_a, of_b))
         columns = [
             (mx.exp(log_a) * (log_a - log_b)).sum(axis=-1),
             of_a.argmax(axis=-1) != of_b.argmax(axis=-1),
             losses_of(of_a, targets),
             losses_of(of_b, targets),
         ]
-        found.append(np.array(mx.stack([x.astype(mx.float32) for x in columns], axis=-1)))
+        found.append(np.array(mx.stack([x[0].astype(mx.float32) for x in columns], axis=-1)))
     return np.concatenate(found).astype(np.float64)
 
 

@@ -15,7 +15,6 @@ from mlx_clex.training.evaluation import (
     Protocol,
     Score,
     Window,
-    losses_of_text,
     score,
     student_t,
     windows_of,
@@ -33,6 +32,11 @@ def corpus(*sizes):
     ends = np.cumsum(sizes)
     tokens = np.resize(IDS, ends[-1])
     return Corpus("the text", tokens, ends - sizes, np.zeros(len(sizes), int))
+
+
+def read(model, ids, *args, **options):
+    """Losses of one text."""
+    return evaluation.losses_of_text(model, ids[None], *args, **options)[0]
 
 
 def cross_entropy(logits, targets):
@@ -55,7 +59,7 @@ def test_a_text_read_in_steps_is_the_text_read_at_once(name, log_scale, monkeypa
     """A step had the scale of what was read so far, not of the whole text."""
     monkeypatch.setattr(evaluation, "_STEP", 37)
     model = scaled_llama(name, log_scale=log_scale)
-    ours = losses_of_text(model, IDS[:200], head_chunk=10)
+    ours = read(model, IDS[:200], head_chunk=10)
     theirs = plain_losses(model, IDS[:200])
     assert np.abs(ours - theirs).max() < 1e-4
 
@@ -69,7 +73,7 @@ def test_chunks_grow_as_in_the_published_code(name, monkeypatch):
     text = mx.array(IDS[:250].astype(np.int32))[None]
     logits = mx.concatenate([oracle(text[:, n : n + 24]) for n in range(0, 250, 24)], axis=1)
     theirs = cross_entropy(logits[0, :-1], IDS[1:250])
-    assert np.abs(losses_of_text(model, IDS[:250], 24) - theirs).max() < 1e-3
+    assert np.abs(read(model, IDS[:250], 24) - theirs).max() < 1e-3
 
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
@@ -82,11 +86,11 @@ def test_the_published_code_has_these_losses(name, converted, monkeypatch):
     ids = np.array(checkpoint.ids[0])
     for key, (n,) in checkpoint.keys("prefill_logits_"):
         theirs = cross_entropy(checkpoint.answers[key][0, :-1], ids[n - 7 : n])
-        assert np.abs(losses_of_text(checkpoint.model, ids[:n])[-7:] - theirs).max() < 1e-4
+        assert np.abs(read(checkpoint.model, ids[:n])[-7:] - theirs).max() < 1e-4
     for key, (size,) in checkpoint.keys("chunked_logits_"):
         n = len(ids) // size * size
         theirs = cross_entropy(checkpoint.answers[key][0, :-1], ids[n - size + 1 : n])
-        ours = losses_of_text(checkpoint.model, ids[:n], size)
+        ours = read(checkpoint.model, ids[:n], size)
         assert np.abs(ours[1 - size :] - theirs).max() < 1e-4
 
 
@@ -98,7 +102,7 @@ def test_losses_over_a_large_vocabulary(vocabulary):
     targets = rng.integers(0, vocabulary, 4)
     exact = logits.astype(np.float64)
     exact = np.log(np.exp(exact).sum(-1)) - exact[np.arange(4), targets]
-    ours = np.array(evaluation.losses_of(mx.array(logits), targets))
+    ours = np.array(evaluation.losses_of(mx.array(logits)[None], targets[None]))[0]
     assert np.abs(ours - exact).max() < 5e-6
 
 
@@ -111,7 +115,7 @@ def test_which_tokens_count():
     assert np.allclose(whole.losses, means, atol=1e-5)
 
     chunked = score(model, text, 100, 1, Protocol(chunk=30))
-    losses = losses_of_text(model, IDS[:100], 30)
+    losses = read(model, IDS[:100], 30)
     counting = [n - 1 for n in range(1, 100) if n not in (30, 60, 90)]
     assert chunked.tokens.tolist() == [96]
     assert math.isclose(chunked.loss, losses[counting].mean(), rel_tol=1e-6)
@@ -121,6 +125,17 @@ def test_which_tokens_count():
     counting = np.concatenate([losses[0], losses[1][-80:], losses[2][-80:]])
     assert sliding.tokens.tolist() == [99, 80, 80]
     assert math.isclose(sliding.loss, counting.mean(), rel_tol=1e-5)
+
+
+def test_short_windows_are_read_together():
+    """As rows of one batch: the same figures, in fewer passes."""
+    for name in ("dynamic", "clex"):
+        model, text, calls = scaled_llama(name), corpus(300), []
+        together = score(model, text, 20, 99, Protocol(chunk=8), on_read=calls.append)
+        assert calls == [15 * 8, 15 * 8, 15 * 3]
+        parts = (text.part(n, n + 20, "a window") for n in range(0, 300, 20))
+        alone = [score(model, part, 20, 1, Protocol(chunk=8)).loss for part in parts]
+        assert np.allclose(together.losses, alone, atol=1e-5)
 
 
 def test_where_windows_lie():
@@ -184,7 +199,7 @@ def test_no_array_of_all_logits():
         return mx.get_peak_memory() - before
 
     assert peak(lambda: mx.eval(model(mx.array(ids)[None]))) > 512 * 128_000 * 4
-    short, long = (peak(lambda n=n: losses_of_text(model, ids[:n])) for n in (128, 512))
+    short, long = (peak(lambda n=n: read(model, ids[:n])) for n in (128, 512))
     assert long < 110e6
     assert long - short < 2e6
 

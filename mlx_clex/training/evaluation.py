@@ -26,7 +26,7 @@ from .data import Corpus
 from .loss import chunk_length, hidden_states, logits_of, summed_loss
 from .step import Batch
 
-_STEP = 512  # tokens read at once; beside the keys, attention scores are (H, _STEP, L)
+_STEP = 512  # tokens read at once, of all rows; attention scores are (H, _STEP, L)
 _BLOCK = 256  # tokens of the vocabulary that are added up one after the other
 
 
@@ -127,13 +127,15 @@ def score(
     """
     check_lengths(model, corpus, [length])
     losses, tokens = [], []
-    for window in windows_of(corpus, length, windows, protocol.stride):
-        ids = corpus.tokens[window.start : window.start + length]
-        counting = losses_of_text(model, ids, protocol.chunk, **reading)[
-            protocol.counts(window, length)
-        ]
-        losses.append(counting.mean(dtype=np.float64))
-        tokens.append(len(counting))
+    windows_there = windows_of(corpus, length, windows, protocol.stride)
+    rows = max(1, _STEP // length)
+    for batch in (windows_there[at : at + rows] for at in range(0, len(windows_there), rows)):
+        ids = np.stack([corpus.tokens[start : start + length] for start, _ in batch])
+        of_rows = losses_of_text(model, ids, protocol.chunk, **reading)
+        for window, of_row in zip(batch, of_rows, strict=True):
+            counting = of_row[protocol.counts(window, length)]
+            losses.append(counting.mean(dtype=np.float64))
+            tokens.append(len(counting))
     return Score(np.array(losses), np.array(tokens))
 
 
@@ -166,26 +168,26 @@ def windows_of(corpus: Corpus, length: int, count: int, stride: int | None = Non
 def losses_of_text(
     model: nn.Module, ids: np.ndarray, chunk: int | None = None, **reading: Any
 ) -> np.ndarray:
-    """Loss of each token of a text but the first, nats, float32, (L - 1,).
+    """Loss of each token of texts but the first, nats, float32, (B, L - 1).
 
     Args:
         model, ids, chunk, reading: those of `logits_of_text`.
     """
     losses = [
-        np.array(losses_of(logits, ids[start + 1 : start + 1 + len(logits)]))
+        np.array(losses_of(logits, ids[:, start + 1 : start + 1 + logits.shape[1]]))
         for start, logits in logits_of_text(model, ids, chunk, **reading)
     ]
-    return np.concatenate(losses)
+    return np.concatenate(losses, axis=1)
 
 
 def losses_of(logits: mx.array, targets: np.ndarray) -> mx.array:
-    """Cross-entropy of each token, nats, (n,), for logits (n, V) and ids (n,)."""
-    chosen = mx.array(np.asarray(targets, np.int32))[:, None]
-    return log_sum_exp(logits) - mx.take_along_axis(logits, chosen, axis=-1)[:, 0]
+    """Cross-entropy of each token, nats, (B, L), for logits (B, L, V) and ids (B, L)."""
+    chosen = mx.array(np.asarray(targets, np.int32))[..., None]
+    return log_sum_exp(logits) - mx.take_along_axis(logits, chosen, axis=-1)[..., 0]
 
 
 def log_sum_exp(logits: mx.array) -> mx.array:
-    """log sum exp over the vocabulary, in two stages, (n,) for (n, V).
+    """log sum exp over the vocabulary, in two stages, (B, L) for (B, L, V).
 
     MLX's CPU adds up one after the other in float32: over 50,000 tokens it loses 1e-4.
     """
@@ -193,9 +195,9 @@ def log_sum_exp(logits: mx.array) -> mx.array:
     whole = vocabulary - vocabulary % _BLOCK
     parts = []
     if whole:
-        parts.append(mx.logsumexp(mx.unflatten(logits[:, :whole], -1, (-1, _BLOCK)), axis=-1))
+        parts.append(mx.logsumexp(mx.unflatten(logits[..., :whole], -1, (-1, _BLOCK)), axis=-1))
     if whole < vocabulary:
-        parts.append(mx.logsumexp(logits[:, whole:], axis=-1, keepdims=True))
+        parts.append(mx.logsumexp(logits[..., whole:], axis=-1, keepdims=True))
     return mx.logsumexp(mx.concatenate(parts, axis=-1), axis=-1)
 
 
@@ -209,11 +211,11 @@ def logits_of_text(
     head_chunk: int | None = None,
     on_read: Callable[[int], Any] = lambda tokens: None,
 ) -> Iterator[tuple[int, mx.array]]:
-    """Logits for a text, a few tokens at a time.
+    """Logits for texts of one length, a few tokens at a time.
 
     Args:
         model: from `load` or `attach`, or any other of mlx-lm.
-        ids: the text, (L,).
+        ids: the texts, (B, L).
         chunk: tokens whose scale and gain are those of what has been read by their end;
             None: those of the whole text for all of it.
         kv_bits: quantise keys and values to so many bits as they are read.
@@ -222,32 +224,34 @@ def logits_of_text(
         on_read: is told how many more tokens have been read.
 
     Yields:
-        Index of the first of n tokens, and the logits that follow them, float32, (n, V):
+        Index of the first of n tokens, and the logits that follow them, float32, (B, n, V):
         for all tokens but the last one.
 
     Raises:
-        InputError: the text is beyond the model's reach, or the cache of this model
+        InputError: the length is beyond the model's reach, or the cache of this model
             cannot be quantised so.
     """
+    rows, length = ids.shape
     head_chunk = head_chunk or chunk_length(getattr(model.args, "vocab_size", 32_000))
-    text = mx.array(np.asarray(ids, np.int32))[None]
-    read = text.shape[1] - 1  # what follows the last token is not known
-    chunk = chunk or len(ids)
+    at_once, step = max(1, head_chunk // rows), max(1, _STEP // rows)
+    text = mx.array(np.asarray(ids, np.int32))
+    read = length - 1  # what follows the last token is not known
+    chunk = chunk or length
     caches = make_prompt_cache(model)
     for begin in range(0, read, chunk):
-        end = min(begin + chunk, len(ids))
-        for start in range(begin, min(end, read), _STEP):
-            tokens = text[:, start : min(start + _STEP, end, read)]
+        end = min(begin + chunk, length)
+        for start in range(begin, min(end, read), step):
+            tokens = text[:, start : min(start + step, end, read)]
             with _inference(model), _quantising(kv_bits, kv_group_size):
                 maybe_quantize_kv_cache(caches, 0, kv_group_size, kv_bits)
                 for cache in planned_caches(caches):
                     cache.expected_length = end
                 hidden = hidden_states(model, tokens, caches)
                 mx.eval(hidden)
-            for first in range(0, tokens.shape[1], head_chunk):
-                part = slice(first, first + head_chunk)
-                yield start + first, logits_of(model, hidden[:, part], tokens[:, part])[0]
-            on_read(tokens.shape[1])
+            for first in range(0, tokens.shape[1], at_once):
+                part = slice(first, first + at_once)
+                yield start + first, logits_of(model, hidden[:, part], tokens[:, part])
+            on_read(tokens.size)
 
 
 def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
