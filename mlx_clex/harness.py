@@ -37,7 +37,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from tqdm import tqdm
 
 from .attach import make_prompt_cache
-from .errors import InputError, RunError
+from .errors import InputError, RunError, generating
 from .plans import plan_at
 from .reader import Reader
 
@@ -146,17 +146,10 @@ class PlannedLM(MLXLM, TemplateLM):
             desc="Scoring",
             disable=options.get("disable_tqdm", False),
         )
-        with bar:
+        with bar, generating(lambda: f"after {bar.n} tokens"):
             for (context, _), members in together.items():
                 ends = [pairs[index][1] for index in members]
-                try:
-                    scores = list(self._score_ends(list(context), ends))
-                except InputError:
-                    raise
-                except RuntimeError as error:
-                    raise RunError(
-                        f"MLX failed on a context of {len(context)} tokens: {error}"
-                    ) from error
+                scores = self._score_ends(list(context), ends)
                 answers |= zip(members, scores, strict=True)
                 bar.update(len(context))
         return [answers[index] for index in range(len(pairs))]
