@@ -59,7 +59,7 @@ _DEFAULTS: dict[str, Any] = {
     "trained_length": None,
     "scale_draw": None,
     "sampling": None,
-    "plain_share": Procedure.plain_share,
+    "plain_share": None,
     "release_recipe": False,
     "scaling_learning_rate": None,
     "train_norms_and_embeddings": False,
@@ -142,8 +142,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plain-share",
         type=float,
-        help="--sampling dense, and skips in sequences longer than the trained length: share of "
-        f"steps at scale 1. Default: {Procedure.plain_share}.",
+        help="Share of the steps at scale 1 and in rows of the trained length: of --sampling "
+        "dense (default: 0.25), and of skips in longer sequences (default: 0).",
     )
     parser.add_argument(
         "--release-recipe",

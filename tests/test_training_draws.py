@@ -214,7 +214,7 @@ def test_dense_positions_span_the_scaled_length(multiple):
 @pytest.mark.parametrize("sampling", ["dense", "skips"])
 def test_a_quarter_of_the_steps_on_long_sequences_is_plain(sampling):
     """Scale 1, rows of L0 tokens at 0..L0-1: the lengths that CLEX's own training loses."""
-    draws = make(max_factor=8, sampling=sampling)
+    draws = make(max_factor=8, sampling=sampling, share=0.25)
     plain = [d for d in (draws.draw(3 * L0) for _ in range(2000)) if d.pieces == 3]
     assert chi_square([len(plain), 2000 - len(plain)], [0.25, 0.75]) < 10.8
     for draw in plain:

@@ -7,8 +7,7 @@ GeNE; `fixed`, that of the training length. The positions:
     dense       a sorted sample of whole positions over L0 * scale; a share of the steps
                 is plain, at scale 1 and in rows of L0 tokens
     skips       one to four runs of neighbours with jumps between them, up to L0 * scale
-                (after PoSE, arXiv 2309.10400); of sequences longer than L0 a share is
-                plain, as under dense
+                (after PoSE, arXiv 2309.10400); a share may be plain, as under dense
     contiguous  0, 1, 2, ..., as GeNE
 
 Random numbers are NumPy's, whose state can be saved and restored exactly.
@@ -26,6 +25,7 @@ from ..scaling import SCALINGS, Scaling
 SCALE_DRAWS = UNIFORM, GENE, FIXED = "uniform", "gene", "fixed"
 SAMPLINGS = RELEASE, DENSE, SKIPS, CONTIGUOUS = "release", "dense", "skips", "contiguous"
 _MOST_RUNS = 4  # of `skips`
+_DENSE_PLAIN = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,7 @@ class Procedure:
 
     scale_draw: str = FIXED  # one of SCALE_DRAWS
     sampling: str = CONTIGUOUS  # one of SAMPLINGS
-    # Of the steps, at scale 1; under `dense`, and `skips` in sequences longer than L0.
-    plain_share: float = 0.25
+    plain_share: float | None = None  # of the steps, at scale 1; None: `_DENSE_PLAIN` or none
 
     def __post_init__(self) -> None:
         if self.scale_draw not in SCALE_DRAWS:
@@ -46,8 +45,21 @@ class Procedure:
             raise InputError(
                 f"--sampling must be one of {', '.join(SAMPLINGS)}, got {self.sampling!r}."
             )
-        if not 0 <= self.plain_share < 1:
-            raise InputError(f"--plain-share must be within 0..1, got {self.plain_share}.")
+        share = self.plain_share
+        if share is not None and not (isinstance(share, int | float) and 0 <= share < 1):
+            raise InputError(f"--plain-share must be within 0..1, got {share!r}.")
+
+    def plain_share_at(self, length: int, trained: int) -> float:
+        """Of sequences of `length` tokens.
+
+        Skips have no sequences longer than L0 at scales below their own length's. A plain
+        share gives these back, at the cost of the far end, so it has to be asked for.
+        """
+        if self.sampling == DENSE:
+            return _DENSE_PLAIN if self.plain_share is None else self.plain_share
+        if self.sampling == SKIPS and length > trained:
+            return self.plain_share or 0.0
+        return 0.0
 
 
 # The papers' own; methods that are not listed have a scale for each length and no draw.
@@ -130,9 +142,7 @@ class Draws:
         """The next scale and positions, for sequences of `length` tokens."""
         procedure, trained = self.procedure, self.scaling.trained_length
         dense = procedure.sampling == DENSE
-        # Sequences longer than L0 have no skips at the scales below their own length's.
-        may_be_plain = dense or (procedure.sampling == SKIPS and length > trained)
-        plain_share = procedure.plain_share if may_be_plain else 0
+        plain_share = procedure.plain_share_at(length, trained)
         if plain_share and self.rng.random() < plain_share:
             pieces = max(1, length // trained)
             return Draw(1.0, np.arange(length // pieces, dtype=np.float32), pieces)
