@@ -407,7 +407,8 @@ def _losses(axes: Any, log: Sequence[Row]) -> None:
     if window > 1:
         axes.plot(*_columns(steps), color="0.75", linewidth=0.8)
         means = np.convolve(_columns(steps)[1], np.ones(window) / window, "valid")
-        steps = [(step, mean) for (step, _), mean in zip(steps[window - 1 :], means, strict=True)]
+        middle = steps[(window - 1) // 2 :]
+        steps = [(step, mean) for (step, _), mean in zip(middle, means, strict=False)]
     valid = _finite((line["iteration"], line.get("valid_loss")) for line in log)
     lines = {}
     if steps:

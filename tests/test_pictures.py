@@ -247,7 +247,7 @@ def test_a_training_run(tmp_path, figures, iterations, window):
     assert losses.lines[0].get_xydata().tolist() == all_losses
     *_, mean, valid = losses.lines
     assert mean.get_xydata()[0].tolist() == pytest.approx(
-        [window, np.mean([loss for _, loss in all_losses[:window]])]
+        [(window + 1) // 2, np.mean([loss for _, loss in all_losses[:window]])]
     )
     assert valid.get_xydata().tolist() == [[n, 4.5] for n in range(20, iterations + 1, 20)]
     assert lines_of(by_length) == {
