@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from mlx_clex import attach, load  # first: it finds OpenBLAS
@@ -140,8 +141,12 @@ def scaling_time() -> dict[str, float]:
         return scaling.differentiable_inv_freq(scale).sum()
 
     both: Any = mx.compile(nn.value_and_grad(scaling, loss))
-    mx.eval(both(mx.array(1.0)))
-    times = [timed(lambda t=t: mx.eval(both(mx.array(float(t))))) for t in range(2, 17)]
+
+    def evaluated(scale: mx.array) -> None:
+        mx.eval(both(scale))
+
+    evaluated(mx.array(1.0))
+    times = [timed(partial(evaluated, mx.array(float(t)))) for t in range(2, 17)]
     seconds, cpu = (statistics.median(column) for column in zip(*times, strict=True))
     return {"seconds": seconds, "cpu": cpu}
 
