@@ -64,11 +64,12 @@ def test_fine_tunes_read_far_beyond_the_trained_length(name, held_out):
     assert perplexity(name, held_out, 512) < 1.05 * perplexity(name, held_out, 64)
 
 
-@pytest.mark.parametrize("name", ["clex", "gene"])
-def test_bundled_models_are_scaled_models(name):
+@pytest.mark.parametrize(("name", "reach"), [("clex", 2048), ("gene", None)])
+def test_bundled_models_are_scaled_models(name, reach):
     model, tokenizer = load(f"bundled:{name}")
     assert isinstance(model, ScaledModel)
-    assert (model.scaling.trained_length, model.reach) == (64, 2048)
+    assert (model.scaling.trained_length, model.reach) == (64, reach)
+    assert model.scale_at(2048) == 32
     assert tokenizer.decode(tokenizer.encode("The LORD is my shepherd;")).startswith("The LORD")
 
 

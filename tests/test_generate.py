@@ -358,7 +358,7 @@ def test_options_are_those_of_mlx_lm():
 
     assert set(theirs) <= set(mine)
     changed = {key for key in theirs if theirs[key] != mine[key]}
-    assert changed == {"prompt"}
+    assert changed == {"model", "prompt"}
     assert set(mine) - set(theirs) == {"pipeline", "prompt_file", "scale"}
 
 

@@ -278,7 +278,7 @@ def test_a_terminal_is_told_how_long_it_takes(converted, text):
     child = pexpect.spawn(
         sys.executable, ["-m", "mlx_clex.perplexity", *options], timeout=120, encoding="utf-8"
     )
-    child.expect(r"clex_llama, 200 tokens: +\d+%.*<\d\d:\d\d.*tok/s")
+    child.expect(r"clex_llama, 200 tokens: +\d+%[^\r]*<\d\d:\d\d[^\r]*tok/s")
     child.expect(r"clex_llama +200 +7 +3 ")
     child.expect(pexpect.EOF)
     child.close()
