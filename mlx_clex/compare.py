@@ -32,7 +32,6 @@ from .training.evaluation import (
     exp,
     log_sum_exp,
     logits_of_text,
-    losses_of,
     windows_of,
 )
 from .training.loss import chunk_length
@@ -197,13 +196,14 @@ def differences(
                 f"A answers over {of_a.shape[-1]} tokens and B over {of_b.shape[-1]}: there is no "
                 "divergence between them."
             )
-        targets = ids[None, start + 1 : start + 1 + of_a.shape[1]]
+        targets = mx.array(ids[start + 1 : start + 1 + of_a.shape[1]].astype(np.int32))[
+            None, :, None
+        ]
         log_a, log_b = (x - log_sum_exp(x)[..., None] for x in (of_a, of_b))
         columns = [
             (mx.exp(log_a) * (log_a - log_b)).sum(axis=-1),
             of_a.argmax(axis=-1) != of_b.argmax(axis=-1),
-            losses_of(of_a, targets),
-            losses_of(of_b, targets),
+            *(-mx.take_along_axis(x, targets, axis=-1)[..., 0] for x in (log_a, log_b)),
         ]
         found.append(np.array(mx.stack([x[0].astype(mx.float32) for x in columns], axis=-1)))
     return np.concatenate(found).astype(np.float64)

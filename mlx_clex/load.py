@@ -103,7 +103,7 @@ def load(
             "convert it with mlx_clex.convert --scaling NAME first."
         )
     _fit_to_cpu(model)
-    if str(path_or_hub_id).startswith(bundled.PREFIX):
+    if folder.parent == bundled.FOLDER:
         # Kept in half precision for the size of the package; a CPU is far faster so.
         model.set_dtype(mx.float32)
     if group is not None:
