@@ -196,9 +196,8 @@ def differences(
                 f"A answers over {of_a.shape[-1]} tokens and B over {of_b.shape[-1]}: there is no "
                 "divergence between them."
             )
-        targets = mx.array(ids[start + 1 : start + 1 + of_a.shape[1]].astype(np.int32))[
-            None, :, None
-        ]
+        following = ids[None, start + 1 : start + 1 + of_a.shape[1], None]
+        targets = mx.array(following.astype(np.int32))
         log_a, log_b = (x - log_sum_exp(x)[..., None] for x in (of_a, of_b))
         columns = [
             (mx.exp(log_a) * (log_a - log_b)).sum(axis=-1),

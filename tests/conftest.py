@@ -17,6 +17,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import save_model
 
 from mlx_clex.attach import attach
+from mlx_clex.convert import convert
 from mlx_clex.load import load
 from mlx_clex.scaling import SCALINGS
 
@@ -94,6 +95,28 @@ def stock_folder(tmp_path, tokenizer_from, **config):
         source = tokenizer_from / name
         if source.exists():
             shutil.copy(source, folder)
+    return folder
+
+
+def scaled_folders(tmp_path_factory, *, factor):
+    """A function from a method's name to a folder; "stock" has none, "-log" adds log_scale.
+
+    Trained at 64 tokens; clex and yarn reach `factor` times that.
+    """
+    made = {}
+    tokenizer = GOLDEN / "clex_llama"
+    config = {"vocab_size": 512, "max_position_embeddings": 64}
+    made["stock"] = stock_folder(tmp_path_factory.mktemp("base"), tokenizer, **config)
+    reach = {"clex": {"max_factor": factor}, "yarn": {"factor": factor}}
+
+    def folder(name):
+        if name not in made:
+            method, *log = name.split("-")
+            options = {**reach.get(method, {}), **({"log_scale": True} if log else {})}
+            target = tmp_path_factory.mktemp("models") / name
+            made[name] = convert(made["stock"], target, scaling={"type": method, **options})
+        return made[name]
+
     return folder
 
 

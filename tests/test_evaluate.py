@@ -9,7 +9,6 @@ import lm_eval
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx_clex.convert import convert
 from mlx_lm.evaluate import MLXLM
 
 from mlx_clex import evaluate, harness, load
@@ -19,7 +18,7 @@ from mlx_clex.harness import PlannedLM
 from mlx_clex.reader import Reader
 from mlx_clex.results import read_results
 
-from .conftest import GOLDEN, stock_folder
+from .conftest import scaled_folders
 
 BUILT_IN = Path(lm_eval.__file__).parent / "tasks"
 
@@ -36,26 +35,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A function from a method's name to a folder, trained at 64 tokens."""
-    made = {}
-    stock = stock_folder(
-        tmp_path_factory.mktemp("base"),
-        GOLDEN / "clex_llama",
-        vocab_size=512,
-        max_position_embeddings=64,
-    )
-
-    def folder(name):
-        if name == "stock":
-            return stock
-        if name not in made:
-            method, *log = name.split("-")
-            scaling = {"type": method, **({"log_scale": True} if log else {})}
-            if method in ("clex", "yarn"):
-                scaling["max_factor" if method == "clex" else "factor"] = 40
-            made[name] = convert(stock, tmp_path_factory.mktemp("models") / name, scaling=scaling)
-        return made[name]
-
-    return folder
+    return scaled_folders(tmp_path_factory, factor=40)
 
 
 class FewWords:

@@ -6,14 +6,13 @@ import re
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_clex.convert import convert
 
 from mlx_clex import load, make_prompt_cache, passkey
 from mlx_clex.cli import run_command
 from mlx_clex.passkey import TASKS, Reader
 from mlx_clex.results import read_results
 
-from .conftest import GOLDEN, stock_folder
+from .conftest import scaled_folders
 
 GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 COUNT = 6  # tokens of an answer; random models have near ties, and more would meet one
@@ -22,26 +21,7 @@ COUNT = 6  # tokens of an answer; random models have near ties, and more would m
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A function from a method's name to a folder: trained at 64 tokens, no end for most."""
-    made = {}
-    stock = stock_folder(
-        tmp_path_factory.mktemp("base"),
-        GOLDEN / "clex_llama",
-        vocab_size=512,
-        max_position_embeddings=64,
-    )
-
-    def folder(name):
-        if name == "stock":
-            return stock
-        if name not in made:
-            target = tmp_path_factory.mktemp("models") / name
-            method, *log = name.split("-")
-            options = {"clex": {"max_factor": 16}, "yarn": {"factor": 16}}.get(method, {})
-            scaling = {"type": method, **options, **({"log_scale": True} if log else {})}
-            made[name] = convert(stock, target, scaling=scaling)
-        return made[name]
-
-    return folder
+    return scaled_folders(tmp_path_factory, factor=16)
 
 
 @pytest.fixture
