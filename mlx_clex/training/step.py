@@ -70,7 +70,8 @@ class TrainingStep:
             model: from `load` or `attach`; its trainable parameters are trained.
             optimizer: takes the updates.
             grad_checkpoint: recompute each layer in the backward pass.
-            max_grad_norm: clip the gradient's norm to this; 0 for no clipping.
+            max_grad_norm: clip the gradient's norm to this, that of the scaling's own tensors
+                and that of all others each; 0 for no clipping.
             chunk: tokens whose logits are there at once; None takes as many as fit 16 MiB.
             group: processes whose steps these are, each with rows of its own; every token
                 weighs the same, wherever it is.
@@ -198,10 +199,20 @@ class TrainingStep:
         if self.parts > 1:
             average = nn.average_gradients(gradient, self.group)
             gradient = tree_map(lambda g: g * self.parts, average)
-        limit = self.max_grad_norm or float("inf")
-        gradient, norm = optim.clip_grad_norm(gradient, limit)
+        gradient, norm = self._clipped(gradient)
         self.optimizer.update(self.model, gradient)
         return loss, count, norm, None
+
+    def _clipped(self, gradient: dict[str, Any]) -> tuple[dict[str, Any], mx.array]:
+        """The gradient within its limits, and its norm before."""
+        limit = self.max_grad_norm or float("inf")
+        # That of CLEX's network is 100 times the model's at large scales: clipped together,
+        # these steps would leave the model as it was.
+        own = {name: part for name, part in gradient.items() if name == "scaling"}
+        rest = {name: part for name, part in gradient.items() if name != "scaling"}
+        own, of_own = optim.clip_grad_norm(own, limit)
+        rest, of_rest = optim.clip_grad_norm(rest, limit)
+        return rest | own, mx.sqrt(of_own**2 + of_rest**2)
 
     def _summed(self, value: mx.array) -> mx.array:
         """Over all processes."""
