@@ -99,10 +99,7 @@ def test_making_begins_with_a_model_that_trains(tmp_path, monkeypatch):
     """The command behind the bundled models, with a few steps in place of thousands."""
     monkeypatch.setattr(make, "_BASE", make._BASE | {"iters": 2})
     monkeypatch.setattr(make, "_LESSONS", make._LESSONS | {"iters": 1, "batch_size": 2})
-    tunes = {
-        name: [training | {"iters": 1} for training in trainings]
-        for name, trainings in make._FINE_TUNES.items()
-    }
+    tunes = {name: training | {"iters": 1} for name, training in make._FINE_TUNES.items()}
     monkeypatch.setattr(make, "_FINE_TUNES", tunes)
     monkeypatch.setattr(make, "_KEYS", 5)
     small = {"batch_size": 2, "val_batches": 1}
