@@ -3,8 +3,9 @@
     python benchmarks/extrapolation.py --quick [--only NAME ...] [--output FOLDER]
 
 Every run fine-tunes all weights of one small base with `mlx_clex.lora`, at the trained length
-L0 or at four times that, for the same number of steps and tokens, and is measured on the
-same held-out text at 1 to 32 x L0, each window whole. `--quick` starts from the base that
+L0 or at four times that, for the same number of steps and tokens, and is measured at 1 to
+32 x L0 on the very same tokens of a held-out text, cut into windows of that length, each read
+whole. `--quick` starts from the base that
 comes with the package; the full form trains a larger one first, for each of three seeds, and
 is for a GPU. A run that is interrupted goes on where it stopped; finished ones are not
 repeated.
@@ -25,17 +26,19 @@ from typing import Any
 import mlx_clex  # noqa: F401  (before mlx.core: on Linux it looks for OpenBLAS)
 
 # isort: split
+import numpy as np
+
 from mlx_clex.attach import ScaledModel
 from mlx_clex.bundled.make import TRAINED_LENGTH, write_data, write_random
 from mlx_clex.load import load
 from mlx_clex.pictures import picture
 from mlx_clex.results import Results, open_results, read_results
-from mlx_clex.training.data import load_corpora
-from mlx_clex.training.evaluation import score
+from mlx_clex.training.data import Corpus, load_corpora
+from mlx_clex.training.evaluation import score, windows_of
 
 TARGET = 32  # x L0: the length that every method is set up for
 MULTIPLES = (1, 2, 4, 8, 16, 32)  # x L0, measured
-MEASURED = 32_768  # tokens of the held-out text, at each length
+MEASURED = 32_768  # tokens of the held-out text
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,17 @@ FULL = Size(
      "num_attention_heads": 4, "num_key_value_heads": 4},
 )  # fmt: skip
 
-_SKIPS = ["--scale-draw", "uniform", "--sampling", "skips"]
+_SKIPS = ["--sampling", "skips"]
 _CLEX = ["--scaling", "clex", "--max-factor", str(TARGET)]
 _GENE = ["--scaling", "gene", "--factor", str(TARGET)]
 _GENE_PARAM = ["--scaling", "gene-param", "--factor", str(TARGET)]
-# What is asked of mlx_clex.lora. Methods with one scale for all lengths are trained at it.
+# What is asked of mlx_clex.lora. Static methods are trained at their one scale; dynamic, with
+# the factor that makes it CLEX's own start, at that of the training length.
 METHODS = {
     "none": ["--scaling", "none"],
     "linear": ["--scaling", "linear", "--factor", str(TARGET)],
     "ntk": ["--scaling", "ntk", "--factor", str(TARGET)],
-    "dynamic": ["--scaling", "dynamic", "--factor", "1"],
+    "dynamic": ["--scaling", "dynamic", "--factor", "2"],
     "yarn": ["--scaling", "yarn", "--factor", str(TARGET)],
     "gene": [*_GENE, "--release-recipe"],
     "gene-param": [*_GENE_PARAM, "--release-recipe"],
@@ -139,7 +143,7 @@ def make_base(size: Size, seed: int, folder: Path) -> str:
     start, adapters, base = folder / f"start_{seed}", folder / f"train_{seed}", folder / f"{seed}"
     if base.exists():
         return str(base)
-    if not start.exists():
+    if not (start / "config.json").exists():
         write_random(start, folder.parent / "data", seed=seed, **size.architecture)
     run = Run("none", tuple(METHODS["none"]), TRAINED_LENGTH, seed)
     _lora(start, adapters, run, size, steps=size.base_steps, learning_rate=3e-3, data=folder.parent)
@@ -199,7 +203,12 @@ def measure(adapters: Path, base: str, data: Path) -> None:
     corpus = load_corpora(
         data, tokenizer, mask_prompt=False, cache_dir=adapters.parent / "cache", splits=["valid"]
     )["valid"]
-    settings = {"protocol": "whole", "tokens": MEASURED, "text": "held-out books"}
+    longest = max(MULTIPLES) * TRAINED_LENGTH
+    starts = windows_of(corpus, longest, MEASURED // longest)
+    tokens = np.concatenate([corpus.tokens[start : start + longest] for start in starts])
+    begin = np.arange(0, len(tokens), longest)
+    corpus = Corpus("held-out books", tokens, begin, np.zeros(len(begin), int))
+    settings = {"protocol": "whole", "tokens": len(tokens), "text": corpus.name}
     results = open_results(
         adapters / "perplexity", kind="perplexity", settings=settings, keys=("label", "length")
     )
@@ -207,7 +216,7 @@ def measure(adapters: Path, base: str, data: Path) -> None:
         length = multiple * TRAINED_LENGTH
         if results.find(length=length):
             continue
-        found = score(model, corpus, length, MEASURED // length)
+        found = score(model, corpus, length, len(tokens) // length)
         low, high = found.interval or (None, None)
         results.add(
             {
@@ -217,7 +226,7 @@ def measure(adapters: Path, base: str, data: Path) -> None:
                 "length": length,
                 "scale": model.scale_at(length),
                 "windows": len(found.losses),
-                "tokens": int(found.tokens.sum()),
+                "tokens": found.tokens,
                 "perplexity": found.perplexity,
                 "low": low,
                 "high": high,
@@ -313,7 +322,7 @@ def main() -> None:
         and args.seed in (None, run.seed)
     ]
     if not args.table:
-        if not (folder / "data").exists():
+        if not (folder / "data" / "valid.jsonl").exists():
             write_data(folder / "data")
         bases = {seed: make_base(size, seed, folder / "base") for seed in range(size.seeds)}
         with ThreadPoolExecutor(args.jobs) as pool:

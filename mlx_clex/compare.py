@@ -98,7 +98,6 @@ def run(args: argparse.Namespace) -> None:
     for model in (a, b):
         check_lengths(model, corpus, [length])
     settings = {
-        **{f"model_{which}": getattr(args, which) for which in "ab"},
         **{
             f"weights_{which}": _digest(args, which, model) for which, model in (("a", a), ("b", b))
         },
@@ -107,7 +106,8 @@ def run(args: argparse.Namespace) -> None:
         "windows": args.windows,
     }
     results = open_results(args.output, kind="compare", settings=settings, keys=["first"])
-    if not results.rows:
+    # A run that stopped while it wrote them lacks the last ones.
+    if len(results.rows) < len(buckets(length)):
         _measure(args, a, b, corpus, length, results)
     picture(results)
     if args.json:
@@ -143,8 +143,8 @@ def _measure(
     with tqdm(
         total=len(windows) * (length - 1), unit="tok", unit_scale=True, leave=False, disable=None
     ) as bar:
-        for window in windows:
-            ids = corpus.tokens[window.start : window.start + length]
+        for start in windows:
+            ids = corpus.tokens[start : start + length]
             total += differences(a, b, ids, bar.update)
     for first, last in buckets(length):
         kl, flips, loss_a, loss_b = total[first - 1 : last].mean(axis=0) / len(windows)

@@ -9,7 +9,6 @@ Not covered: a model that one process cannot hold.
 
 import argparse
 import hashlib
-import itertools
 import json
 import math
 import sys
@@ -20,16 +19,25 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import yaml
+from mlx.utils import tree_flatten
 from mlx_lm.lora import CONFIG_DEFAULTS, build_parser, yaml_loader
 from mlx_lm.tuner.callbacks import get_reporting_callbacks
 from mlx_lm.tuner.utils import print_trainable_parameters
-from mlx_lm.utils import _parse_size
+from mlx_lm.utils import _parse_size, maybe_set_recommended_wired_limit
 
 from .attach import ScaledModel, attach
 from .cli import check_seed, run_command
 from .convert.scaling_options import add_scaling_arguments, scaling_from
 from .errors import InputError
-from .load import DEFAULT_CACHE, load, read_config, resolve
+from .load import (
+    ADAPTER_SCALING,
+    DEFAULT_CACHE,
+    EXTRA_WEIGHTS,
+    load,
+    read_config,
+    resolve,
+)
+from .scaling.clex import Clex
 from .sharding import one_voice
 from .training.batches import PACKINGS, Batches
 from .training.checkpoints import Checkpoints
@@ -40,7 +48,6 @@ from .training.loop import LoopOptions, Run
 from .training.ranks import Ranks
 from .training.setup import (
     FINE_TUNE_TYPES,
-    SCALING_SHARE,
     build_optimizer,
     choose_trained,
     learning_rate_schedule,
@@ -84,7 +91,7 @@ _AT_LEAST = {
     "max_grad_norm": 0,
     "learning_rate": 0,
 }
-# May change from one start of a run to the next: they decide no update.
+# May change from one start of a run to the next.
 _FREE = {
     "adapter_path",
     "config",
@@ -153,8 +160,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scaling-learning-rate",
         type=float,
-        help=f"Of the scaling's own tensors; 0 leaves them. Default: {SCALING_SHARE} x "
-        "--learning-rate.",
+        help="Of the scaling's own tensors; 0 leaves them. Default: a share of --learning-rate, "
+        f"{Clex.learning_rate_share} for clex, 1 for gene-param and where nothing else is trained.",
     )
     parser.add_argument(
         "--train-norms-and-embeddings", **flag, help="Train these as well (LongLoRA)."
@@ -190,6 +197,7 @@ def run(args: argparse.Namespace) -> None:
         InputError: options, data or a folder that cannot be used.
         RunError: the loss is no longer a number.
     """
+    maybe_set_recommended_wired_limit()  # on Metal, as mlx_lm.lora
     group = mx.distributed.init()
     ranks = Ranks(group)
     with one_voice(group):
@@ -208,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
                 training.train(same)
         if test is not None and ranks.first:
             count = test.per_epoch if args.test_batches == -1 else args.test_batches
-            loss = mean_loss(model, itertools.islice(test, count))
+            loss = mean_loss(model, test.some(count))
             print(f"Test loss {loss:.3f}, Test ppl {math.exp(min(loss, 700)):.3f}.")
 
 
@@ -339,7 +347,7 @@ def _prepare(
             f"{args.adapter_path} holds a run already: go on with --resume, or give another "
             "--adapter-path."
         )
-    share = _scaling_share(args)
+    share = _scaling_share(args, model)
     extra = choose_trained(
         model,
         fine_tune_type=args.fine_tune_type,
@@ -349,12 +357,7 @@ def _prepare(
         norms_and_embeddings=args.train_norms_and_embeddings,
     )
     if args.resume_adapter_file is not None:
-        try:
-            model.load_weights(args.resume_adapter_file, strict=False)
-        except (ValueError, RuntimeError, OSError) as error:
-            raise InputError(
-                f"--resume-adapter-file {args.resume_adapter_file} does not load: {error}"
-            ) from error
+        _load_adapters(model, Path(args.resume_adapter_file).expanduser())
     print_trainable_parameters(model)
 
     batches = _batches(args, corpora["train"])
@@ -414,6 +417,23 @@ def _prepare(
     return training
 
 
+def _load_adapters(model: Any, file: Path) -> None:
+    """Start from adapters, and from what was saved beside them."""
+    files = [file, *(file.with_name(name) for name in (ADAPTER_SCALING, EXTRA_WEIGHTS))]
+    for part in files[:1] + [other for other in files[1:] if other.is_file()]:
+        try:
+            weights: Any = mx.load(str(part))
+            model.load_weights(list(weights.items()), strict=False)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise InputError(f"--resume-adapter-file {part} does not load: {error}") from error
+        known = dict(tree_flatten(model.trainable_parameters())).keys()
+        if unknown := sorted(weights.keys() - known):
+            raise InputError(
+                f"--resume-adapter-file {part} has {unknown[0]}, which this run does not train: "
+                "give the options that it was made with."
+            )
+
+
 def _resume(args: argparse.Namespace, training: Run, same: dict[str, Any]) -> bool:
     """Whether there is something left to do, after going back to the last save."""
     if not args.resume:
@@ -429,13 +449,22 @@ def _resume(args: argparse.Namespace, training: Run, same: dict[str, Any]) -> bo
     return True
 
 
-def _scaling_share(args: argparse.Namespace) -> float:
+def _scaling_share(args: argparse.Namespace, model: Any) -> float:
     """The scaling's learning rate / the model's."""
     if args.scaling_learning_rate is None:
-        return 1.0 if args.release_recipe else SCALING_SHARE
-    if args.scaling_learning_rate and not args.learning_rate:
+        whole = args.release_recipe or args.fine_tune_type == "scaling"
+        return 1.0 if whole else model.scaling.learning_rate_share
+    if not args.scaling_learning_rate:
+        return 0.0
+    rate = args.learning_rate
+    if args.lr_schedule:
+        try:
+            rate = float(args.lr_schedule["arguments"][0])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise InputError(f"lr_schedule cannot be used: {error!r}.") from error
+    if not rate:
         raise InputError("--scaling-learning-rate needs a --learning-rate above 0.")
-    return args.scaling_learning_rate / args.learning_rate if args.scaling_learning_rate else 0.0
+    return args.scaling_learning_rate / rate
 
 
 def _procedure(args: argparse.Namespace, model: Any) -> Procedure:
@@ -501,12 +530,18 @@ def _adapter_config(
 
 def _same(args: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
     """What a resumed run must have in common with the one before."""
-    settings = {key: value for key, value in vars(args).items() if key not in _FREE}
+    free = _FREE - {"iters"} if args.cosine else _FREE  # it is the cosine's length
+    settings = {key: value for key, value in vars(args).items() if key not in free}
     settings.pop("clear_cache_threshold", None)
     folder = resolve(args.model)
     digest = hashlib.sha256(json.dumps(read_config(folder), sort_keys=True).encode())
     for file in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as weights:
+            for at in (0, max(0, size - (1 << 20))):
+                weights.seek(at)
+                digest.update(weights.read(1 << 20))
     ends = np.concatenate([corpus.tokens[: 1 << 20], corpus.tokens[-(1 << 20) :]])
     return settings | {
         "the model": digest.hexdigest()[:16],

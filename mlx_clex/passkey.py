@@ -258,7 +258,7 @@ def run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     """Refuse options before anything is loaded; fill in those that depend on each other."""
     if args.task is None:
-        args.task = "passkey" if args.model else "words"
+        args.task = "words" if _only_bundled(args) else "passkey"
     if not args.model and args.task != "words":
         raise InputError(
             f"No model for --task {args.task}: give one as --model. The bundled models have "
@@ -271,15 +271,24 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, option) < 1:
             name = option.replace("_", "-")
             raise InputError(f"--{name} must be at least 1, got {getattr(args, option)}.")
+    for length in args.lengths or ():
+        if length < 2:
+            raise InputError(f"--lengths must be at least 2 tokens, got {length}.")
     for depth in args.depths:
         if not 0 <= depth <= 1:
             raise InputError(f"--depths must be within 0..1, got {depth:g}.")
 
 
+def _only_bundled(args: argparse.Namespace) -> bool:
+    return set(args.model or ()) <= set(MODELS.values())
+
+
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """All that changes a figure, but for what the rows name."""
     cache = ("kv_bits", "kv_group_size", "quantized_kv_start") if args.kv_bits else ()
-    return {name: getattr(args, name) for name in ("seed", "scale", *cache)}
+    # Decides the scale of each part, or what is quantised when.
+    parts = ("prefill_step_size",) if args.scale == "grow" or args.kv_bits else ()
+    return {name: getattr(args, name) for name in ("seed", "scale", *cache, *parts)}
 
 
 def _sources(args: argparse.Namespace) -> dict[str, str]:
@@ -342,7 +351,7 @@ def _lengths(
     if not args.lengths:
         if trained is None:
             raise InputError(f"{label} does not say its trained length: give --lengths.")
-        times = _TRAINED_LENGTHS if args.model else _BUNDLED_LENGTHS
+        times = _BUNDLED_LENGTHS if _only_bundled(args) else _TRAINED_LENGTHS
         return [n * trained for n in times if reach is None or n * trained <= reach]
     lengths = sorted(set(args.lengths))
     if reach is not None:
@@ -369,8 +378,8 @@ def _fill_cell(
             prompt, fact = task.draw(rng, reader.tokenizer, room, depth)
         except ValueError as error:
             raise InputError(
-                f"--lengths {length} is too short for --task {args.task}: less "
-                f"{task.answer_tokens} for the answer these are {error}."
+                f"A length of {length} is too short for --task {args.task}: less "
+                f"{task.answer_tokens} for the answer these are {error}. Give longer --lengths."
             ) from error
         begin = bar.n
         progress = functools.partial(_advance, bar, begin)

@@ -32,12 +32,13 @@ from .pictures import picture
 from .results import Results, open_results
 from .scaling import SCALINGS
 from .training.data import Corpus, load_corpora
-from .training.evaluation import Protocol, check_lengths, score, windows_of
+from .training.evaluation import Protocol, Score, check_lengths, score, windows_of
 
 _KEYS = ("label", "length")
 _TIMES = (1, 2, 4)  # the trained length: --lengths, unless given
 _BUNDLED_TIMES = (1, 2, 4, 8, 16)
 _BUNDLED_SCALINGS = ("none", "ntk", "yarn")  # of the bundled base
+_BUNDLED_OUTPUT = "perplexity"
 # --windows, unless given: this many, and of short ones as many as these tokens make.
 _WINDOWS = 8
 _TOKENS = 16_384
@@ -80,8 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("whole", "chunked", "sliding"),
         default="whole",
         help="whole: every window at the one scale of its length. chunked: as CLEX was published, "
-        "fed in chunks, the scale growing. sliding: windows overlap, and of all but the first only "
-        "the last tokens count. Default: whole.",
+        "fed in chunks, the scale growing. sliding: as GeNE was published, windows that overlap, "
+        "each whole. Default: whole.",
     )
     parser.add_argument(
         "--chunk", type=int, metavar="TOKENS", help="For chunked. Default: the trained length."
@@ -114,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         metavar="PREFIX",
         help="Write PREFIX.json, PREFIX.csv and PREFIX.png; a run that was interrupted goes on "
-        "from them.",
+        f"from them. Default: of the bundled models, {_BUNDLED_OUTPUT}.",
     )
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     parser.add_argument(
@@ -131,8 +132,12 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     loader = _Loader(args)
     corpus, lengths, lines = _plan(args, loader)
-    settings = _settings(args, corpus)
-    results = open_results(args.output, kind="perplexity", settings=settings, keys=_KEYS)
+    results = open_results(
+        args.output or (None if args.model else _BUNDLED_OUTPUT),
+        kind="perplexity",
+        settings=_settings(args, corpus, lengths[-1], lines),
+        keys=_KEYS,
+    )
     for line in lines:
         results.check_model(line.label, line.model)
     try:
@@ -202,11 +207,6 @@ def _check(args: argparse.Namespace) -> None:
     for option, of in (("chunk", "chunked"), ("stride", "sliding")):
         if getattr(args, option) is not None and args.protocol != of:
             raise InputError(f"--{option} goes with --protocol {of}, not {args.protocol}.")
-    if args.stride is not None and args.stride > min(args.lengths or [args.stride]):
-        raise InputError(
-            f"--stride {args.stride} is longer than the shortest of --lengths, "
-            f"{min(args.lengths)}: tokens between two windows would be left out."
-        )
     Protocol(chunk=args.chunk, stride=args.stride)
     if args.factor is not None and not args.scalings:
         raise InputError("--factor is that of --scalings, which were not given.")
@@ -323,20 +323,30 @@ def digest_of(corpus: Corpus) -> str:
     return digest.hexdigest()[:12]
 
 
-def _settings(args: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
+def _settings(
+    args: argparse.Namespace, corpus: Corpus, longest: int, lines: Sequence[Line]
+) -> dict[str, Any]:
     """All that changes a figure, but for what the rows name."""
     cache = ("kv_bits", "kv_group_size") if args.kv_bits else ()
-    names = ("protocol", "chunk", "stride", "windows", *cache)
+    names = ("protocol", "stride", "windows", *cache)
+    chunks = {_chunk(args, line) for line in lines}
     return {
-        "data": Path(args.data).name if args.data else None,
         "tokens": digest_of(corpus),
+        "texts": int(
+            (corpus.ends - corpus.starts >= longest).sum()
+        ),  # that are read; 0: all as one
         **{name: getattr(args, name) for name in names},
+        "chunk": chunks.pop() if len(chunks) == 1 else None,  # None: of each its trained length
     }
+
+
+def _chunk(args: argparse.Namespace, line: Line) -> int | None:
+    return args.chunk or line.trained_length if args.protocol == "chunked" else None
 
 
 def _protocol(args: argparse.Namespace, line: Line, length: int) -> Protocol:
     if args.protocol == "chunked":
-        return Protocol(chunk=args.chunk or line.trained_length)
+        return Protocol(chunk=_chunk(args, line))
     if args.protocol == "sliding":
         return Protocol(stride=args.stride or max(1, length // 4))
     return Protocol()
@@ -358,6 +368,8 @@ def _measure(
     show = _silence if args.json else tqdm.write
     width = max(len(line.label) for line in lines)
     show(f"Protocol {args.protocol}: {corpus.name}, {len(corpus.tokens)} tokens.")
+    if (corpus.ends - corpus.starts).max() < lengths[-1]:
+        show(f"No text of it has {lengths[-1]} tokens: all are read as one, end to end.")
     if any(line.entry for line in lines):
         show("MODEL + SCALING: inference-time scaling only, the weights stay as they are.")
     show(
@@ -377,7 +389,8 @@ def _measure(
                 if not results.find(label=line.label, length=length):
                     bar.set_description(f"{line.label}, {length} tokens")
                     model = loader.with_scaling(line.path, line.entry)
-                    results.add(_row(args, model, corpus, line, length, bar.update))
+                    found = _score(args, model, corpus, line, length, lengths[-1], bar.update)
+                    results.add(_row(model, line, length, found))
                 row = results.find(label=line.label, length=length)
                 assert row is not None
                 rows.append(row)
@@ -403,38 +416,45 @@ def _tokens_to_read(
         for length in lengths:
             if not results.find(label=line.label, length=length):
                 stride = _protocol(args, line, length).stride
-                places = windows_of(corpus, length, _windows(args, length), stride)
+                windows = _windows(args, length)
+                places = windows_of(corpus, length, windows, stride, lengths[-1])
                 total += len(places) * (length - 1)  # nothing follows the last token
     return total
 
 
-def _row(
+def _score(
     args: argparse.Namespace,
     model: nn.Module,
     corpus: Corpus,
     line: Line,
     length: int,
+    longest: int,
     on_read: Callable[[int], Any],
-) -> dict[str, Any]:
-    found = score(
+) -> Score:
+    return score(
         model,
         corpus,
         length,
         _windows(args, length),
         _protocol(args, line, length),
+        longest,
         kv_bits=args.kv_bits,
         kv_group_size=args.kv_group_size,
         on_read=on_read,
     )
+
+
+def _row(model: nn.Module, line: Line, length: int, found: Score) -> dict[str, Any]:
     low, high = found.interval or (None, None)
     return {
         "label": line.label,
+        "inference_time": line.entry is not None,
         "trained_length": line.trained_length,
         "reach": line.reach,
         "length": length,
         "scale": model.scale_at(length) if isinstance(model, ScaledModel) else 1.0,
         "windows": len(found.losses),
-        "tokens": int(found.tokens.sum()),
+        "tokens": found.tokens,
         "perplexity": found.perplexity,
         "low": low,
         "high": high,

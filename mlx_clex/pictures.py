@@ -218,7 +218,10 @@ def _extrapolation(figure: Any, results: Results) -> None:
     lengths = sorted({row["length"] for row in results.rows})
     _plain_ticks(axes.xaxis, lengths)
     axes.set_xlabel("Length, tokens")
-    axes.set_ylabel("Perplexity")
+    axes.set_ylabel(f"Perplexity ({results.settings.get('protocol', 'whole')})")
+    if any(row.get("inference_time") for row in results.rows):
+        note = "MODEL + SCALING: inference-time scaling only"
+        axes.annotate(note, (0, 0), (4, 4), "axes fraction", "offset points", color="0.25")
     _log_axis(axes)
     _mark_lengths(axes, results.rows)
     _name_ends(axes, lines)
@@ -319,14 +322,15 @@ def _comparison(figure: Any, results: Results) -> None:
         (top, "kl", 1, "KL divergence,\nnats per token"),
         (middle, "flips", 100, "Other most likely\ntoken, %"),
     ):
-        axes.stairs([factor * row[column] for row in rows], edges, color="black", linewidth=1.6)
+        values = [math.nan if row[column] is None else factor * row[column] for row in rows]
+        axes.stairs(values, edges, color="black", linewidth=1.6)
         axes.set_ylabel(name)
         axes.set_ylim(bottom=0)
     lines = {}
     for (name, column), (colour, style, _) in zip(
         (("A", "perplexity_a"), ("B", "perplexity_b")), _LOOKS, strict=False
     ):
-        values = [row[column] for row in rows]
+        values = [math.nan if row[column] is None else row[column] for row in rows]
         # The last value once more, so that the last bucket is drawn as wide as it is.
         (lines[name],) = bottom.plot(
             edges, [*values, values[-1]], drawstyle="steps-post", color=colour, linestyle=style

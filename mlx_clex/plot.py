@@ -128,7 +128,18 @@ def _log(path: Path) -> list[dict[str, Any]]:
 
 
 def _together(results: dict[Path, Results]) -> Results:
-    """One of several; a label that more than one file has gets the file's name."""
+    """One of several; a label that more than one file has gets the file's name.
+
+    Raises:
+        InputError: they are of several protocols or texts, whose figures do not compare.
+    """
+    for name in ("protocol", "tokens"):
+        values = {str(one.settings.get(name)): file for file, one in results.items()}
+        if len(values) > 1:
+            told = ", ".join(f"{value} in {file}" for value, file in values.items())
+            raise InputError(
+                f"These figures do not compare, their {name} differ: {told}. Draw them apart."
+            )
     labels = ({row.get("label") for row in one.rows} for one in results.values())
     files = Counter(label for its in labels for label in its)
     rows = [

@@ -14,7 +14,6 @@ from mlx_clex.training.data import Corpus
 from mlx_clex.training.evaluation import (
     Protocol,
     Score,
-    Window,
     score,
     student_t,
     windows_of,
@@ -107,24 +106,23 @@ def test_losses_over_a_large_vocabulary(vocabulary):
 
 
 def test_which_tokens_count():
-    """Whole: all but the first. Chunked: all but the first of a chunk. Sliding: the last."""
+    """Whole and sliding: all but the first. Chunked: all but the first of a chunk."""
     model, text = scaled_llama("clex"), corpus(300)
     whole = score(model, text, 100, 3)
-    assert whole.tokens.tolist() == [99, 99, 99]
+    assert whole.tokens == 3 * 99
     means = [plain_losses(model, IDS[n : n + 100]).mean() for n in (0, 100, 200)]
     assert np.allclose(whole.losses, means, atol=1e-5)
 
     chunked = score(model, text, 100, 1, Protocol(chunk=30))
     losses = read(model, IDS[:100], 30)
     counting = [n - 1 for n in range(1, 100) if n not in (30, 60, 90)]
-    assert chunked.tokens.tolist() == [96]
+    assert chunked.tokens == 96
     assert math.isclose(chunked.loss, losses[counting].mean(), rel_tol=1e-6)
 
     sliding = score(model, text, 100, 99, Protocol(stride=80))
-    losses = [plain_losses(model, IDS[n : n + 100]) for n in (0, 80, 160)]
-    counting = np.concatenate([losses[0], losses[1][-80:], losses[2][-80:]])
-    assert sliding.tokens.tolist() == [99, 80, 80]
-    assert math.isclose(sliding.loss, counting.mean(), rel_tol=1e-5)
+    means = [plain_losses(model, IDS[n : n + 100]).mean() for n in (0, 80, 160)]
+    assert sliding.tokens == 3 * 99
+    assert np.allclose(sliding.losses, means, atol=1e-5)
 
 
 def test_short_windows_are_read_together():
@@ -140,22 +138,21 @@ def test_short_windows_are_read_together():
 
 def test_where_windows_lie():
     """A window went across the end of a text although others hold it."""
-    assert windows_of(corpus(100), 40, 8) == [Window(0, 40), Window(40, 40)]
-    assert windows_of(corpus(30, 100, 39, 40), 40, 8) == [
-        Window(30, 40),
-        Window(70, 40),
-        Window(169, 40),
-    ]
+    assert windows_of(corpus(100), 40, 8) == [0, 40]
+    assert windows_of(corpus(30, 100, 39, 40), 40, 8) == [30, 70, 169]
     # Of many places, some from the beginning to the end.
-    assert [w.start for w in windows_of(corpus(1000), 10, 4)] == [0, 330, 660, 990]
+    assert windows_of(corpus(1000), 10, 4) == [0, 330, 660, 990]
     # No text is long enough: all of them are one.
-    assert windows_of(corpus(30, 30, 30), 40, 8) == [Window(0, 40), Window(40, 40)]
-    assert windows_of(corpus(100, 60), 50, 9, stride=20) == [
-        Window(0, 50),
-        Window(20, 20),
-        Window(40, 20),
-        Window(100, 50),
-    ]
+    assert windows_of(corpus(30, 30, 30), 40, 8) == [0, 40]
+    assert windows_of(corpus(100, 60), 50, 9, stride=20) == [0, 20, 40, 100]
+
+
+def test_lengths_are_measured_on_the_same_texts():
+    """A curve fell with length because short texts were left out one by one."""
+    texts = corpus(30, 100, 39, 40)
+    assert windows_of(texts, 30, 9, longest=100) == [30, 60, 90]
+    assert windows_of(texts, 100, 9, longest=100) == [30]
+    assert windows_of(texts, 100, 9, longest=101) == [0, 100]
 
 
 def test_quantised_caches():
@@ -206,15 +203,13 @@ def test_no_array_of_all_logits():
 
 def test_confidence_interval():
     """By hand: losses 1, 2, 3; mean 2, standard error 1 / sqrt(3), t(2) = 4.3027."""
-    few = Score(np.array([1.0, 2.0, 3.0]), np.array([10, 10, 10]))
+    few = Score(np.array([1.0, 2.0, 3.0]), 30)
     assert math.isclose(few.perplexity, math.exp(2))
     assert few.interval is not None
     low, high = few.interval
     assert math.isclose(math.log(low), 2 - 4.302653 / math.sqrt(3), rel_tol=1e-6)
     assert math.isclose(math.log(high), 2 + 4.302653 / math.sqrt(3), rel_tol=1e-6)
-    assert Score(np.array([1.0]), np.array([10])).interval is None
-    # A window of no weight adds nothing to the mean.
-    assert math.isclose(Score(np.array([1.0, 9.0]), np.array([10, 0])).loss, 1)
+    assert Score(np.array([1.0]), 10).interval is None
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,9 @@ def _books(text: str) -> list[str]:
 def _write_lines(path: Path, texts: list[str]) -> None:
     lines = (json.dumps({"text": text}) + "\n" for text in texts)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines), encoding="utf-8")
+    temporary = path.with_suffix(".incomplete")
+    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.replace(path)
 
 
 def write_random(folder: Path, data: Path, *, seed: int = _SEED, **architecture: int) -> None:
@@ -205,7 +207,7 @@ def run(args: argparse.Namespace) -> None:
     """Make what is not there yet, and put copies in half precision into WORK/bundled."""
     work = args.work
     start, books, lessons, keys = (work / name for name in ("start", "books", "lessons", "keys"))
-    if not start.exists():
+    if not (start / "config.json").exists():  # which is written last
         write_data(books)
         write_data(keys, digits=1)
         write_lessons(lessons)

@@ -62,6 +62,7 @@ class Scaling(nn.Module, ABC):
     by_layer: ClassVar[bool] = False  # every layer has frequencies of its own
     learned: ClassVar[tuple[str, ...]] = ()  # names of the learned tensors
     untrained: ClassVar[str] = ""  # what it amounts to while these are fresh
+    learning_rate_share: ClassVar[float] = 1.0  # of theirs in the model's, when both train
 
     def __init__(self, config: Any = None, **shape: Any) -> None:
         """Fit the scaling to a base model.

@@ -92,6 +92,8 @@ class Clex(Scaling):
     hard_reach: ClassVar[bool] = True
     learned: ClassVar[tuple[str, ...]] = ("up_proj", "down_proj")
     untrained: ClassVar[str] = "NTK at 2t - 1"
+    # All units add up along the whole curve: at 1 x Adam's small steps throw it about.
+    learning_rate_share: ClassVar[float] = 0.01
 
     def __init__(self, config: ClexConfig | None = None, **shape: Any) -> None:
         """See `Scaling`; the network starts with W_down = 0."""

@@ -65,10 +65,11 @@ class Batches:
             return len(self._groups)
         return max(1, self._items // self.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Batches in the order of the corpus, once."""
-        for index in range(self.per_epoch):
-            yield self._make(np.arange(self._count), index)
+    def some(self, count: int) -> Iterator[Batch]:
+        """So many batches, spread evenly over the corpus; all of them where there are fewer."""
+        count = min(count, self.per_epoch)
+        for index in np.linspace(0, self.per_epoch - 1, count).round().astype(int):
+            yield self._make(np.arange(self._count), int(index))
 
     def next(self) -> Batch:
         """The next batch."""

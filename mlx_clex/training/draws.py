@@ -5,7 +5,7 @@ GeNE; `fixed`, that of the training length. The positions:
 
     release     CLEX's: a sorted sample over the stretched length, neighbours far apart
     dense       a sorted sample of whole positions over L0 * scale; a share of the steps
-                is plain, at scale 1 and in rows of L0 tokens
+                is plain: in rows of at most L0 tokens, at the scale of such texts
     skips       one to four runs of neighbours with jumps between them, up to L0 * scale
                 (after PoSE, arXiv 2309.10400); a share may be plain, as under dense
     contiguous  0, 1, 2, ..., as GeNE
@@ -144,8 +144,10 @@ class Draws:
         dense = procedure.sampling == DENSE
         plain_share = procedure.plain_share_at(length, trained)
         if plain_share and self.rng.random() < plain_share:
-            pieces = max(1, length // trained)
-            return Draw(1.0, np.arange(length // pieces, dtype=np.float32), pieces)
+            pieces = _steps(length, trained)
+            piece = length // pieces
+            scale = self.scaling.scale_at(piece)  # 1 for CLEX
+            return Draw(scale, np.arange(piece, dtype=np.float32), pieces)
         scale = self._scale(length)
         if procedure.sampling == CONTIGUOUS:
             return Draw(scale, np.arange(length, dtype=np.float32))

@@ -12,7 +12,8 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,7 +21,7 @@ import numpy as np
 from mlx_lm.generate import maybe_quantize_kv_cache
 
 from ..attach import ScaledModel, check_length, make_prompt_cache
-from ..errors import InputError
+from ..errors import InputError, generating
 from ..plans import planned_caches
 from .data import Corpus
 from .loss import chunk_length, hidden_states, logits_of, summed_loss
@@ -41,8 +42,9 @@ class Protocol:
     its end, and the first token of each does not count. CLEX was published with figures of
     this kind; its chunk was the trained length.
 
-    With a stride (*sliding*), windows overlap, and of all but a text's first one only the
-    last tokens count, so that each has nearly a whole window before it.
+    With a stride (*sliding*), windows overlap: the next one begins so many tokens further on.
+    Each is read and counted as in *whole*. GeNE was published with figures of this kind; its
+    stride was 1,024.
     """
 
     chunk: int | None = None  # tokens
@@ -53,21 +55,13 @@ class Protocol:
             if value is not None and value < least:
                 raise InputError(f"--{name} must be at least {least} tokens, got {value}.")
 
-    def counts(self, window: "Window", length: int) -> np.ndarray:
+    def counts(self, length: int) -> np.ndarray:
         """Which tokens of a window count, from its second one on, bool, (length - 1,)."""
         positions = np.arange(1, length)
-        late = positions >= length - window.scored
-        return late if self.chunk is None else late & (positions % self.chunk != 0)
+        return positions % (self.chunk or length) != 0
 
 
 WHOLE = Protocol()
-
-
-class Window(NamedTuple):
-    """A part of a text that is read on its own."""
-
-    start: int  # index of its first token in the corpus
-    scored: int  # how many of its tokens may count, the last ones
 
 
 @dataclass(frozen=True)
@@ -75,12 +69,12 @@ class Score:
     """Losses of some windows of one length."""
 
     losses: np.ndarray  # mean of each window, nats, (W,)
-    tokens: np.ndarray  # how many it is the mean of, (W,)
+    tokens: int  # how many count in all of them together, equally many in each
 
     @property
     def loss(self) -> float:
         """Mean over all tokens that count, nats."""
-        return float(np.average(self.losses, weights=self.tokens))
+        return float(self.losses.mean())
 
     @property
     def perplexity(self) -> float:
@@ -91,16 +85,13 @@ class Score:
     def interval(self) -> tuple[float, float] | None:
         """95 % confidence interval of the perplexity; None for a single window.
 
-        From how much windows differ: Student's t for the mean loss, exponentiated. Where
-        windows weigh differently the mean is a ratio, with the variance that is usual for
-        one (Cochran, Sampling Techniques, 1977, chapter 6).
+        From how much windows differ: Student's t for the mean loss, exponentiated.
+        Overlapping windows differ less than so many apart would.
         """
         count = len(self.losses)
         if count < 2:
             return None
-        shares = self.tokens / self.tokens.sum()
-        variance = float(((shares * (self.losses - self.loss)) ** 2).sum()) * count / (count - 1)
-        margin = student_t(0.95, count - 1) * math.sqrt(variance)
+        margin = student_t(0.95, count - 1) * float(self.losses.std(ddof=1)) / math.sqrt(count)
         return exp(self.loss - margin), exp(self.loss + margin)
 
 
@@ -110,6 +101,7 @@ def score(
     length: int,
     windows: int,
     protocol: Protocol = WHOLE,
+    longest: int | None = None,
     **reading: Any,
 ) -> Score:
     """Measure windows of one length.
@@ -120,23 +112,22 @@ def score(
         length: of a window, in tokens.
         windows: how many at most.
         protocol: how they are read.
+        longest: of the lengths that this one is to be held against; see `windows_of`.
         reading: kv_bits, kv_group_size and on_read of `logits_of_text`.
 
     Raises:
         InputError: the texts are shorter than that, or the model's reach is.
     """
     check_lengths(model, corpus, [length])
-    losses, tokens = [], []
-    windows_there = windows_of(corpus, length, windows, protocol.stride)
+    starts = windows_of(corpus, length, windows, protocol.stride, longest)
+    counts = protocol.counts(length)
+    losses: list[float] = []
     rows = max(1, _STEP // length)
-    for batch in (windows_there[at : at + rows] for at in range(0, len(windows_there), rows)):
-        ids = np.stack([corpus.tokens[start : start + length] for start, _ in batch])
+    for batch in (starts[at : at + rows] for at in range(0, len(starts), rows)):
+        ids = np.stack([corpus.tokens[start : start + length] for start in batch])
         of_rows = losses_of_text(model, ids, protocol.chunk, **reading)
-        for window, of_row in zip(batch, of_rows, strict=True):
-            counting = of_row[protocol.counts(window, length)]
-            losses.append(counting.mean(dtype=np.float64))
-            tokens.append(len(counting))
-    return Score(np.array(losses), np.array(tokens))
+        losses += of_rows[:, counts].mean(axis=1, dtype=np.float64).tolist()
+    return Score(np.array(losses), len(losses) * int(counts.sum()))
 
 
 def perplexity(model: nn.Module, corpus: Corpus, length: int, windows: int) -> float:
@@ -144,25 +135,31 @@ def perplexity(model: nn.Module, corpus: Corpus, length: int, windows: int) -> f
     return score(model, corpus, length, windows).perplexity
 
 
-def windows_of(corpus: Corpus, length: int, count: int, stride: int | None = None) -> list[Window]:
-    """Windows spread evenly over all places there are.
+def windows_of(
+    corpus: Corpus,
+    length: int,
+    count: int,
+    stride: int | None = None,
+    longest: int | None = None,
+) -> list[int]:
+    """Where windows begin in the corpus, spread evenly over all places there are.
 
-    A window lies within one text, at a multiple of the stride (None: of the length). Where
-    no text is as long as that, all are joined end to end.
+    A window lies within one text, at a multiple of the stride (None: of the length). Texts
+    shorter than `longest` (None: the length) are left out, so that figures of several lengths
+    are of the same texts. Where no text is as long as that, all are joined end to end.
     """
     starts, sizes = corpus.starts, corpus.ends - corpus.starts
-    if not (sizes >= length).any():
+    enough = sizes >= max(longest or 0, length)
+    starts, sizes = starts[enough], sizes[enough]
+    if not len(starts):
         starts, sizes = np.array([0]), np.array([len(corpus.tokens)])
     step = stride or length
-    places = np.maximum(0, (sizes - length) // step + 1)  # in each text
+    places = (sizes - length) // step + 1  # in each text
     ends = np.cumsum(places)
     chosen = np.linspace(0, ends[-1] - 1, min(count, ends[-1])).round().astype(int)
     texts = np.searchsorted(ends, chosen, side="right")
     nth = chosen - (ends - places)[texts]
-    return [
-        Window(int(starts[text] + step * n), step if stride and n else length)
-        for text, n in zip(texts, nth, strict=True)
-    ]
+    return (starts[texts] + step * nth).tolist()
 
 
 def losses_of_text(
@@ -230,6 +227,7 @@ def logits_of_text(
     Raises:
         InputError: the length is beyond the model's reach, or the cache of this model
             cannot be quantised so.
+        RunError: MLX failed, for want of memory above all.
     """
     rows, length = ids.shape
     head_chunk = head_chunk or chunk_length(getattr(model.args, "vocab_size", 32_000))
@@ -242,7 +240,11 @@ def logits_of_text(
         end = min(begin + chunk, length)
         for start in range(begin, min(end, read), step):
             tokens = text[:, start : min(start + step, end, read)]
-            with _inference(model), _quantising(kv_bits, kv_group_size):
+            with (
+                generating(partial("at token {} of {}".format, start, length)),
+                _inference(model),
+                _quantising(kv_bits, kv_group_size),
+            ):
                 maybe_quantize_kv_cache(caches, 0, kv_group_size, kv_bits)
                 for cache in planned_caches(caches):
                     cache.expected_length = end

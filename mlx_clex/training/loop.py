@@ -248,8 +248,7 @@ class Run:
             return
         started = time.perf_counter()
         count = self.valid.per_epoch if options.val_batches == -1 else options.val_batches
-        batches = (batch for batch, _ in zip(self.valid, range(count), strict=False))
-        loss = mean_loss(self.model, batches)
+        loss = mean_loss(self.model, self.valid.some(count))
         found = {
             n: perplexity(self.model, self.valid_corpus, n, options.eval_windows)
             for n in options.eval_lengths

@@ -86,7 +86,7 @@ class Ranks:
                 raise
             if self.first:
                 raise RunError(
-                    f"Another process ended; its own message says why ({error})."
+                    f"Another process ended, and its own message says why; or MLX failed: {error}."
                 ) from error
             self._leave(1)
 

@@ -27,8 +27,10 @@ OPTIMIZERS: dict[str, Any] = {
     "sgd": optim.SGD,
     "adafactor": optim.Adafactor,
 }
-# Of the model's learning rate: at 1 x CLEX's network squeezes all frequencies.
-SCALING_SHARE = 0.01
+# Settings that stand where `optimizer_config` has none.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "adafactor": {"relative_step": False},  # else it has a learning rate of its own
+}
 
 
 def choose_trained(
@@ -123,16 +125,42 @@ def build_optimizer(
     """
     if name not in OPTIMIZERS:
         raise InputError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
+    kind = _with_masters(OPTIMIZERS[name])
+    options = _OPTIONS.get(name, {}) | dict(options)
     try:
         return optim.MultiOptimizer(
             [
-                OPTIMIZERS[name](learning_rate=_times(learning_rate, scaling_share), **options),
-                OPTIMIZERS[name](learning_rate=learning_rate, **options),
+                kind(learning_rate=_times(learning_rate, scaling_share), **options),
+                kind(learning_rate=learning_rate, **options),
             ],
             [lambda path, _: path.startswith(PREFIX)],
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"optimizer_config of {name} cannot be used: {error}.") from error
+
+
+def _with_masters(kind: type[optim.Optimizer]) -> Any:
+    """An optimizer that keeps a float32 copy of each half-precision weight in its state.
+
+    An update of 1e-5 to a norm's weight of 1 is below what bfloat16 can tell apart: added to
+    the weight itself, none would ever change it.
+    """
+
+    class WithMasters(kind):  # type: ignore[misc, valid-type]
+        def init_single(self, parameter: mx.array, state: dict) -> None:
+            master = parameter.astype(mx.float32)
+            super().init_single(master, state)
+            if parameter.dtype != mx.float32:
+                state["master"] = master
+
+        def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+            gradient = gradient.astype(mx.float32)
+            if "master" not in state:
+                return super().apply_single(gradient, parameter, state)
+            state["master"] = super().apply_single(gradient, state["master"], state)
+            return state["master"].astype(parameter.dtype)
+
+    return WithMasters
 
 
 def learning_rate_schedule(
