@@ -56,7 +56,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", type=int, help="Documents of each task, and of each of RULER's lengths, at most."
     )
     parser.add_argument(
-        "--num-fewshot", type=int, help="Examples in a prompt. Default: as the task says."
+        "--num-shots",
+        "--num-fewshot",
+        type=int,
+        help="Examples in a prompt. Default: as the task says.",
     )
     parser.add_argument(
         "--max-length",
@@ -79,6 +82,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Prompts are messages of a user. Default: where the model has a template.",
     )
     parser.add_argument(
+        "--chat-template-args",
+        default="{}",
+        metavar="JSON",
+        help="An object of settings of the chat template, e.g. '{\"enable_thinking\": false}'.",
+    )
+    parser.add_argument(
+        "--confirm-run-unsafe-code",
+        action="store_true",
+        help="Run tasks that execute what the model has written.",
+    )
+    parser.add_argument(
         "--effective-length",
         action="store_true",
         help="Report RULER's effective context length. Without --tasks: of the results in "
@@ -99,36 +113,43 @@ def run(args: argparse.Namespace) -> None:
         InputError: options, tasks, data or a model that cannot be used.
         RunError: MLX failed.
     """
-    metadata = _check(args)
+    _check(args)
+    metadata = _json_object(args, "metadata")
     results = _evaluate(args, metadata) if args.tasks else read_results(args.output, "evaluate")
     if args.effective_length:
         _report_effective_length(results)
 
 
-def _check(args: argparse.Namespace) -> dict[str, Any]:
-    """Refuse options before anything is loaded; returns --metadata."""
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options before anything is loaded."""
     if not args.tasks and not (args.effective_length and args.output):
         raise InputError("No task: give names as --tasks, such as longbench or ruler.")
     if args.tasks and args.model is None:
         raise InputError("No model: give a folder, a .gguf file or a Hugging Face id as --model.")
     if args.scale == "grow":
         raise InputError("--scale grow would let a score depend on how its prompt is read.")
-    for option, least in (("limit", 1), ("num_fewshot", 0), ("max_length", 2)):
+    for option, least in (("limit", 1), ("num_shots", 0), ("max_length", 2)):
         value = getattr(args, option)
         if value is not None and value < least:
             name = option.replace("_", "-")
             raise InputError(f"--{name} must be at least {least}, got {value}.")
     if args.include_path is not None and not args.include_path.is_dir():
         raise InputError(f"--include-path {args.include_path} is no folder.")
-    try:
-        metadata = json.loads(args.metadata)
-    except ValueError as error:
-        raise InputError(f"--metadata is no JSON ({error}): {args.metadata}") from error
-    if not isinstance(metadata, dict):
-        raise InputError(f"--metadata must be a JSON object, got {args.metadata}.")
+    _json_object(args, "chat_template_args")
     if args.tasks and importlib.util.find_spec("lm_eval") is None:
         raise InputError("The tasks need lm-eval: pip install 'mlx-clex[evaluate]'.")
-    return metadata
+
+
+def _json_object(args: argparse.Namespace, key: str) -> dict[str, Any]:
+    """The value of an option that takes a JSON object."""
+    option, text = f"--{key.replace('_', '-')}", getattr(args, key)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{option} is no JSON ({error}): {text}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{option} must be a JSON object, got {text}.")
+    return value
 
 
 def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
@@ -152,15 +173,17 @@ def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
     max_length = args.max_length or reach
     if reach and args.max_length and args.max_length > reach:
         raise InputError(f"--max-length {max_length} is beyond the reach, {reach} tokens.")
+    _check_made_lengths(metadata.get("max_seq_lengths"), max_length)
     results = open_results(
         args.output,
         kind="evaluate",
         settings={
             "limit": args.limit,
-            "num_fewshot": args.num_fewshot,
+            "num_shots": args.num_shots,
             "scale": args.scale,
             "max_length": max_length,
             "chat_template": templated,
+            "chat_template_args": _json_object(args, "chat_template_args"),
             # Lengths are in the rows.
             "metadata": {key: metadata[key] for key in metadata if key != "max_seq_lengths"},
             "lm_eval": version("lm_eval"),
@@ -172,9 +195,21 @@ def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
         label = f"{label} + {Path(args.adapter_path).name}"
     same = {"label": label, "model": digest(fingerprint(model, folder, args.adapter_path))}
     results.check_model(label, same["model"])
-    lm = PlannedLM(model, tokenizer, use_chat_template=templated, max_length=max_length)
+    lm = PlannedLM(
+        model,
+        tokenizer,
+        use_chat_template=templated,
+        chat_template_args=_json_object(args, "chat_template_args"),
+        max_length=max_length,
+    )
     for name in args.tasks:
-        rows = run_tasks(lm, tasks[name], num_fewshot=args.num_fewshot, limit=args.limit)
+        rows = run_tasks(
+            lm,
+            tasks[name],
+            num_fewshot=args.num_shots,
+            limit=args.limit,
+            confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+        )
         for row in rows:
             results.add({**same, **row})
         _print_table(rows, first=name == args.tasks[0])
@@ -185,6 +220,21 @@ def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
             file=sys.stderr,
         )
     return results
+
+
+def _check_made_lengths(lengths: Any, max_length: int | None) -> None:
+    """Refuse to score documents made for more tokens than the model is given.
+
+    A document of RULER that has lost its middle has lost what it asks for.
+    """
+    made = lengths if isinstance(lengths, list) else [lengths]
+    longest = max((n for n in made if isinstance(n, int)), default=0)
+    if max_length is not None and longest > max_length:
+        raise InputError(
+            f"--metadata asks for documents of {longest} tokens, and the model is given "
+            f"{max_length} at most: leave out lengths beyond that, or raise --max-length up to "
+            "the model's reach."
+        )
 
 
 def _tokenizer_of(folder: Path, args: argparse.Namespace) -> dict[str, str]:
@@ -219,14 +269,14 @@ def effective_length(results: Results, label: str) -> tuple[dict[int, float], in
         label: the model.
 
     Returns:
-        The mean over the tasks by length, and the longest length at which it is above
-        RULER_THRESHOLD, as at all shorter ones; None where it is at none.
+        The mean over the tasks that have all of the lengths, by length, and the longest
+        length at which it is above RULER_THRESHOLD, as at all shorter ones; None where it is
+        at none.
     """
-    values: dict[int, list[float]] = defaultdict(list)
-    for row in results.rows:
-        if row["label"] == label and row["length"] is not None:
-            values[row["length"]].append(row["value"])
-    means = {length: sum(values[length]) / len(values[length]) for length in sorted(values)}
+    tasks = ruler_tasks(results, label)
+    lengths = sorted({length for scores in tasks.values() for length in scores})
+    whole = [scores for scores in tasks.values() if len(scores) == len(lengths)]
+    means = {n: sum(scores[n] for scores in whole) / len(whole) for n in lengths if whole}
     effective = None
     for length, mean in means.items():
         if mean <= RULER_THRESHOLD:
@@ -235,19 +285,39 @@ def effective_length(results: Results, label: str) -> tuple[dict[int, float], in
     return means, effective
 
 
+def ruler_tasks(results: Results, label: str) -> dict[str, dict[int, float]]:
+    """A model's scores by task and length, of the tasks that have several lengths."""
+    scores: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in results.rows:
+        if row["label"] == label and row["length"] is not None:
+            scores[row["task"]][row["length"]] = row["value"]
+    return scores
+
+
 def _report_effective_length(results: Results) -> None:
-    for label in dict.fromkeys(row["label"] for row in results.rows):
-        means, effective = effective_length(results, label)
+    found = {
+        label: effective_length(results, label)
+        for label in dict.fromkeys(row["label"] for row in results.rows)
+    }
+    if not any(means for means, _ in found.values()):
+        raise InputError(
+            "--effective-length needs results of RULER at several lengths, the same for some task; "
+            "there are none. "
+            "Run --tasks ruler with --metadata '{\"max_seq_lengths\": [4096, 8192]}'."
+        )
+    for label, (means, effective) in found.items():
         if not means:
-            raise InputError(
-                f"--effective-length needs results of RULER at several lengths; {label} has none. "
-                "Run --tasks ruler with --metadata '{\"max_seq_lengths\": [4096, 8192]}'."
-            )
-        tasks = {row["task"] for row in results.rows if row["label"] == label and row["length"]}
+            print(f"{label}: no results of RULER whose tasks have all of the lengths")
+            continue
+        tasks = [
+            task
+            for task, scores in ruler_tasks(results, label).items()
+            if len(scores) == len(means)
+        ]
         print(f"{label}: " + ", ".join(f"{length}: {mean:.1%}" for length, mean in means.items()))
-        found = "none of these" if effective is None else f"{effective} tokens"
+        told = "none of these" if effective is None else f"{effective} tokens"
         print(
-            f"Effective context length: {found} (above {RULER_THRESHOLD:.1%}, what Llama-2-7B has "
+            f"Effective context length: {told} (above {RULER_THRESHOLD:.1%}, what Llama-2-7B has "
             f"at 4,096 tokens; {len(tasks)} of RULER's {_RULER_TASKS} tasks)"
         )
 

@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 from unittest import mock
 
@@ -32,7 +33,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from mlx_lm.evaluate import MLXLM
+from mlx_lm.evaluate import MLXLM, chat_template_fn
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from tqdm import tqdm
 
@@ -54,6 +55,7 @@ class PlannedLM(MLXLM, TemplateLM):
         tokenizer: Any,
         *,
         use_chat_template: bool = False,
+        chat_template_args: Mapping[str, Any] | None = None,
         max_length: int | None = None,
     ) -> None:
         """`max_length`: of prompt and answer together, in tokens; a longer prompt is cut."""
@@ -62,6 +64,7 @@ class PlannedLM(MLXLM, TemplateLM):
         self._model = model
         self.tokenizer = tokenizer
         self.use_chat_template = use_chat_template
+        self.apply_chat_template = MethodType(chat_template_fn(**chat_template_args or {}), self)
         self.max_length = max_length
         self.prompts = 0
         self.cut = 0  # of these prompts
@@ -296,17 +299,22 @@ def _failures(name: str) -> Iterator[None]:
             ) from error
         except LookupError as error:
             if "nltk" not in str(error):
-                raise
+                raise InputError(f"{name} does not load: it lacks {error}") from error
             raise InputError(
                 f"{name} needs NLTK's punkt_tab, which could not be had: where it can, run "
                 "python -m nltk.downloader punkt_tab, and copy the folder nltk_data to your home."
             ) from error
-        except (AssertionError, ValueError, KeyError, OSError) as error:
+        except (AssertionError, ValueError, OSError) as error:
             raise InputError(f"{name} does not load: {_first_line(error)}") from error
 
 
 def run_tasks(
-    lm: PlannedLM, tasks: Tasks, *, num_fewshot: int | None, limit: int | None
+    lm: PlannedLM,
+    tasks: Tasks,
+    *,
+    num_fewshot: int | None,
+    limit: int | None,
+    confirm_run_unsafe_code: bool = False,
 ) -> list[dict[str, Any]]:
     """Evaluate.
 
@@ -315,6 +323,7 @@ def run_tasks(
         tasks: from `load_tasks`.
         num_fewshot: examples in each prompt; None: as the task says.
         limit: documents of each task and length, at most.
+        confirm_run_unsafe_code: run tasks that execute what the model has written.
 
     Returns:
         A row for every figure: task, metric, value, stderr, samples, and the length it is
@@ -338,11 +347,15 @@ def run_tasks(
                 for name, by_length in documents.items()
             },
             log_samples=False,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
         )
     except (InputError, RunError):
         raise
     except ValueError as error:
-        raise InputError(f"The harness refuses: {_first_line(error)}") from error
+        raise InputError(
+            f"The harness refuses: {_first_line(error)}"
+            + (" (--confirm-run-unsafe-code)" if "unsafe" in str(error) else "")
+        ) from error
     rows = []
     for name, figures in found["results"].items():
         by_length = documents.get(name, {})

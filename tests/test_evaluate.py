@@ -46,6 +46,9 @@ class FewWords:
     }
 
 
+DOCUMENT = ("context", "question", "answers")
+
+
 @pytest.fixture
 def local(tmp_path, monkeypatch):
     """Task files of the three benchmarks, as they are, over documents of our own."""
@@ -66,6 +69,10 @@ def local(tmp_path, monkeypatch):
             f"    {split}: {folder / name}.jsonl\n"
         )
 
+    for name, line in (("broken_split", "test_split: nowhere"), ("unsafe", "unsafe_code: true")):
+        write(name, "longbench/hotpotqa.yaml", "test", [dict.fromkeys(DOCUMENT, "x")])
+        with (folder / f"{name}.yaml").open("a") as file:
+            file.write(line + "\n")
     write(
         "local_hotpotqa",
         "longbench/hotpotqa.yaml",
@@ -189,6 +196,20 @@ def test_a_gap_ends_the_effective_length():
     assert list(means.values()) == [0.95, 0.8, 1.0]
     assert effective == 4096
     assert evaluate.effective_length(SimpleNamespace(rows=rows[2:]), "m")[1] is None
+
+
+def test_an_effective_length_is_of_the_same_tasks():
+    """A longer length at which only the easiest task was run looked the best."""
+    scores = {"a": {4096: 0.9, 8192: 0.5}, "b": {4096: 0.9}, "c": {8192: 1.0}}
+    rows = [
+        {"label": "m", "task": task, "length": length, "value": score}
+        for task, by_length in scores.items()
+        for length, score in by_length.items()
+    ]
+    results = SimpleNamespace(rows=rows)
+    assert evaluate.effective_length(results, "m") == ({4096: 0.9, 8192: 0.5}, 4096)
+    results.rows = [row for row in rows if row["task"] != "a"]
+    assert evaluate.effective_length(results, "m") == ({}, None)
 
 
 def test_a_model_of_its_own_mind(folders, local, tmp_path):
@@ -345,8 +366,12 @@ def test_it_is_the_harness_class_of_mlx_lm(folders):
     """Chat templates and names come from there."""
     mine = lm(folders("stock"), use_chat_template=True)
     assert isinstance(mine, MLXLM)
-    mine.tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    template = "{% for m in messages %}<{{ m['content'] }}{{ mood }}>{% endfor %}"
+    mine.tokenizer.chat_template = template
     assert mine.apply_chat_template([{"role": "user", "content": "A"}]) == "<A>"
+    told = lm(folders("stock"), use_chat_template=True, chat_template_args={"mood": "!"})
+    told.tokenizer.chat_template = template
+    assert told.apply_chat_template([{"role": "user", "content": "A"}]) == "<A!>"
     assert mine.tok_encode("A") == mine.tokenizer.encode("A", add_special_tokens=False)
 
 
@@ -375,6 +400,10 @@ class Few(harness.TaskManager):
         (("--adapter-path", "/nowhere"), ["adapter_config.json"]),
         (("--model", "/nowhere"), ["neither a folder"]),
         (("--effective-length",), ["--effective-length needs results of RULER"]),
+        (("--chat-template-args", "{"), ["--chat-template-args is no JSON"]),
+        (("--metadata", '{"max_seq_lengths": [64, 4096]}'), ["documents of 4096", "2560 at most"]),
+        (("--tasks", "broken_split"), ["broken_split does not load: it lacks 'nowhere'"]),
+        (("--tasks", "unsafe"), ["unsafe", "--confirm-run-unsafe-code"]),
     ],
 )
 def test_bad_input_is_one_line(folders, local, replies, monkeypatch, capsys, more, words):

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,15 +14,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_clex import load, lora
 from mlx_clex.cli import run_command
 from mlx_clex.errors import InputError
 from mlx_clex.lora import build_parser
 from mlx_clex.scaling import build_scaling
+from mlx_clex.scaling.gene import GeneParam
 from mlx_clex.training.checkpoints import Checkpoints
 from mlx_clex.training.draws import Draws, procedure_for
 from mlx_clex.training.log import Log, read_log
+from mlx_clex.training.setup import OPTIMIZERS, build_optimizer
 
 from .conftest import GOLDEN, stock_folder
 
@@ -471,3 +475,110 @@ def test_the_examples_are_read(file):
     assert draws.draw(args.max_seq_length).positions.max() < 16 * 4096
     for line in file.read_text().splitlines():
         assert "#" in line, f"{line} has no comment"
+
+
+def test_half_precision_weights_train(tmp_path):
+    """At 1e-5 a norm's bfloat16 weight of 1 stayed 1 for ever; accumulating made it float32."""
+    weight = {"norm": mx.ones((4,), mx.bfloat16), "adapter": mx.ones((4,))}
+    gradient = {"norm": mx.ones((4,)), "adapter": mx.ones((4,))}
+    file = str(tmp_path / "optimizer.safetensors")
+    for part in range(2):
+        optimizer = build_optimizer("adam", {}, 1e-5, scaling_share=1.0)
+        optimizer.init(weight)
+        if part == 1:  # as a resumed run does
+            optimizer.state = tree_unflatten(list(mx.load(file).items()))
+        for _ in range(200):
+            weight = optimizer.apply_gradients(gradient, weight)
+        mx.save_safetensors(file, dict(tree_flatten(optimizer.state)))
+    assert (weight["norm"].dtype, weight["adapter"].dtype) == (mx.bfloat16, mx.float32)
+    assert weight["adapter"][0].item() < 1 - 400e-5
+    assert mx.array_equal(weight["norm"], weight["adapter"].astype(mx.bfloat16)).item()
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_every_optimizer_minds_its_learning_rate(name):
+    """adafactor took one of its own, for the model and for the scaling."""
+
+    def moved(share):
+        optimizer = build_optimizer(name, {}, 1e-3, scaling_share=share)
+        before = {"scaling": {"up_proj": mx.ones((4, 4))}, "rest": mx.ones((4, 4))}
+        after = optimizer.apply_gradients(tree_map(mx.ones_like, before), before)
+        return [mx.abs(after[k] - before[k]).max().item() for k in ("rest",)] + [
+            mx.abs(after["scaling"]["up_proj"] - 1).max().item()
+        ]
+
+    (rest, whole), (same, tenth) = moved(1.0), moved(0.1)
+    assert rest == pytest.approx(whole, rel=1e-3)
+    assert same == rest
+    assert tenth == pytest.approx(whole / 10, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ("", 0.01),
+        ("--release-recipe", 1.0),
+        ("--fine-tune-type scaling", 1.0),
+        ("--scaling-learning-rate 1e-4", 0.1),
+    ],
+)
+def test_the_learning_rate_of_the_scaling(base, texts, tmp_path, monkeypatch, options, share):
+    """Clex's is a hundredth, unless it trains alone or as published."""
+    seen = []
+
+    def build(*args, scaling_share):
+        seen.append(scaling_share)
+        return build_optimizer(*args, scaling_share=scaling_share)
+
+    monkeypatch.setattr(lora, "build_optimizer", build)
+    assert call(argv_for(base, texts, tmp_path / "a", f"--iters 1 {options}")) == 0
+    assert seen == [pytest.approx(share)]
+    assert GeneParam.learning_rate_share == 1
+
+
+def test_a_schedule_has_the_rate_that_the_scaling_is_held_against(base, texts, tmp_path, capsys):
+    """The share was of --learning-rate, which a schedule leaves unused."""
+    config = tmp_path / "c.yaml"
+    for arguments, status in (("[0.01, 100]", 0), ("[]", 2)):
+        config.write_text(f"lr_schedule: {{name: cosine_decay, arguments: {arguments}}}\n")
+        more = f"--iters 1 --scaling-learning-rate 0.001 -c {config}"
+        assert call(argv_for(base, texts, tmp_path / f"a{status}", more)) == status
+    assert "lr_schedule cannot be used" in capsys.readouterr().err
+
+
+def test_adapters_to_start_from_bring_what_lies_beside_them(base, texts, tmp_path, capsys):
+    """The old adapters met a scaling and norms that had never been trained with them."""
+    options = "--iters 3 --learning-rate 1e-2 --scaling-learning-rate 1e-2"
+    whole = f"{options} --train-norms-and-embeddings"
+    assert call(argv_for(base, texts, tmp_path / "a", whole)) == 0
+    first = arrays((tmp_path / "a").resolve())
+    still = "--iters 1 --learning-rate 1e-30 --scaling-learning-rate 1e-30"
+    file = str(tmp_path / "a" / "adapters.safetensors")
+    argv = argv_for(base, texts, tmp_path / "b", f"{still} --train-norms-and-embeddings")
+    assert call([*argv, "--resume-adapter-file", file]) == 0
+    assert equal(first, arrays(tmp_path / "b"))
+    argv = argv_for(base, texts, tmp_path / "c", still)
+    capsys.readouterr()
+    assert call([*argv, "--resume-adapter-file", file]) == 2
+    assert "which this run does not train" in capsys.readouterr().err
+
+
+def test_a_base_of_the_same_shape_is_another_model(converted, texts, tmp_path, capsys):
+    """A run went on with weights it had not begun with, since only sizes were looked at."""
+    base = tmp_path / "base"
+    shutil.copytree(converted("clex_llama"), base)
+    assert call(argv_for(base, texts, tmp_path / "a", "--iters 1")) == 0
+    file = base / "model.safetensors"
+    weights = mx.load(str(file))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    mx.save_safetensors(str(file), weights | {name: weights[name] + 1}, {"format": "mlx"})
+    assert call(argv_for(base, texts, tmp_path / "a", "--iters 2", "--resume")) == 2
+    assert "the model was" in capsys.readouterr().err
+
+
+def test_more_iterations_bend_a_cosine(base, texts, tmp_path, capsys):
+    """The rate jumped up again at the old end."""
+    argv = argv_for(base, texts, tmp_path / "a", "--iters 2 --cosine", "--resume")
+    assert call(argv) == 0
+    assert call([*argv, "--iters", "4"]) == 2
+    assert "iters was 2 and is 4" in capsys.readouterr().err

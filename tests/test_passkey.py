@@ -292,7 +292,7 @@ def test_several_models_and_policies(folders, truthful, capsys):
 def test_the_default_lengths_are_those_of_training(folders, truthful, capsys):
     """1, 2 and 4 times; 64 tokens hold no prompt, and the message says what would."""
     assert call("--model", folders("clex"), "--trials", 1) == 2
-    assert "--lengths 64 is too short for --task passkey" in capsys.readouterr().err
+    assert "A length of 64 is too short for --task passkey" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -300,6 +300,7 @@ def test_the_default_lengths_are_those_of_training(folders, truthful, capsys):
     [
         (("--lengths", "1025"), "1025 tokens are beyond the reach"),
         (("--lengths", "100"), "too short for --task passkey"),
+        (("--lengths", "-5"), "--lengths must be at least 2 tokens, got -5"),
         (("--trials", "0"), "--trials must be at least 1"),
         (("--depths", "1.5"), "--depths must be within 0..1"),
         (("--seed", "-1"), "--seed"),
@@ -323,3 +324,18 @@ def test_without_a_model_only_the_bundled_task_makes_sense(capsys):
     """The bundled models have never seen the others' sentences."""
     assert call("--task", "kv") == 2
     assert "No model for --task kv" in capsys.readouterr().err
+
+
+def test_bundled_models_that_are_named_have_their_own_task(truthful, capsys):
+    """README's command for the fine-tunes alone was refused: the default task does not fit them."""
+    argv = ("--model", "bundled:gene", "--trials", 1, "--depths", 0.5)
+    assert call(*argv) == 0
+    table = capsys.readouterr().out
+    assert "Task words, gene" in table
+    assert [line.split()[0] for line in table.splitlines()[2:]] == [
+        "64",
+        "128",
+        "256",
+        "512",
+        "1024",
+    ]

@@ -183,3 +183,18 @@ def test_without_matplotlib_nothing_is_read(cli, monkeypatch):
     status, _, err = cli("frequencies", "--model", "nowhere")
     assert status == 2
     assert "pip install 'mlx_clex[plot]'" in err
+
+
+def test_figures_that_do_not_compare_are_not_drawn_together(cli, tmp_path):
+    """One picture of two protocols, under the name of the first."""
+    for name in ("whole", "chunked"):
+        settings = {"protocol": name, "tokens": "same"}
+        results = open_results(
+            tmp_path / name, kind="perplexity", settings=settings, keys=("label", "length")
+        )
+        results.add({"label": "m", "length": 64, "perplexity": 2.0})
+    status, _, err = cli("extrapolation", "whole.json", "chunked.json", "--output", "both.svg")
+    assert status == 2
+    assert "their protocol differ: whole in" in err
+    assert "chunked in" in err
+    assert not (tmp_path / "both.svg").exists()

@@ -292,3 +292,15 @@ def test_unknown_choices_are_refused():
         Procedure(sampling="skip")
     with pytest.raises(InputError, match=r"within 0\.\.1"):
         Procedure(plain_share=1)
+
+
+@pytest.mark.parametrize("length", [L0, L0 + 1, 2 * L0, 2 * L0 + 32, 5 * L0])
+def test_plain_rows_are_no_longer_than_the_trained_length(length):
+    """127 tokens at scale 1 are positions that no text has at inference."""
+    draws = make(length=length, sampling="dense", share=0.999)
+    draw = draws.draw(length)
+    assert draw.scale == 1
+    assert len(draw.positions) <= L0
+    assert len(draw.positions) == length // draw.pieces
+    gene = make("gene", draw="gene", sampling="dense", share=0.999, factor=8)
+    assert gene.draw(L0).scale == 8, "the scale that such a text has at inference"

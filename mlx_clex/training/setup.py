@@ -154,11 +154,11 @@ def _with_masters(kind: type[optim.Optimizer]) -> Any:
                 state["master"] = master
 
         def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
-            gradient = gradient.astype(mx.float32)
-            if "master" not in state:
-                return super().apply_single(gradient, parameter, state)
-            state["master"] = super().apply_single(gradient, state["master"], state)
-            return state["master"].astype(parameter.dtype)
+            master = state.get("master", parameter)
+            updated = super().apply_single(gradient.astype(mx.float32), master, state)
+            if "master" in state:
+                state["master"] = updated
+            return updated.astype(parameter.dtype)
 
     return WithMasters
 
