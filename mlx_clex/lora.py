@@ -40,7 +40,7 @@ from .load import (
 from .scaling.clex import Clex
 from .sharding import one_voice
 from .training.batches import PACKINGS, Batches
-from .training.checkpoints import Checkpoints
+from .training.checkpoints import ADAPTERS, Checkpoints
 from .training.data import Corpus, load_corpora
 from .training.draws import SAMPLINGS, SCALE_DRAWS, Draws, Procedure, procedure_for
 from .training.evaluation import check_lengths, mean_loss
@@ -346,6 +346,12 @@ def _prepare(
         raise InputError(
             f"{args.adapter_path} holds a run already: go on with --resume, or give another "
             "--adapter-path."
+        )
+    stock = checkpoints.folder / ADAPTERS
+    if stock.is_file() and not stock.is_symlink():
+        raise InputError(
+            f"{stock} is of another program, mlx_lm.lora perhaps, and would be replaced: give "
+            "another --adapter-path."
         )
     share = _scaling_share(args, model)
     extra = choose_trained(

@@ -582,3 +582,13 @@ def test_more_iterations_bend_a_cosine(base, texts, tmp_path, capsys):
     assert call(argv) == 0
     assert call([*argv, "--iters", "4"]) == 2
     assert "iters was 2 and is 4" in capsys.readouterr().err
+
+
+def test_adapters_of_another_program_are_left_alone(base, texts, tmp_path, capsys):
+    """A link took the place of what mlx_lm.lora had saved in the same default folder."""
+    file = tmp_path / "a" / "adapters.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"theirs")
+    assert call(argv_for(base, texts, file.parent, "--iters 1")) == 2
+    assert "is of another program" in capsys.readouterr().err
+    assert file.read_bytes() == b"theirs"
