@@ -1,5 +1,8 @@
 """What pyproject.toml lists must be what there is; a list by hand goes stale."""
 
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -27,3 +30,17 @@ def test_every_command_has_a_console_script():
         for file in there
     }
     assert all(module.removesuffix(".__main__") in scripts for module in modules)
+
+
+def test_commands_run_in_a_clone_that_was_installed_from(tmp_path):
+    """`pip install .` and then `python -m mlx_clex.convert`, as the README says, in its folder."""
+    for folder in ("mlx_clex", "convert"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    # -S: without what makes an editable install find the converter.
+    code = (
+        f"import sys; sys.path += {sys.path!r}; "
+        "import mlx_clex, mlx_clex.convert; print(mlx_clex.convert.__file__)"
+    )
+    command = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == str(tmp_path / "convert" / "__init__.py"), done.stderr
