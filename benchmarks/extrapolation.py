@@ -30,6 +30,7 @@ import numpy as np
 
 from mlx_clex.attach import ScaledModel
 from mlx_clex.bundled.make import TRAINED_LENGTH, write_data, write_random
+from mlx_clex.errors import RunError
 from mlx_clex.load import load
 from mlx_clex.pictures import picture
 from mlx_clex.results import Results, open_results, read_results
@@ -96,7 +97,7 @@ TRIED = {
     "clex, skips, network 0 x": [*_CLEX, *_SKIPS, *_network(0)],
     "clex, skips, network 0.1 x": [*_CLEX, *_SKIPS, *_network(0.1)],
     "clex, dense": [*_CLEX, "--sampling", "dense"],
-    "clex, release, network 0.01 x": [*_CLEX, "--sampling", "release", *_network(0.01)],
+    "clex, release, network 0.01 x": [*_CLEX, "--release-recipe", *_network(0.01)],
 }
 
 
@@ -193,7 +194,7 @@ def _command(name: str, *arguments: Any) -> None:
 def _python(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        raise RunError(f"{' '.join(arguments)} ended with {done.returncode}: {done.stderr[-2000:]}")
 
 
 def measure(adapters: Path, base: str, data: Path) -> None:
@@ -326,11 +327,17 @@ def main() -> None:
             write_data(folder / "data")
         bases = {seed: make_base(size, seed, folder / "base") for seed in range(size.seeds)}
         with ThreadPoolExecutor(args.jobs) as pool:
-            for future in [
-                pool.submit(train_and_measure, run, size, folder, bases.get(run.seed, bases[0]))
+            futures = {
+                run.name: pool.submit(
+                    train_and_measure, run, size, folder, bases.get(run.seed, bases[0])
+                )
                 for run in runs
-            ]:
-                future.result()
+            }
+            for name, future in futures.items():
+                try:
+                    future.result()
+                except RunError as error:  # a method may not survive its own procedure
+                    print(f"{name}: {error}", file=sys.stderr)
     found = summary(runs, folder)
     print_table(found)
     draw_pictures(found, folder)

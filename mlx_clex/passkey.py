@@ -29,7 +29,7 @@ from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 from tqdm import tqdm
 
 from .attach import ScaledModel, check_length
-from .bundled import MODELS, words_task
+from .bundled import MODELS, PREFIX, words_task
 from .cli import run_command
 from .errors import InputError
 from .fingerprint import digest, fingerprint
@@ -295,7 +295,7 @@ def _sources(args: argparse.Namespace) -> dict[str, str]:
     """What to load, by the name to show."""
     if not args.model:
         return dict(MODELS)
-    names = [Path(source).name or source for source in args.model]
+    names = [Path(source).name.removeprefix(PREFIX) or source for source in args.model]
     if len(set(names)) < len(names):
         names = args.model
     if args.adapter_path:

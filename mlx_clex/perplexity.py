@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .attach import ScaledModel, attach
-from .bundled import MODELS, held_out_text
+from .bundled import MODELS, PREFIX, held_out_text
 from .cli import run_command
 from .errors import InputError
 from .families import config_value
@@ -223,7 +223,7 @@ def _sources(args: argparse.Namespace) -> list[Source]:
             return [replace(base, scalings=scalings)]
         return [replace(base, scalings=_BUNDLED_SCALINGS), *tuned]
     paths = list(dict.fromkeys(args.model))
-    names = [Path(path).name or path for path in paths]
+    names = [Path(path).name.removeprefix(PREFIX) or path for path in paths]
     if len(set(names)) < len(names):
         names = paths
     if args.adapter_path:

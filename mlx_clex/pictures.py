@@ -218,10 +218,9 @@ def _extrapolation(figure: Any, results: Results) -> None:
     lengths = sorted({row["length"] for row in results.rows})
     _plain_ticks(axes.xaxis, lengths)
     axes.set_xlabel("Length, tokens")
-    axes.set_ylabel(f"Perplexity ({results.settings.get('protocol', 'whole')})")
+    axes.set_ylabel(f"Perplexity, protocol {results.settings.get('protocol', 'whole')}")
     if any(row.get("inference_time") for row in results.rows):
-        note = "MODEL + SCALING: inference-time scaling only"
-        axes.annotate(note, (0, 0), (4, 4), "axes fraction", "offset points", color="0.25")
+        axes.set_xlabel("Length, tokens (MODEL + SCALING: inference-time scaling only)")
     _log_axis(axes)
     _mark_lengths(axes, results.rows)
     _name_ends(axes, lines)

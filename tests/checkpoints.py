@@ -1,5 +1,6 @@
 """Copies of golden checkpoints, and what is in their files."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import torch
+import transformers
 
 from .conftest import GOLDEN
 
@@ -31,3 +33,10 @@ def copy_golden(name: str, tmp_path: Path) -> Path:
     target = tmp_path / name
     shutil.copytree(GOLDEN / name, target, ignore=shutil.ignore_patterns("golden.*"))
     return target
+
+
+def torch_cache(model):
+    """A fresh KV cache as the keyword argument that this version of transformers takes."""
+    parameters = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in parameters else "past_key_values"
+    return {name: transformers.DynamicCache()}

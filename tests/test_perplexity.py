@@ -23,6 +23,7 @@ from mlx_clex.cli import run_command
 from mlx_clex.results import read_results
 from mlx_clex.training import evaluation
 
+from .checkpoints import torch_cache
 from .conftest import GOLDEN, stock_folder
 
 TEXT = "the quick brown fox runs away from the lazy dog . " * 120
@@ -78,29 +79,29 @@ class Transformers:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def losses(self, ids, cache=None):
-        """Of ids[1:], each by itself; and the cache they were read into."""
+        """Of ids[1:], each by itself."""
+        cache = cache or torch_cache(self.model)
         ids = torch.tensor(np.asarray(ids, np.int64))[None]
         with torch.no_grad():
-            out = self.model(ids, past_key_values=cache, use_cache=True)
+            out = self.model(ids, **cache, use_cache=True)
         losses = torch.nn.functional.cross_entropy(out.logits[0, :-1], ids[0, 1:], reduction="none")
-        return losses.tolist(), out.past_key_values
+        return losses.tolist()
 
     def whole(self, ids, length):
         starts = range(0, len(ids) - length + 1, length)
-        return [self.losses(ids[start : start + length])[0] for start in starts]
+        return [self.losses(ids[start : start + length]) for start in starts]
 
     def chunked(self, ids, length, chunk):
         found = []
         for window in range(0, len(ids) - length + 1, length):
-            cache = None
+            cache = torch_cache(self.model)
             for start in range(window, window + length, chunk):
-                losses, cache = self.losses(ids[start : start + chunk], cache)
-                found.append(losses)
+                found.append(self.losses(ids[start : start + chunk], cache))
         return found
 
     def sliding(self, ids, length, stride):
         starts = range(0, len(ids) - length + 1, stride)
-        return [self.losses(ids[start : start + length])[0] for start in starts]
+        return [self.losses(ids[start : start + length]) for start in starts]
 
 
 @pytest.mark.parametrize(
@@ -342,13 +343,13 @@ def test_a_text_shorter_than_the_length(converted, text, capsys):
 def test_texts_that_are_too_short_are_joined_aloud(converted, text, tmp_path, capsys):
     """A document was measured past its end, in the middle of the next, without a word."""
     file = tmp_path / "records.jsonl"
-    record = json.dumps({"text": TEXT[:400]}) + "\n"
+    record = json.dumps({"text": TEXT[:150]}) + "\n"
     file.write_text(record * 4)
     argv = ("--model", converted("clex_llama"), "--data", file, "--windows", 1)
-    assert call(*argv, "--lengths", 100) == 0
+    assert call(*argv, "--lengths", 50) == 0
     assert "end to end" not in capsys.readouterr().out
-    assert call(*argv, "--lengths", 250, 512) == 0
-    assert "No text of it has 512 tokens: all are read as one" in capsys.readouterr().out
+    assert call(*argv, "--lengths", 50, 250) == 0
+    assert "No text of it has 250 tokens: all are read as one" in capsys.readouterr().out
 
 
 def test_a_failure_of_mlx_is_one_line(converted, text, monkeypatch, capsys):

@@ -16,6 +16,8 @@ import pytest
 import torch
 import transformers
 
+from .checkpoints import torch_cache
+
 ROOT = Path(__file__).parents[1]
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 L0 = 512  # trained length the conversion is told, tokens; far below the real one
@@ -89,11 +91,10 @@ def test_perplexity_is_that_of_transformers(smollm2, tmp_path):
             "mlx_clex.perplexity", "--model", smollm2, "--protocol", protocol, *chunks, *options
         )
         for row in json.loads(out)["results"]:
-            cache, losses = None, []
+            cache, losses = torch_cache(model), []
             for part in ids[:, : row["length"]].split(chunk or row["length"], dim=1):
                 with torch.no_grad():
-                    found = model(part, past_key_values=cache, use_cache=True)
-                cache = found.past_key_values
+                    found = model(part, **cache, use_cache=True)
                 flat = found.logits[0, :-1], part[0, 1:]
                 losses.append(torch.nn.functional.cross_entropy(*flat, reduction="none"))
             theirs = math.exp(torch.cat(losses).mean())
