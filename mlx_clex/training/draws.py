@@ -53,7 +53,7 @@ class Procedure:
         """Of sequences of `length` tokens.
 
         Skips have no sequences longer than L0 at scales below their own length's. A plain
-        share gives these back; it measured no better, so it has to be asked for.
+        share gives these back, for a little at the far end, so it has to be asked for.
         """
         if self.sampling == DENSE:
             return _DENSE_PLAIN if self.plain_share is None else self.plain_share
