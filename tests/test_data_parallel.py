@@ -22,7 +22,7 @@ from .test_sharded import pytestmark as needs_launch
 
 pytestmark = needs_launch
 OPTIONS = (
-    "--train --batch-size 4 --max-seq-length 32 --num-layers 2 --learning-rate 0.05 "
+    "--train --batch-size 4 --max-seq-length 32 --num-layers 2 --learning-rate 0.02 "
     "--packing plain --grad-accumulation-steps 2 --max-grad-norm 1 --optimizer sgd "
     "--iters 24 --save-every 4 --steps-per-eval 24 --eval-lengths 32"
 )
