@@ -332,9 +332,8 @@ def _settings(
     chunks = {_chunk(args, line) for line in lines}
     return {
         "tokens": digest_of(corpus),
-        "texts": int(
-            (corpus.ends - corpus.starts >= longest).sum()
-        ),  # that are read; 0: all as one
+        # That are read; 0: all as one.
+        "texts": int((corpus.ends - corpus.starts >= longest).sum()),
         **{name: getattr(args, name) for name in names},
         "chunk": chunks.pop() if len(chunks) == 1 else None,  # None: of each its trained length
     }
