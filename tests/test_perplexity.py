@@ -259,6 +259,7 @@ def test_without_options_the_bundled_models(text, tmp_path, converted, capsys, m
     convert(stock, models["gene"], scaling={"type": "gene", "factor": 16})
     monkeypatch.setattr(perplexity, "MODELS", models)
     monkeypatch.setattr(perplexity, "held_out_text", lambda: TEXT)
+    monkeypatch.chdir(tmp_path)
     found = rows(capsys, "--windows", "1")
     assert list(dict.fromkeys(label for label, _ in found)) == [
         "base + none",
