@@ -208,6 +208,13 @@ class PlanningResponseGenerator(stock.ResponseGenerator):
         super().__init__(provider, prompt_cache)
 
     def _run_generate(self) -> None:
+        try:
+            self._generate_until_stopped()
+        finally:
+            # What MLX keeps for a thread that ends unasked can end the interpreter with it.
+            mx.clear_streams()
+
+    def _generate_until_stopped(self) -> None:
         while not self._stop:
             try:
                 self._generate()

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.chat import setup_arg_parser
 
 from . import chat
@@ -45,32 +46,44 @@ class Turns:
         Raises:
             InputError: the model cannot be loaded.
         """
-        self._jobs: queue.Queue[tuple[Callable[[], Iterator[Any]], queue.Queue[Any]]] = (
+        # None ends the thread.
+        self._jobs: queue.Queue[tuple[Callable[[], Iterator[Any]], queue.Queue[Any]] | None] = (
             queue.Queue()
         )
         self._load = load
         self.conversation: Conversation
         loaded: queue.Queue[Exception | None] = queue.Queue()
-        threading.Thread(target=self._work, args=(loaded,), daemon=True).start()
+        self._thread = threading.Thread(target=self._work, args=(loaded,), daemon=True)
+        self._thread.start()
         error = loaded.get()
         if error is not None:
+            self._thread.join()
             raise error
 
     def _work(self, loaded: "queue.Queue[Exception | None]") -> None:
         try:
             self.conversation = self._load()()
+            loaded.put(None)
+            while (work := self._jobs.get()) is not None:
+                job, results = work
+                try:
+                    for result in job():
+                        results.put((result, None))
+                    results.put((None, StopIteration()))
+                except Exception as error:
+                    results.put((None, error))
         except Exception as error:
             loaded.put(error)
-            return
-        loaded.put(None)
-        while True:
-            job, results = self._jobs.get()
-            try:
-                for result in job():
-                    results.put((result, None))
-                results.put((None, StopIteration()))
-            except Exception as error:
-                results.put((None, error))
+        finally:
+            # What MLX keeps for a thread that ends unasked can end the interpreter with it.
+            mx.clear_streams()
+
+    def close(self) -> None:
+        """End the thread, after the pass under way."""
+        self._jobs.put(None)
+        while self._thread.is_alive():
+            self.conversation.stop.set()
+            self._thread.join(timeout=0.1)
 
     def run(self, job: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         """What `job` yields, from the other thread; its exceptions come out here."""
@@ -215,19 +228,22 @@ def run(args: argparse.Namespace) -> None:
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )
     page = build_page(turns, f"mlx_clex: {Path(args.model).name}")
-    page.launch(
-        server_name=HOST,
-        server_port=args.port,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        inbrowser=False,
-        theme=theme,
-        css="#meter progress { width: 100% } footer { display: none !important }",
-        footer_links=[],
-    )
-    print(f"http://{HOST}:{args.port}/ has the page; Ctrl-C ends it.", flush=True)
-    page.block_thread()
+    try:
+        page.launch(
+            server_name=HOST,
+            server_port=args.port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            inbrowser=False,
+            theme=theme,
+            css="#meter progress { width: 100% } footer { display: none !important }",
+            footer_links=[],
+        )
+        print(f"http://{HOST}:{args.port}/ has the page; Ctrl-C ends it.", flush=True)
+        page.block_thread()
+    finally:
+        turns.close()
 
 
 def main() -> None:

@@ -358,6 +358,15 @@ def test_a_server_that_cannot_start_says_so_in_one_line(options, words, model):
     assert "Traceback" not in done.stderr
 
 
+def test_a_server_that_ends_is_not_aborted(model):
+    """The end of the thread that generates raced the interpreter's: one in two was aborted."""
+    command = [sys.executable, "-m", "mlx_clex.server", "--model", str(model)]
+    command += ["--host", "256.1.1.1"]
+    ends = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    errors = [end.communicate(timeout=120)[1] for end in ends]
+    assert [end.returncode for end in ends] == [2] * 4, errors
+
+
 class Provider:
     loads = 0
 

@@ -7,6 +7,7 @@ takes the picture in the README, with a model that can talk.
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -30,6 +31,21 @@ FLAGS = (
 )
 
 
+def start(folder, *options, **pipes):
+    """The command in a process, once it serves, and the page's address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}/"
+    command = [sys.executable, "-m", "mlx_clex.web", "--model", str(folder)]
+    command += ["--port", str(port), *map(str, options)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **pipes)
+    for line in process.stdout:
+        if address in line:
+            return process, address
+    raise AssertionError("the page did not start")
+
+
 class Page:
     """The command in a process, and its page in a headless Chromium."""
 
@@ -37,18 +53,7 @@ class Page:
         from selenium import webdriver
         from selenium.webdriver.chrome.service import Service
 
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.address = f"http://127.0.0.1:{port}/"
-        command = [sys.executable, "-m", "mlx_clex.web", "--model", str(folder)]
-        command += ["--port", str(port), *map(str, options)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        for line in self.process.stdout:
-            if self.address in line:
-                break
-        else:
-            raise AssertionError("the page did not start")
+        self.process, self.address = start(folder, *options)
         self.profile = tempfile.mkdtemp()
         chrome = webdriver.ChromeOptions()
         chrome.binary_location = shutil.which("chromium")
@@ -150,6 +155,23 @@ def test_the_page_asks_for_nothing_elsewhere(page):
     """Fonts came from a content network, and statistics went to another."""
     page.until(lambda: page.tokens() >= 0)
     assert page.requests() <= {"127.0.0.1"}
+
+
+def test_ctrl_c_ends_an_answer_and_the_page():
+    """The thread with the model ends after the pass under way, before the interpreter does."""
+    gradio_client = pytest.importorskip("gradio_client", reason="the page needs gradio")
+    process, address = start("bundled:gene", "--max-tokens", 100_000, stderr=subprocess.PIPE)
+    client = gradio_client.Client(address, verbose=False)
+    job = client.submit("A cat.", api_name="/send")
+    end = time.monotonic() + 60
+    while len(job.outputs()) < 3:
+        assert time.monotonic() < end, "no answer"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert "terminate" not in errors
 
 
 @pytest.mark.parametrize(
