@@ -1,12 +1,14 @@
 """Command: LongBench, RULER, InfiniteBench and every other task of lm-evaluation-harness.
 
 The tasks, their prompts and their scores are the harness's; the model is read as `generate`
-reads it, each prompt at the scale of its own length. No prompt is cut without a word.
+reads it, each prompt at the scale of its own length. No prompt is cut without a word. With
+--output, answers are kept as they come: an interrupted run goes on after the last of them.
 
 Not covered: what `harness.py` leaves out.
 """
 
 import argparse
+import glob
 import importlib.util
 import json
 import sys
@@ -202,6 +204,7 @@ def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
         chat_template_args=_json_object(args, "chat_template_args"),
         max_length=max_length,
     )
+    answers = results.path(f".answers-{digest({**same, **results.settings})[:8]}")
     for name in args.tasks:
         rows = run_tasks(
             lm,
@@ -209,10 +212,14 @@ def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
             num_fewshot=args.num_shots,
             limit=args.limit,
             confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+            answers=answers,
         )
         for row in rows:
             results.add({**same, **row})
         _print_table(rows, first=name == args.tasks[0])
+    if answers is not None:
+        for file in answers.parent.glob(f"{glob.escape(answers.name)}*"):
+            file.unlink()
     if lm.cut:
         print(
             f"[mlx_clex] {lm.cut} of {lm.prompts} prompts had no room in {max_length} tokens and "

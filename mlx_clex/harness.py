@@ -112,6 +112,8 @@ class PlannedLM(MLXLM, TemplateLM):
                 progress = functools.partial(_advance, bar, bar.n)
                 reply = self._reader.answer(tokens, count, progress, stops)
                 replies.append(postprocess_generated_text(reply, until, think_end))
+                request = requests[len(replies) - 1]
+                self.cache_hook.add_partial("generate_until", request.args, replies[-1])
         return replies
 
     def loglikelihood_rolling(
@@ -130,6 +132,7 @@ class PlannedLM(MLXLM, TemplateLM):
             pairs = [(None, *make_disjoint_window(window)) for window in windows]
             scores = self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
             totals.append(sum(score for score, _ in scores))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])
         return totals
 
     def _loglikelihood_tokens(
@@ -153,7 +156,11 @@ class PlannedLM(MLXLM, TemplateLM):
             for (context, _), members in together.items():
                 ends = [pairs[index][1] for index in members]
                 scores = self._score_ends(list(context), ends)
-                answers |= zip(members, scores, strict=True)
+                for index, answer in zip(members, scores, strict=True):
+                    answers[index] = answer
+                    # A window of a longer text has no words of its own.
+                    if words := requests[index][0]:
+                        self.cache_hook.add_partial("loglikelihood", words, answer)
                 bar.update(len(context))
         return [answers[index] for index in range(len(pairs))]
 
@@ -315,6 +322,7 @@ def run_tasks(
     num_fewshot: int | None,
     limit: int | None,
     confirm_run_unsafe_code: bool = False,
+    answers: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Evaluate.
 
@@ -324,6 +332,8 @@ def run_tasks(
         num_fewshot: examples in each prompt; None: as the task says.
         limit: documents of each task and length, at most.
         confirm_run_unsafe_code: run tasks that execute what the model has written.
+        answers: begins the name of the harness's file of the model's answers. They are kept
+            as they come, and those that are there are not asked for again.
 
     Returns:
         A row for every figure: task, metric, value, stderr, samples, and the length it is
@@ -347,6 +357,7 @@ def run_tasks(
                 for name, by_length in documents.items()
             },
             log_samples=False,
+            use_cache=None if answers is None else str(answers),
             confirm_run_unsafe_code=confirm_run_unsafe_code,
         )
     except (InputError, RunError):

@@ -247,10 +247,12 @@ def run(args: argparse.Namespace) -> None:
         RunError: MLX failed.
     """
     _check(args)
+    # All of them, before hours go into the first.
+    folders = {label: resolve(source) for label, source in _sources(args).items()}
     results = open_results(args.output, kind="passkey", settings=_settings(args), keys=_KEYS)
     try:
-        for label, source in _sources(args).items():
-            _measure(args, results, label, source)
+        for label, folder in folders.items():
+            _measure(args, results, label, folder)
     finally:
         picture(results)
 
@@ -303,9 +305,8 @@ def _sources(args: argparse.Namespace) -> dict[str, str]:
     return dict(zip(names, args.model, strict=True))
 
 
-def _measure(args: argparse.Namespace, results: Results, label: str, source: str) -> None:
+def _measure(args: argparse.Namespace, results: Results, label: str, folder: Path) -> None:
     """All cells of one model, and its table."""
-    folder = resolve(source)
     model, tokenizer = load(
         folder,
         scale=args.scale if isinstance(args.scale, float) else None,

@@ -102,7 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--factor",
         type=float,
-        help="Of --scalings: longest length / trained length. Default: that of --lengths.",
+        help="Of --scalings: longest length / trained length. Default: that of --lengths. none "
+        "and dynamic have no use for it.",
     )
     parser.add_argument(
         "--kv-bits",
@@ -210,6 +211,10 @@ def _check(args: argparse.Namespace) -> None:
     Protocol(chunk=args.chunk, stride=args.stride)
     if args.factor is not None and not args.scalings:
         raise InputError("--factor is that of --scalings, which were not given.")
+    if args.factor is not None and not any(SCALINGS[n].options_for(2) for n in args.scalings):
+        raise InputError(
+            f"--factor changes nothing of --scalings {' '.join(args.scalings)}: leave it out."
+        )
     if args.scale is not None and args.scalings:
         raise InputError("--scale and --scalings exclude each other; their scale is --factor.")
 

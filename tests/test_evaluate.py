@@ -1,7 +1,12 @@
 """The harness's tasks on our models: figures checked by hand, nothing cut without a word."""
 
+import contextlib
 import json
+import os
 import re
+import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,6 +156,50 @@ def test_infinitebench_scores(folders, local, replies, tmp_path):
     tasks = ("--tasks", "local_passkey", "--include-path", local)
     assert call("--model", folders("gene"), *tasks, "--output", out) == 0
     assert value(read_results(out), "local_passkey", "score") == 0.5
+
+
+def test_a_killed_run_goes_on_with_the_answers_it_has(folders, local, tmp_path, monkeypatch):
+    """SIGKILL in the middle of a task; the scores are those of a run that was left alone."""
+    documents = [
+        {"context": f"Barn {n} is red. " * 40, "question": "What is red?", "answers": [f"barn {n}"]}
+        for n in range(30)
+    ]
+    lines = [json.dumps(document) + "\n" for document in documents]
+    (local / "local_hotpotqa.jsonl").write_text("".join(lines))
+    argv = ("--model", str(folders("gene")), "--tasks", "local_hotpotqa", "local_passkey")
+    argv += ("--include-path", str(local), "--output")
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    command = [sys.executable, "-m", "mlx_clex.evaluate", *argv, str(tmp_path / "killed")]
+    run = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while kept_answers(tmp_path) == 0:
+        assert run.poll() is None, "it ended before it could be killed"
+    run.kill()
+    run.wait()
+    kept = kept_answers(tmp_path)
+    assert not read_results(tmp_path / "killed").rows
+
+    asked = []
+    real = Reader.answer
+    monkeypatch.setattr(
+        Reader, "answer", lambda *args, **kwargs: asked.append(1) or real(*args, **kwargs)
+    )
+    assert call(*argv, tmp_path / "killed") == 0
+    assert 0 < kept < 30
+    assert len(asked) == 32 - kept
+    assert not list(tmp_path.glob("killed.answers*"))
+    assert call(*argv, tmp_path / "whole") == 0
+    assert read_results(tmp_path / "killed").rows == read_results(tmp_path / "whole").rows
+
+
+def kept_answers(folder):
+    """How many there are in the harness's file, which another process writes."""
+    for file in folder.glob("killed.answers*.db"):
+        with (
+            contextlib.closing(sqlite3.connect(file, timeout=60)) as base,
+            contextlib.suppress(sqlite3.OperationalError),  # no table yet
+        ):
+            return base.execute("SELECT count(*) FROM unnamed").fetchone()[0]
+    return 0
 
 
 LENGTHS = '{"max_seq_lengths": [600, 1000]}'

@@ -320,6 +320,14 @@ def test_bad_input_is_one_line(folders, capsys, more, match):
     assert "Traceback" not in "".join(err)
 
 
+def test_every_model_is_looked_for_before_the_first_is_measured(folders, tmp_path, capsys):
+    """A name that was mistyped came out when the models before it were done."""
+    argv = ("--model", folders("clex"), "nowhere/at/all", "--lengths", 500, "--trials", 1)
+    assert call(*argv, "--output", tmp_path / "out") == 2
+    assert "neither a folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_model_only_the_bundled_task_makes_sense(capsys):
     """The bundled models have never seen the others' sentences."""
     assert call("--task", "kv") == 2

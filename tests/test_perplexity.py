@@ -301,6 +301,7 @@ def test_a_terminal_is_told_how_long_it_takes(converted, text):
         (("--protocol", "chunked", "--chunk", "1"), "--chunk must be at least 2"),
         (("--protocol", "sliding", "--stride", "0"), "--stride must be at least 1"),
         (("--factor", "4"), "--factor is that of --scalings"),
+        (("--scalings", "dynamic", "--factor", "4"), "changes nothing of --scalings dynamic"),
         (("--scalings", "ntk", "--scale", "2"), "exclude each other"),
         (("--scalings", "ntk", "--factor", "0.5"), "factor must be >= 1"),
         (("--kv-bits", "4", "--kv-group-size", "128"), "cannot be quantised"),
