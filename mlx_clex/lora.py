@@ -195,7 +195,7 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         InputError: options, data or a folder that cannot be used.
-        RunError: the loss is no longer a number.
+        RunError: the loss is no longer a number, or MLX failed.
     """
     maybe_set_recommended_wired_limit()  # on Metal, as mlx_lm.lora
     group = mx.distributed.init()
@@ -216,7 +216,8 @@ def run(args: argparse.Namespace) -> None:
                 training.train(same)
         if test is not None and ranks.first:
             count = test.per_epoch if args.test_batches == -1 else args.test_batches
-            loss = mean_loss(model, test.some(count))
+            with ranks.running():
+                loss = mean_loss(model, test.some(count))
             print(f"Test loss {loss:.3f}, Test ppl {math.exp(min(loss, 700)):.3f}.")
 
 

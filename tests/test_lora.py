@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -18,14 +19,16 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_clex import load, lora
 from mlx_clex.cli import run_command
-from mlx_clex.errors import InputError
+from mlx_clex.errors import InputError, RunError
 from mlx_clex.lora import build_parser
 from mlx_clex.scaling import build_scaling
 from mlx_clex.scaling.gene import GeneParam
 from mlx_clex.training.checkpoints import Checkpoints
 from mlx_clex.training.draws import Draws, procedure_for
 from mlx_clex.training.log import Log, read_log
+from mlx_clex.training.ranks import Ranks
 from mlx_clex.training.setup import OPTIMIZERS, build_optimizer
+from mlx_clex.training.step import TrainingStep
 
 from .conftest import GOLDEN, stock_folder
 
@@ -283,6 +286,32 @@ def test_nan_stops_and_keeps_the_last_good_save(base, texts, tmp_path, capsys):
     for weights in arrays(newest).values():
         assert all(mx.isfinite(value).all().item() for value in weights.values())
     assert equal(good, arrays(adapters))
+
+
+def test_a_failure_of_mlx_is_one_line(base, texts, tmp_path, monkeypatch, capsys):
+    """Memory, above all; the last good save stays."""
+    real, steps = TrainingStep.__call__, []
+
+    def fails(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 3:
+            raise RuntimeError("[malloc] Unable to allocate 9 bytes")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(TrainingStep, "__call__", fails)
+    assert call(argv_for(base, texts, tmp_path / "a", "--iters 4 --save-every 2")) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
+    assert "MLX failed: [malloc] Unable to allocate 9 bytes. If memory was short:" in line
+    newest = Checkpoints(tmp_path / "a", keep=2).newest
+    assert newest is not None
+    assert int(newest.name) == 2
+
+
+def test_a_failure_of_mlx_names_the_process():
+    """It ended in silence in all but the first."""
+    second = Ranks(SimpleNamespace(size=lambda: 2, rank=lambda: 1))
+    with pytest.raises(RunError, match="MLX failed in process 2 of 2: no memory"), second.running():
+        raise RuntimeError("no memory")
 
 
 def test_a_full_disk_leaves_the_save_before(base, texts, tmp_path, monkeypatch, capsys):

@@ -130,7 +130,7 @@ class Run:
             same: settings that a later resume must have as well.
 
         Raises:
-            RunError: the loss is no longer a number; the last save stays.
+            RunError: the loss is no longer a number, or MLX failed; the last save stays.
             KeyboardInterrupt: Ctrl-C, after a save.
         """
         options, progress = self.options, self.progress

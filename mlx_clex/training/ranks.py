@@ -19,6 +19,8 @@ import mlx.core as mx
 
 from ..errors import InputError, RunError
 
+_MEMORY = "If memory was short: --grad-checkpoint, or a smaller --batch-size or --max-seq-length."
+
 
 class Ranks:
     """This process among the others; alone, without a group."""
@@ -78,17 +80,24 @@ class Ranks:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Within the block, the first process alone tells of an end that all share."""
+        """Within the block, the first process alone tells of an end that all share.
+
+        Raises:
+            RunError: the run failed, or MLX.
+        """
         try:
             yield
-        except RuntimeError as error:
-            if self.first and (self.size == 1 or isinstance(error, RunError)):
-                raise
+        except RunError:
             if self.first:
-                raise RunError(
-                    f"Another process ended, and its own message says why; or MLX failed: {error}."
-                ) from error
+                raise
             self._leave(1)
+        except RuntimeError as error:
+            if self.size == 1:
+                raise RunError(f"MLX failed: {error}. {_MEMORY}") from error
+            raise RunError(
+                f"Another process ended, and its own message says why; or MLX failed in process "
+                f"{self.rank + 1} of {self.size}: {error}. {_MEMORY}"
+            ) from error
 
     def _leave(self, status: int) -> None:
         """End without a word, but not before those that have one to say.
