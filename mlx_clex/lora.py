@@ -42,7 +42,7 @@ from .sharding import one_voice
 from .training.batches import PACKINGS, Batches
 from .training.checkpoints import ADAPTERS, Checkpoints
 from .training.data import Corpus, load_corpora
-from .training.draws import SAMPLINGS, SCALE_DRAWS, Draws, Procedure, procedure_for
+from .training.draws import DENSE, SAMPLINGS, SCALE_DRAWS, SKIPS, Draws, Procedure, procedure_for
 from .training.evaluation import check_lengths, mean_loss
 from .training.loop import LoopOptions, Run
 from .training.ranks import Ranks
@@ -56,9 +56,7 @@ from .training.step import TrainingStep
 
 # mlx-lm's, without what has no meaning here.
 _DEFAULTS: dict[str, Any] = {
-    key: value
-    for key, value in CONFIG_DEFAULTS.items()
-    if key not in ("model", "data", "config", "clear_cache_threshold")
+    key: value for key, value in CONFIG_DEFAULTS.items() if key not in ("model", "data", "config")
 } | {
     "model": None,
     "data": None,
@@ -90,13 +88,24 @@ _AT_LEAST = {
     "warmup": 0,
     "max_grad_norm": 0,
     "learning_rate": 0,
+    "val_batches": -1,
+    "test_batches": -1,
+    "clear_cache_threshold": 0,
+}
+# Of the options that have no default to tell it, in a YAML file.
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("lora_parameters", "optimizer_config", "lr_schedule"), dict),
+    **dict.fromkeys(("model", "data", "adapter_path", "resume_adapter_file"), str),
+    **dict.fromkeys(("report_to", "project_name"), str),
 }
 # May change from one start of a run to the next.
 _FREE = {
     "adapter_path",
+    "clear_cache_threshold",
     "config",
     "data",  # its tokens may not
     "eval_lengths",
+    "grad_checkpoint",  # the same gradient
     "hf_dataset",
     "iters",
     "keep",
@@ -104,8 +113,10 @@ _FREE = {
     "project_name",
     "report_to",
     "resume",
+    "resume_adapter_file",  # a save has what it gave
     "save_every",
     "steps_per_eval",
+    "steps_per_report",
     "test",
     "test_batches",
     "train",
@@ -150,7 +161,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plain-share",
         type=float,
         help="Share of the steps at scale 1 and in rows of the trained length: of --sampling "
-        "dense (default: 0.25), and of skips in longer sequences (default: 0).",
+        "dense (default: 0.25), and of skips in longer sequences (default: of clex 0.25, else 0).",
     )
     parser.add_argument(
         "--release-recipe",
@@ -187,6 +198,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="Lengths at which validation reports the perplexity.",
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        **flag,
+        help="Let the tokenizer run its own Python.",
+    )
     add_scaling_arguments(parser)
 
 
@@ -215,9 +231,8 @@ def run(args: argparse.Namespace) -> None:
             if going_on:
                 training.train(same)
         if test is not None and ranks.first:
-            count = test.per_epoch if args.test_batches == -1 else args.test_batches
             with ranks.running():
-                loss = mean_loss(model, test.some(count))
+                loss = mean_loss(model, test.some(args.test_batches))
             print(f"Test loss {loss:.3f}, Test ppl {math.exp(min(loss, 700)):.3f}.")
 
 
@@ -275,6 +290,20 @@ def check(args: argparse.Namespace, *, processes: int = 1) -> None:
         if number and (not isinstance(value, kinds) or isinstance(value, bool)):
             kind = "a whole number" if whole else "a number"
             raise InputError(f"{_option(key)} must be {kind}, got {value!r}.")
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise InputError(f"{_option(key)} must be true or false, got {value!r}.")
+    for key, kind in _KINDS.items():
+        value = getattr(args, key)
+        if value is not None and not isinstance(value, kind):
+            kind = "text (in quotes)" if kind is str else "a block of `key: value` lines"
+            raise InputError(f"{key} must be {kind} in a YAML file, got {value!r}.")
+    lengths = args.eval_lengths
+    if lengths is not None and not (
+        isinstance(lengths, list) and all(type(length) is int for length in lengths)
+    ):
+        raise InputError(
+            f"--eval-lengths must be whole numbers, in a YAML file [4096, 8192], got {lengths!r}."
+        )
     check_seed(args.seed)  # which may come from --config
     for key, least in _AT_LEAST.items():
         if not getattr(args, key) >= least:
@@ -295,8 +324,18 @@ def check(args: argparse.Namespace, *, processes: int = 1) -> None:
             "--grad-checkpoint runs every layer twice, and dropout would differ between the two: "
             "set dropout to 0 in lora_parameters, or leave --grad-checkpoint out."
         )
-    if args.resume and args.resume_adapter_file:
-        raise InputError("--resume and --resume-adapter-file exclude each other.")
+    if args.test and args.test_batches == 0:
+        raise InputError("--test-batches must be at least 1, or -1 for all, got 0.")
+    if args.lr_schedule and (args.warmup or args.cosine):
+        raise InputError(
+            "lr_schedule stands in place of --warmup and --cosine: leave them out; it has a "
+            "warmup of its own."
+        )
+    if args.scaling is not None and not args.train and args.adapter_path:
+        raise InputError(
+            f"--scaling {args.scaling}: adapters know the scaling that they were trained with. "
+            "Leave the option out, or test without adapters: --adapter-path ''."
+        )
 
 
 def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Corpus], dict[str, Any] | None]:
@@ -308,7 +347,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Corpus], dict[str, A
         adapter_path=None if args.train else (args.adapter_path or None),
         trust_remote_code=args.trust_remote_code,
     )
-    if entry is not None and args.train:
+    if entry is not None:
         if isinstance(model, ScaledModel) and model.scaling.learned:
             raise InputError(
                 f"--scaling {args.scaling}: {args.model} has a scaling with weights of its own, "
@@ -363,12 +402,29 @@ def _prepare(
         scaling=share > 0,
         norms_and_embeddings=args.train_norms_and_embeddings,
     )
-    if args.resume_adapter_file is not None:
+    going_on = args.resume and checkpoints.newest is not None
+    if args.resume_adapter_file is not None and not going_on:
         _load_adapters(model, Path(args.resume_adapter_file).expanduser())
     print_trainable_parameters(model)
 
+    if args.scaling_learning_rate and not model.scaling.learned:
+        raise InputError(
+            f"--scaling-learning-rate: {type(model.scaling).__name__} has nothing to learn. Leave "
+            "it out."
+        )
     batches = _batches(args, corpora["train"])
-    draws = Draws(model.scaling, _procedure(args, model), np.random.default_rng(args.seed))
+    if batches.cut or batches.mute:
+        _say(
+            f"Of {len(corpora['train'].starts)} texts {batches.cut} are longer than "
+            f"--max-seq-length {args.max_seq_length} and lose their end (--packing concat keeps "
+            f"it); {batches.mute} have nothing within it to learn, and are left out."
+        )
+    procedure = _procedure(args, model)
+    if args.plain_share and procedure.sampling not in (DENSE, SKIPS):
+        raise InputError(
+            f"--plain-share is for --sampling dense and skips, not {procedure.sampling}."
+        )
+    draws = Draws(model.scaling, procedure, np.random.default_rng(args.seed))
     draws.check(args.max_seq_length)
     valid = corpora.get("valid")
     lengths = tuple(args.eval_lengths or ())
@@ -409,6 +465,7 @@ def _prepare(
             save_every=args.save_every,
             val_batches=args.val_batches,
             eval_lengths=lengths,
+            clear_cache_threshold=args.clear_cache_threshold,
         ),
         checkpoints=checkpoints,
         config=_adapter_config(args, model, entry),
@@ -430,15 +487,18 @@ def _load_adapters(model: Any, file: Path) -> None:
     for part in files[:1] + [other for other in files[1:] if other.is_file()]:
         try:
             weights: Any = mx.load(str(part))
-            model.load_weights(list(weights.items()), strict=False)
         except (ValueError, RuntimeError, OSError) as error:
             raise InputError(f"--resume-adapter-file {part} does not load: {error}") from error
-        known = dict(tree_flatten(model.trainable_parameters())).keys()
-        if unknown := sorted(weights.keys() - known):
-            raise InputError(
-                f"--resume-adapter-file {part} has {unknown[0]}, which this run does not train: "
-                "give the options that it was made with."
-            )
+        trained: Any = tree_flatten(model.trainable_parameters())
+        shapes = {name: value.shape for name, value in trained}
+        for name, value in sorted(weights.items()):
+            if shapes.get(name) != value.shape:
+                here = f"trains as {shapes[name]}" if name in shapes else "does not train"
+                raise InputError(
+                    f"--resume-adapter-file {part} has {name} as {value.shape}, which this run "
+                    f"{here}: give the options that it was made with."
+                )
+        model.load_weights(list(weights.items()), strict=False)
 
 
 def _resume(args: argparse.Namespace, training: Run, same: dict[str, Any]) -> bool:
@@ -479,7 +539,7 @@ def _procedure(args: argparse.Namespace, model: Any) -> Procedure:
     return Procedure(
         scale_draw=args.scale_draw or default.scale_draw,
         sampling=args.sampling or default.sampling,
-        plain_share=args.plain_share,
+        plain_share=default.plain_share if args.plain_share is None else args.plain_share,
     )
 
 
@@ -497,6 +557,8 @@ def _valid_batches(args: argparse.Namespace, corpus: Corpus | None) -> Batches |
     """Batches to validate on, or None, said aloud, where there is too little."""
     if corpus is None:
         _say("No validation data; training goes on without.")
+        return None
+    if args.val_batches == 0:
         return None
     try:
         return _batches(args, corpus)
@@ -539,7 +601,6 @@ def _same(args: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
     """What a resumed run must have in common with the one before."""
     free = _FREE - {"iters"} if args.cosine else _FREE  # it is the cosine's length
     settings = {key: value for key, value in vars(args).items() if key not in free}
-    settings.pop("clear_cache_threshold", None)
     folder = resolve(args.model)
     digest = hashlib.sha256(json.dumps(read_config(folder), sort_keys=True).encode())
     for file in sorted(folder.glob("*.safetensors")):

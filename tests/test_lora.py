@@ -388,6 +388,9 @@ def test_the_network_learns_at_its_own_rate(base, texts, tmp_path):
         ("--max-factor 5", "needs --scaling"),
         ("--mask-prompt", "no prompts"),
         ("--plain-share 2", "--plain-share"),
+        ("--plain-share 0.5 --sampling contiguous", "is for --sampling dense and skips"),
+        ("--val-batches -5", "--val-batches must be at least -1"),
+        ("--test --test-batches 0", "--test-batches must be at least 1"),
         ("--resume-adapter-file nowhere.safetensors", "does not load"),
         ("--report-to nothing", "--report-to nothing"),
     ],
@@ -424,6 +427,59 @@ def test_bad_data_is_one_line(converted, tmp_path, model, train, more, match, ca
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert match in error
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("eval_lengths: 64", "in a YAML file [4096, 8192], got 64"),
+        ("eval_lengths: [64, true]", "in a YAML file [4096, 8192]"),
+        ("lora_parameters: 8", "lora_parameters must be a block"),
+        ("optimizer_config: 3", "optimizer_config must be a block"),
+        ("report_to: 3", "report_to must be text"),
+        ("project_name: 2025-11-27", "project_name must be text (in quotes)"),
+        ('mask_prompt: "no"', "--mask-prompt must be true or false, got 'no'"),
+        ("warmup: 5\nlr_schedule: {name: cosine_decay, arguments: [1e-3, 9]}", "leave them out"),
+    ],
+)
+def test_a_yaml_value_of_another_kind_is_one_line(base, texts, tmp_path, line, match, capsys):
+    """They were tracebacks, and "no" was taken for yes."""
+    file = tmp_path / "c.yaml"
+    file.write_text(line + "\n")
+    assert call(argv_for(base, texts, tmp_path / "a", f"--iters 1 -c {file}")) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert match in error
+
+
+def test_remote_code_may_be_trusted_in_yaml(tmp_path):
+    """The option's own default hid the file's value."""
+    file = tmp_path / "c.yaml"
+    for value in (True, False):
+        file.write_text(f"trust_remote_code: {str(value).lower()}\n")
+        args = lora.with_config(whole_parser().parse_args(["-c", str(file)]))
+        assert args.trust_remote_code is value
+
+
+def test_a_scaling_with_nothing_to_learn_has_no_rate(converted, texts, tmp_path, capsys):
+    """It was taken, and did nothing."""
+    more = "--iters 1 --scaling-learning-rate 1e-3"
+    assert call(argv_for(converted("gene_llama"), texts, tmp_path / "a", more)) == 2
+    assert "Gene has nothing to learn" in capsys.readouterr().err
+
+
+def test_a_scaling_is_tested_only_without_adapters(converted, tmp_path, capsys):
+    """--scaling was left out without a word where nothing is trained."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "test.jsonl").write_text(json.dumps({"text": WORDS * 40}) + "\n")
+    argv = ["--test", "--model", str(converted("gene_llama")), "--data", str(tmp_path / "texts")]
+    argv += ["--batch-size", "1", "--max-seq-length", "64"]
+    assert call([*argv, "--scaling", "ntk", "--adapter-path", "somewhere"]) == 2
+    assert "--adapter-path ''" in capsys.readouterr().err
+    losses = set()
+    for more in ([], ["--scaling", "ntk", "--factor", "16"]):
+        assert call([*argv, *more, "--adapter-path", ""]) == 0
+        losses.add(capsys.readouterr().out.splitlines()[-1])
+    assert len(losses) == 2
 
 
 def test_nothing_given_is_one_line(capsys):
@@ -504,6 +560,79 @@ def test_the_examples_are_read(file):
     assert draws.draw(args.max_seq_length).positions.max() < 16 * 4096
     for line in file.read_text().splitlines():
         assert "#" in line, f"{line} has no comment"
+
+
+@pytest.mark.parametrize(("options", "share"), [("", 0.25), ("--plain-share 0", 0)])
+def test_a_plain_share_of_none_is_taken(base, options, share):
+    """0 is a choice, not the lack of one."""
+    args = lora.with_config(whole_parser().parse_args(options.split()))
+    model, _ = load(base)
+    assert lora._procedure(args, model).plain_share == share
+
+
+def test_a_run_from_adapters_resumes(base, texts, tmp_path, capsys):
+    """Its save has what it was started from; the file need not even be there any more."""
+    start = str(tmp_path / "a" / "adapters.safetensors")
+    assert call(argv_for(base, texts, tmp_path / "a", "--iters 2")) == 0
+    whole = argv_for(base, texts, tmp_path / "b", "--iters 4", "--resume-adapter-file", start)
+    assert call(whole) == 0
+    half = argv_for(base, texts, tmp_path / "c", "--iters 2", "--resume-adapter-file", start)
+    assert call(half) == 0
+    shutil.rmtree(tmp_path / "a")
+    rest = argv_for(base, texts, tmp_path / "c", "--iters 4 --grad-checkpoint", "--resume")
+    assert call([*rest, "--resume-adapter-file", start]) == 0
+    ours, theirs = arrays(tmp_path / "c"), arrays(tmp_path / "b")
+    for name in ours:
+        for key, value in ours[name].items():
+            assert mx.allclose(value, theirs[name][key], atol=1e-6), key
+
+
+def test_adapters_of_another_rank_do_not_start_a_run(base, texts, tmp_path, capsys):
+    """They trained to the end, and the result could not be loaded."""
+    config = tmp_path / "c.yaml"
+    config.write_text("lora_parameters: {rank: 4, scale: 20.0, dropout: 0.0}\n")
+    assert call(argv_for(base, texts, tmp_path / "a", f"--iters 1 -c {config}")) == 0
+    file = str(tmp_path / "a" / "adapters.safetensors")
+    argv = argv_for(base, texts, tmp_path / "b", "--iters 1", "--resume-adapter-file", file)
+    assert call(argv) == 2
+    assert "which this run trains as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "state.json"])
+def test_a_damaged_save_is_one_line(base, texts, tmp_path, name, capsys):
+    """And says how to go on from the save before."""
+    adapters = tmp_path / "a"
+    assert call(argv_for(base, texts, adapters, "--iters 4 --save-every 2")) == 0
+    file = adapters / "current" / name
+    file.write_bytes(file.read_bytes()[:50])
+    argv = argv_for(base, texts, adapters, "--iters 6 --save-every 2", "--resume")
+    assert call(argv) == 2
+    assert f"point the link {adapters / 'current'} there" in capsys.readouterr().err
+    (adapters / "current").unlink()
+    (adapters / "current").symlink_to("checkpoints/0000002")
+    assert call(argv) == 0
+    assert [line["iteration"] for line in read_log(adapters / "log.jsonl") if "loss" in line] == [
+        *range(1, 7)
+    ]
+
+
+def test_a_log_that_a_power_cut_broke_does_not_stop_a_resume(base, texts, tmp_path):
+    """Saves are on the disk for certain, the log is not."""
+    adapters = tmp_path / "a"
+    assert call(argv_for(base, texts, adapters, "--iters 2")) == 0
+    with (adapters / "log.jsonl").open("ab") as log:
+        log.write(b"\0" * 20 + b"\n")
+    assert call(argv_for(base, texts, adapters, "--iters 3", "--resume")) == 0
+    assert [line["iteration"] for line in read_log(adapters / "log.jsonl")][-2:] == [3, 3]
+
+
+def test_a_compiled_run_resumes_bit_identically(base, texts, tmp_path):
+    """`restore` puts new arrays where the compiled step looks for its state."""
+    mx.enable_compile()
+    assert call(argv_for(base, texts, tmp_path / "whole", "--iters 4")) == 0
+    assert call(argv_for(base, texts, tmp_path / "parts", "--iters 2")) == 0
+    assert call(argv_for(base, texts, tmp_path / "parts", "--iters 4", "--resume")) == 0
+    assert equal(arrays(tmp_path / "whole"), arrays(tmp_path / "parts"))
 
 
 def test_half_precision_weights_train(tmp_path):

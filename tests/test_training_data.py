@@ -340,6 +340,25 @@ def test_plain_rows_are_texts_of_similar_length():
             assert (targets[weights > 0] == row[0]).all()
 
 
+@pytest.mark.parametrize("items", [3, 5, 8])
+@pytest.mark.parametrize("packing", ["concat", "plain"])
+def test_all_of_a_corpus_is_each_row_once(packing, items):
+    """What was left over was never read, and with few windows some were counted twice."""
+    corpus = corpus_of(*(np.full(10, i) for i in range(items)), [99])
+    batches = Batches(corpus, packing=packing, length=10, batch_size=min(4, items), seed=0)
+    rows = [row for batch in batches.some(-1) for row in batch.tokens]
+    assert sorted(row[0] for row in rows) == list(range(items))
+
+
+def test_plain_rows_without_a_token_to_learn_are_left_out():
+    """A prompt that fills its row; and a text that loses its end is counted."""
+    texts = [np.full(length, length) for length in (30, 100, 90, 20, 1)]
+    corpus = corpus_of(*texts, prompts=[30, 65, 10, 0, 0])
+    batches = Batches(corpus, packing="plain", length=64, batch_size=1, seed=0)
+    assert (batches.cut, batches.mute) == (1, 3)
+    assert sorted(batch.tokens[0, 0] for batch in batches.some(-1)) == [20, 90]
+
+
 @pytest.mark.parametrize("packing", ["concat", "plain"])
 def test_the_order_resumes_where_it_was(packing):
     """From its state alone, across the end of an epoch."""
@@ -360,7 +379,9 @@ def test_too_little_data_says_how_much_there_is():
     corpus = corpus_of(np.arange(10))
     with pytest.raises(InputError, match="texts has 10 tokens, shorter than one sequence of 10"):
         Batches(corpus, packing="concat", length=10, batch_size=1, seed=0)
-    with pytest.raises(InputError, match="1 texts of more than one token, fewer than the 2"):
+    with pytest.raises(
+        InputError, match="1 texts with a token to learn within --max-seq-length 10, fewer"
+    ):
         Batches(corpus, packing="plain", length=10, batch_size=2, seed=0)
     with pytest.raises(InputError, match="concat, plain"):
         Batches(corpus, packing="pack", length=10, batch_size=2, seed=0)

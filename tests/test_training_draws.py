@@ -222,6 +222,17 @@ def test_a_quarter_of_the_steps_on_long_sequences_is_plain(sampling):
         np.testing.assert_array_equal(draw.positions, np.arange(L0))
 
 
+@pytest.mark.parametrize(
+    ("name", "released", "share"), [("clex", False, 0.25), ("clex", True, 0), ("gene", False, 0)]
+)
+def test_clex_alone_has_plain_steps_unasked(name, released, share):
+    """In sequences longer than L0: shorter ones are at scale 1 often enough."""
+    scaling = build_scaling({"type": name}, dims=16, base=1e4, trained_length=L0)
+    procedure = procedure_for(scaling, released=released)
+    assert procedure.plain_share_at(2 * L0, L0) == share
+    assert procedure.plain_share_at(L0, L0) == 0
+
+
 def test_skips_keep_neighbours_together_and_reach_far():
     """At most four runs, positions in order, all within L0 * t, half of them from 0."""
     draws = make(max_factor=8, sampling="skips")

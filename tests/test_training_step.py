@@ -307,6 +307,14 @@ def test_clipping_does_not_let_the_scaling_hold_up_the_model():
             assert mx.abs(held[name] - moved[name]).max().item() < 1e-6, name
 
 
+def test_the_norm_of_half_precision_gradients_is_their_own():
+    """Summed in bfloat16, 300 gradients of norm 1 had one of 16, and 1,000 too."""
+    gradient = {str(i): mx.ones((1,), mx.bfloat16) for i in range(1000)}
+    clipped, norm = make_step(max_grad_norm=1.0)._clipped(gradient)
+    assert norm.item() == pytest.approx(1000**0.5, rel=1e-3)
+    assert norm_of(clipped.values()) == pytest.approx(1.0, rel=1e-2)
+
+
 def test_plain_steps_cut_rows_into_pieces():
     """Positions 0..L0-1 again for every piece, and no token lost."""
     step = make_step()

@@ -46,10 +46,15 @@ class Batches:
         self.seed = seed
         self.epoch = 0
         self.index = 0  # of the next batch in the epoch
+        self.cut = 0  # texts that lose their end
+        self.mute = 0  # texts that have no token to learn within a row
         self._masked = bool(corpus.prompts.any())
         self._make = self._windows if packing == "concat" else self._rows
-        self._groups = self._grouped() if packing == "plain" else None
-        if self._groups is None:
+        self._groups: list[np.ndarray] | None = None
+        self._left_over = np.array([], int)  # texts, too few for a group
+        if packing == "plain":
+            self._left_over, self._groups = self._grouped()
+        else:
             self._items = (len(corpus.tokens) - 1) // length
             if self._items < 1:
                 raise InputError(
@@ -66,10 +71,20 @@ class Batches:
         return max(1, self._items // self.batch_size)
 
     def some(self, count: int) -> Iterator[Batch]:
-        """So many batches, spread evenly over the corpus; all of them where there are fewer."""
-        count = min(count, self.per_epoch)
-        for index in np.linspace(0, self.per_epoch - 1, count).round().astype(int):
-            yield self._make(np.arange(self._count), int(index))
+        """So many batches, spread evenly over the corpus; all of it where it has fewer.
+
+        Args:
+            count: batches; -1: all. Of all, one may have fewer rows than the others.
+        """
+        if self._groups is None:
+            every = np.split(
+                np.arange(self._items), range(self.batch_size, self._items, self.batch_size)
+            )
+        else:
+            every = ([self._left_over] if len(self._left_over) else []) + self._groups
+        count = len(every) if count == -1 else min(count, len(every))
+        for index in np.linspace(0, len(every) - 1, count).round().astype(int):
+            yield self._make(every[index])
 
     def next(self) -> Batch:
         """The next batch."""
@@ -77,9 +92,14 @@ class Batches:
             self.epoch += 1
             self.index = 0
             self._order = self._shuffled()
-        batch = self._make(self._order, self.index)
+        if self._groups is None:
+            first = self.index * self.batch_size
+            # Fewer windows than rows: some come twice.
+            chosen = np.take(self._order, range(first, first + self.batch_size), mode="wrap")
+        else:
+            chosen = self._groups[self._order[self.index]]
         self.index += 1
-        return batch
+        return self._make(chosen)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -98,18 +118,13 @@ class Batches:
     def _shuffled(self) -> np.ndarray:
         return np.random.default_rng([self.seed, self.epoch]).permutation(self._count)
 
-    def _windows(self, order: np.ndarray, index: int) -> Batch:
-        first = index * self.batch_size
-        # Fewer windows than rows: some come twice.
-        chosen = np.take(order, range(first, first + self.batch_size), mode="wrap")
+    def _windows(self, chosen: np.ndarray) -> Batch:
         starts = chosen * self.length
         ids = np.stack([self.corpus.tokens[s : s + self.length + 1] for s in starts])
         weights = np.stack([self._weights(s + 1, s + 1 + self.length) for s in starts])
         return _batch(ids, weights)
 
-    def _rows(self, order: np.ndarray, index: int) -> Batch:
-        assert self._groups is not None
-        chosen = self._groups[order[index]]
+    def _rows(self, chosen: np.ndarray) -> Batch:
         starts = self.corpus.starts[chosen]
         lengths = np.minimum(self.corpus.ends[chosen] - starts, self.length + 1)
         padded = -(-(lengths.max() - 1) // _MULTIPLE) * _MULTIPLE
@@ -121,18 +136,22 @@ class Batches:
             weights[row, : length - 1] = self._weights(start + 1, start + length)
         return _batch(ids, weights)
 
-    def _grouped(self) -> list[np.ndarray]:
-        """Texts of similar length, `batch_size` each; the shortest that are left over go."""
+    def _grouped(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Texts of similar length, `batch_size` each; before them the shortest, left over."""
         lengths = self.corpus.ends - self.corpus.starts
+        shown = np.minimum(lengths, self.length + 1)
         order = np.argsort(lengths, kind="stable")
-        order = order[lengths[order] > 1]
+        order = order[(shown > np.maximum(self.corpus.prompts, 1))[order]]
+        self.mute = len(lengths) - len(order)
+        self.cut = int((lengths[order] > self.length + 1).sum())
         if len(order) < self.batch_size:
             raise InputError(
-                f"{self.corpus.name} has {len(order)} texts of more than one token, fewer than "
-                f"the {self.batch_size} of a batch: lower --batch-size, or use --packing concat."
+                f"{self.corpus.name} has {len(order)} texts with a token to learn within "
+                f"--max-seq-length {self.length}, fewer than the {self.batch_size} of a batch: "
+                "lower --batch-size, or use --packing concat."
             )
         left_over = len(order) % self.batch_size
-        return np.split(order[left_over:], len(order) // self.batch_size)
+        return order[:left_over], np.split(order[left_over:], len(order) // self.batch_size)
 
     def _weights(self, begin: int, end: int) -> np.ndarray:
         """1 for tokens the loss counts and 0 for prompts, (end - begin,)."""

@@ -254,6 +254,7 @@ def logits_of_text(
                 part = slice(first, first + at_once)
                 yield start + first, logits_of(model, hidden[:, part], tokens[:, part])
             on_read(tokens.size)
+            mx.clear_cache()
 
 
 def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
@@ -265,6 +266,7 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
             tokens, targets, weights = (mx.array(a) for a in batch)
             total += float(summed_loss(model, tokens, targets, weights, chunk))
             counted += float(batch.weights.sum())
+            mx.clear_cache()
     return total / counted if counted else math.nan
 
 

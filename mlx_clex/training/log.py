@@ -31,7 +31,7 @@ class Log:
         if path is None:
             return
         kept = 0
-        for line, end in _lines(path):
+        for line, end in _lines(path, broken_ends=True):
             if line["iteration"] > iteration or iteration == 0:
                 break
             kept = end
@@ -57,8 +57,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [line for line, _ in _lines(path)]
 
 
-def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each whole line, and the bytes up to its end."""
+def _lines(path: Path, *, broken_ends: bool = False) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each whole line, and the bytes up to its end; a broken one raises ValueError, or ends it."""
     end = 0
     if not path.is_file():
         return
@@ -67,4 +67,10 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             if not text.endswith(b"\n"):
                 return
             end += len(text)
-            yield json.loads(text), end
+            try:
+                line = json.loads(text)
+            except ValueError:
+                if broken_ends:
+                    return  # after a power cut
+                raise
+            yield line, end

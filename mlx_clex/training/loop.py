@@ -26,7 +26,7 @@ from ..errors import InputError, RunError
 from ..load import ADAPTER_SCALING, EXTRA_WEIGHTS
 from ..scaling import PREFIX
 from .batches import Batches
-from .checkpoints import ADAPTERS, OPTIMIZER, STATE, Checkpoints, read_json
+from .checkpoints import ADAPTERS, CURRENT, OPTIMIZER, STATE, Checkpoints, read_json
 from .data import Corpus
 from .draws import Draws
 from .evaluation import mean_loss, perplexity
@@ -45,6 +45,7 @@ class LoopOptions:
     steps_per_eval: int = 200
     save_every: int = 100
     val_batches: int = 25  # -1: all
+    clear_cache_threshold: int = 0  # bytes of freed memory that MLX may keep
     eval_lengths: tuple[int, ...] = ()  # tokens
     eval_windows: int = 4  # sequences at each of these lengths
 
@@ -99,8 +100,19 @@ class Run:
         newest = self.checkpoints.newest
         if newest is None:
             return False
-        state = read_json(newest / STATE)
-        before = state["same"]
+        try:
+            state = read_json(newest / STATE)
+            before = state["same"]
+            saved: dict[str, Any] = {
+                name: mx.load(str(newest / name))
+                for name in (ADAPTERS, ADAPTER_SCALING, EXTRA_WEIGHTS, OPTIMIZER)
+                if (newest / name).is_file()
+            }
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise InputError(
+                f"The save {newest} is damaged ({error}). To go on from an older one beside it, "
+                f"point the link {self.checkpoints.folder / CURRENT} there."
+            ) from error
         differing = [
             f"{key} was {before.get(key)!r} and is {same.get(key)!r}"
             for key in sorted(before.keys() | same.keys())
@@ -112,12 +124,9 @@ class Run:
                 f"{'; '.join(differing)}. Resume with the same ones, or give another "
                 "--adapter-path."
             )
-        for name in (ADAPTERS, ADAPTER_SCALING, EXTRA_WEIGHTS):
-            if (newest / name).is_file():
-                weights: Any = mx.load(str(newest / name))
-                self.model.load_weights(list(weights.items()), strict=False)
-        optimizer: Any = mx.load(str(newest / OPTIMIZER))
-        self.step.restore(optimizer)
+        self.step.restore(saved.pop(OPTIMIZER))
+        for weights in saved.values():
+            self.model.load_weights(list(weights.items()), strict=False)
         self.draws.rng.bit_generator.state = state["rng"]
         self.batches.state = state["data"]
         self.progress = Progress(**state["progress"])
@@ -157,6 +166,8 @@ class Run:
                     iteration % options.grad_accumulation_steps == 0 or iteration == options.iters
                 )
                 result, scale = self._iterate(iteration, update)
+                if mx.get_cache_memory() > options.clear_cache_threshold:
+                    mx.clear_cache()
                 loss = result.loss / max(result.tokens, 1)
                 self._check_finite(iteration, scale, loss, result.norm)
                 progress.iteration = iteration
@@ -208,8 +219,9 @@ class Run:
         kept = f"the last good save is {newest}" if newest else "nothing was saved yet"
         raise RunError(
             f"Iteration {iteration}, scale {scale:g}: the loss is {loss:g}, the gradient's norm "
-            f"{norm:g}; {kept}. Lower --learning-rate or --scaling-learning-rate, or set "
-            "--max-grad-norm."
+            f"{norm:g}; {kept}. Begin a run with a lower --learning-rate or "
+            "--scaling-learning-rate, or with --max-grad-norm; --resume-adapter-file starts it "
+            "from the adapters of a save."
         )
 
     @property
@@ -247,8 +259,7 @@ class Run:
         if self.valid is None or self.valid_corpus is None:
             return
         started = time.perf_counter()
-        count = self.valid.per_epoch if options.val_batches == -1 else options.val_batches
-        loss = mean_loss(self.model, self.valid.some(count))
+        loss = mean_loss(self.model, self.valid.some(options.val_batches))
         found = {
             n: perplexity(self.model, self.valid_corpus, n, options.eval_windows)
             for n in options.eval_lengths

@@ -19,7 +19,10 @@ import mlx.core as mx
 
 from ..errors import InputError, RunError
 
-_MEMORY = "If memory was short: --grad-checkpoint, or a smaller --batch-size or --max-seq-length."
+_MEMORY = (
+    "If memory was short: --grad-checkpoint, or, in a new run, a smaller --batch-size or "
+    "--max-seq-length."
+)
 
 
 class Ranks:
@@ -92,6 +95,8 @@ class Ranks:
                 raise
             self._leave(1)
         except RuntimeError as error:
+            if type(error) is not RuntimeError:
+                raise  # RecursionError and the like are mistakes of ours
             if self.size == 1:
                 raise RunError(f"MLX failed: {error}. {_MEMORY}") from error
             raise RunError(

@@ -206,6 +206,8 @@ class TrainingStep:
     def _clipped(self, gradient: dict[str, Any]) -> tuple[dict[str, Any], mx.array]:
         """The gradient within its limits, and its norm before."""
         limit = self.max_grad_norm or float("inf")
+        # In bfloat16 the sum over tensors stops growing, and with it the norm.
+        gradient = tree_map(lambda g: g.astype(mx.float32), gradient)
         # That of CLEX's network is 100 times the model's at large scales: clipped together,
         # these steps would leave the model as it was.
         own = {name: part for name, part in gradient.items() if name == "scaling"}
