@@ -169,8 +169,8 @@ def guarded(repo: str, revision: str | None, act: Callable[[], T]) -> T:
         if not _is_network_error(error):
             raise
         raise RunError(
-            f"The connection to the hub failed for {repo}: {error}. Run the command again; "
-            "what was fetched is kept."
+            f"The connection to the hub failed for {repo}: {str(error).rstrip('.')}. Run the "
+            "command again; what was fetched is kept."
         ) from error
 
 

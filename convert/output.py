@@ -27,16 +27,14 @@ def check_target(target: Path) -> None:
         InputError: it does.
     """
     if not target.name:
-        raise InputError("--mlx-path must name a new folder.")
+        raise InputError("The folder to write needs a name.")
     if target.exists() or target.is_symlink():
-        raise InputError(f"{target} exists already: delete it, or give another --mlx-path.")
+        raise InputError(f"{target} exists already: delete it, or give another folder.")
     parent = next(parent for parent in target.absolute().parents if parent.exists())
     if not parent.is_dir():
-        raise InputError(
-            f"{parent} is a file, so {target} cannot be made: give another --mlx-path."
-        )
+        raise InputError(f"{parent} is a file, so {target} cannot be made: give another folder.")
     if not os.access(parent, os.W_OK):
-        raise InputError(f"{parent} cannot be written to: give another --mlx-path.")
+        raise InputError(f"{parent} cannot be written to: give another folder.")
 
 
 def check_space(target: Path, needed: int) -> None:
@@ -54,7 +52,7 @@ def check_space(target: Path, needed: int) -> None:
     if needed > free:
         raise InputError(
             f"The conversion needs {needed / 1e9:.2f} GB in {existing}, where "
-            f"{free / 1e9:.2f} GB are free: make room, or give another --mlx-path."
+            f"{free / 1e9:.2f} GB are free: make room, or give another folder."
         )
 
 
@@ -77,7 +75,7 @@ def whole_or_nothing(target: Path) -> Iterator[Path]:
             temporary.mkdir()
         except OSError as error:
             raise InputError(
-                f"{target.parent} cannot be written to ({error.strerror}): give another --mlx-path."
+                f"{target.parent} cannot be written to ({error.strerror}): give another folder."
             ) from error
         yield temporary
         check_target(target)

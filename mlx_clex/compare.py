@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
             f"{args.a} and {args.b} read the text as different tokens, so there is nothing to hold "
             "against each other."
         )
-    length = args.length or trained_length_of(a)
+    length = trained_length_of(a) if args.length is None else args.length
     if length is None:
         raise InputError(f"{args.a} does not say its trained length: give --length.")
     for model in (a, b):
@@ -157,6 +157,8 @@ def _measure(
                 "flips": flips,
                 "perplexity_a": exp(loss_a),
                 "perplexity_b": exp(loss_b),
+                "model_a": args.a,
+                "model_b": args.b,
             }
         )
 

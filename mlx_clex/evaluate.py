@@ -2,18 +2,17 @@
 
 The tasks, their prompts and their scores are the harness's; the model is read as `generate`
 reads it, each prompt at the scale of its own length. No prompt is cut without a word. With
---output, answers are kept as they come: an interrupted run goes on after the last of them.
+--output, answers are kept as they come, in PREFIX.answers-*.db: none is asked for again.
 
 Not covered: what `harness.py` leaves out.
 """
 
 import argparse
-import glob
 import importlib.util
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -160,6 +159,8 @@ def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
 
     folder = resolve(args.model)
     tasks = load_tasks(args.tasks, {**_tokenizer_of(folder, args), **metadata}, args.include_path)
+    if args.effective_length:
+        _check_lengths_of(tasks)
     model, tokenizer = load(
         folder,
         scale=args.scale if isinstance(args.scale, float) else None,
@@ -217,9 +218,6 @@ def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
         for row in rows:
             results.add({**same, **row})
         _print_table(rows, first=name == args.tasks[0])
-    if answers is not None:
-        for file in answers.parent.glob(f"{glob.escape(answers.name)}*"):
-            file.unlink()
     if lm.cut:
         print(
             f"[mlx_clex] {lm.cut} of {lm.prompts} prompts had no room in {max_length} tokens and "
@@ -227,6 +225,16 @@ def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
             file=sys.stderr,
         )
     return results
+
+
+def _check_lengths_of(tasks: Mapping[str, Any]) -> None:
+    """Refuse --effective-length where no task has it, before hours of answers."""
+    by_length = (found for each in tasks.values() for found in each.documents(1).values())
+    if not any("" not in found for found in by_length):
+        raise InputError(
+            f"--effective-length is of RULER's tasks, and {' '.join(tasks)} has none of them: "
+            "leave it out."
+        )
 
 
 def _check_made_lengths(lengths: Any, max_length: int | None) -> None:

@@ -28,6 +28,7 @@ import lm_eval
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import yaml
 from lm_eval.api.model import TemplateLM
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.utils import postprocess_generated_text
@@ -43,6 +44,7 @@ from .plans import plan_at
 from .reader import Reader
 
 _STEP = 512  # tokens whose logits exist at once
+_LOCAL = ("json", "csv", "parquet", "text", "arrow")  # what `datasets` reads from files
 _ANSWER_TOKENS = 256  # of tasks that do not say; the harness's own default
 
 
@@ -264,7 +266,7 @@ def load_tasks(
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"Do you mean {' or '.join(near)}?" if near else "--include-path adds your own."
-            raise InputError(f"There is no task {name!r}. {hint}")
+            raise InputError(f"There is no task {name!r}. {_broken_file(include_path) or hint}")
     found = {}
     for name in names:
         # Documents that are made at random, the same whatever was loaded before.
@@ -287,6 +289,11 @@ def _failures(name: str) -> Iterator[None]:
         try:
             return real(path, *args, **kwargs)
         except Exception as error:
+            if path in _LOCAL:
+                files = kwargs.get("data_files") or args
+                raise InputError(
+                    f"{name}: its data {files} cannot be read: {_first_line(_root(error))}."
+                ) from error
             # Whatever the libraries below raise, the data is not here.
             given = [repr(value) for value in (path, *args, kwargs.get("name")) if value]
             raise InputError(
@@ -391,6 +398,22 @@ def run_tasks(
                 }
             )
     return rows
+
+
+def _broken_file(folder: Path | None) -> str | None:
+    """What is wrong with the first task file that is no YAML; None where none is."""
+    for file in sorted(folder.rglob("*.yaml")) if folder else ():
+        try:
+            yaml.compose(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError) as error:
+            return f"{file} is no YAML: {' '.join(str(error).split())}."
+    return None
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _first_line(error: BaseException) -> str:

@@ -124,7 +124,15 @@ def load(
     except Exception as error:
         # Of a broken tokenizer file its libraries raise anything, down to RecursionError.
         raise InputError(f"{folder} has no tokenizer that loads: {_summary(error)}") from error
+    _expect_long_texts(tokenizer)
     return model, tokenizer
+
+
+def _expect_long_texts(tokenizer: Any) -> None:
+    """Keep transformers from warning of texts beyond the length in tokenizer_config.json."""
+    inner = getattr(tokenizer, "_tokenizer", tokenizer)
+    warned = getattr(inner, "deprecation_warnings", {})  # its list of what it has said already
+    warned["sequence-length-is-longer-than-the-specified-maximum"] = True
 
 
 def load_scaling(path_or_hub_id: str | Path, adapter_path: str | Path | None = None) -> Scaling:
@@ -172,7 +180,35 @@ def _load_model(
         raise InputError(f"{folder} does not load: {_summary(error)}") from error
     if adapter_path is not None:
         _add_adapters(model, Path(adapter_path), scale)
+        _check_base(folder, Path(adapter_path))
     return model, config
+
+
+def weights_digest(folder: Path) -> str:
+    """Tells weights apart by their files' sizes, first and last megabytes."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as weights:
+            for at in (0, max(0, size - (1 << 20))):
+                weights.seek(at)
+                digest.update(weights.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
+def _check_base(folder: Path, adapters: Path) -> None:
+    """Say where adapters are put on other weights than they were trained on.
+
+    That may be meant: adapters trained on a quantised model serve the whole one.
+    """
+    config = json.loads((adapter_files(adapters) / "adapter_config.json").read_text("utf-8"))
+    trained_on = config.get("base_weights")
+    if trained_on is not None and trained_on != weights_digest(folder):
+        _announce(
+            f"The adapters in {adapters} were trained on other weights than {folder} has, those of "
+            f"{config.get('model')}: on any but a quantised or whole copy of these they are wrong."
+        )
 
 
 def resolve(
@@ -293,7 +329,10 @@ def _from_hub(hub_id: str, revision: str | None, cache: Path) -> Path:
                 lambda: Path(snapshot_download(hub_id, revision=commit, allow_patterns=patterns)),
             )
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, RunError) as error:
-        raise InputError(f"{hub_id} could not be had from the hub: {_summary(error)}") from error
+        raise InputError(
+            f"There is no folder {hub_id} here, and from the hub it could not be had: "
+            f"{_summary(error)}"
+        ) from error
     weights = sum(size for name, size in sizes.items() if name.endswith((".safetensors", ".bin")))
     _announce(f"{hub_id} is a published checkpoint ({weights / 1e9:.1f} GB of weights).")
     return _converted(hub_id, target, revision=commit)

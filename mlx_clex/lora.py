@@ -36,6 +36,7 @@ from .load import (
     load,
     read_config,
     resolve,
+    weights_digest,
 )
 from .scaling.clex import Clex
 from .sharding import one_voice
@@ -78,6 +79,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 _AT_LEAST = {
     "batch_size": 1,
+    "num_layers": -1,
     "iters": 1,
     "steps_per_report": 1,
     "steps_per_eval": 1,
@@ -204,6 +206,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Let the tokenizer run its own Python.",
     )
     add_scaling_arguments(parser)
+    for action in parser._actions:
+        default = _DEFAULTS.get(action.dest)
+        told = isinstance(default, int | float | str) and not isinstance(default, bool)
+        if told and "efault" not in (action.help or ""):
+            action.help = f"{action.help} Default: {default}."
 
 
 def run(args: argparse.Namespace) -> None:
@@ -308,6 +315,8 @@ def check(args: argparse.Namespace, *, processes: int = 1) -> None:
     for key, least in _AT_LEAST.items():
         if not getattr(args, key) >= least:
             raise InputError(f"{_option(key)} must be at least {least}, got {getattr(args, key)}.")
+    if args.num_layers == 0:
+        raise InputError("--num-layers must be at least 1, or -1 for all, got 0.")
     if args.batch_size % processes:
         raise InputError(
             f"--batch-size {args.batch_size} does not divide among {processes} processes: give a "
@@ -591,6 +600,7 @@ def _adapter_config(
     if args.fine_tune_type == "scaling":
         # For mlx-lm's loader: adapters in no layer.
         config["lora_parameters"] = {**args.lora_parameters, "keys": []}
+    config["base_weights"] = weights_digest(resolve(args.model))
     if entry is not None:
         config["rope_scaling"] = {**entry, **vars(model.scaling.config)}
         config["trained_length"] = model.scaling.trained_length
@@ -602,14 +612,8 @@ def _same(args: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
     free = _FREE - {"iters"} if args.cosine else _FREE  # it is the cosine's length
     settings = {key: value for key, value in vars(args).items() if key not in free}
     folder = resolve(args.model)
-    digest = hashlib.sha256(json.dumps(read_config(folder), sort_keys=True).encode())
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as weights:
-            for at in (0, max(0, size - (1 << 20))):
-                weights.seek(at)
-                digest.update(weights.read(1 << 20))
+    config = json.dumps(read_config(folder), sort_keys=True)
+    digest = hashlib.sha256(f"{config} {weights_digest(folder)}".encode())
     ends = np.concatenate([corpus.tokens[: 1 << 20], corpus.tokens[-(1 << 20) :]])
     return settings | {
         "the model": digest.hexdigest()[:16],

@@ -211,6 +211,8 @@ def _check(args: argparse.Namespace) -> None:
     Protocol(chunk=args.chunk, stride=args.stride)
     if args.factor is not None and not args.scalings:
         raise InputError("--factor is that of --scalings, which were not given.")
+    if args.factor is not None and not args.factor >= 1:
+        raise InputError(f"--factor must be at least 1, got {args.factor:g}.")
     if args.factor is not None and not any(SCALINGS[n].options_for(2) for n in args.scalings):
         raise InputError(
             f"--factor changes nothing of --scalings {' '.join(args.scalings)}: leave it out."
@@ -267,7 +269,9 @@ def _line(
     label, entry = source.name, None
     trained = trained_length_of(loader.load(source.path)[0])
     if name is not None:
-        factor = args.factor or max(1.0, longest / (trained or longest))
+        factor = args.factor
+        if factor is None:
+            factor = max(1.0, longest / (trained or longest))
         options = SCALINGS[name].options_for(factor)
         entry = {"type": name, **options}
         label += f" + {' '.join([name, *(f'{value:g}' for value in options.values())])}"

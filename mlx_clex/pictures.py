@@ -217,10 +217,15 @@ def _extrapolation(figure: Any, results: Results) -> None:
     axes.set_xscale("log", base=2)
     lengths = sorted({row["length"] for row in results.rows})
     _plain_ticks(axes.xaxis, lengths)
-    axes.set_xlabel("Length, tokens")
-    axes.set_ylabel(f"Perplexity, protocol {results.settings.get('protocol', 'whole')}")
+    marks, notes = [], []
+    if any(None not in (row["low"], row["high"]) for row in results.rows):
+        marks.append("Bands: 95 % intervals.")
+    if any(row["reach"] is not None and row["length"] > row["reach"] for row in results.rows):
+        marks.append("Hollow: beyond the reach.")
     if any(row.get("inference_time") for row in results.rows):
-        axes.set_xlabel("Length, tokens (MODEL + SCALING: inference-time scaling only)")
+        notes.append("MODEL + SCALING: inference-time scaling only")
+    axes.set_xlabel("\n".join(["Length, tokens", *([" ".join(marks)] if marks else []), *notes]))
+    axes.set_ylabel(f"Perplexity, protocol {results.settings.get('protocol', 'whole')}")
     _log_axis(axes)
     _mark_lengths(axes, results.rows)
     _name_ends(axes, lines)
@@ -273,17 +278,18 @@ def _passkeys(figure: Any, results: Results) -> None:
     grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
-    several = len({task for task, _ in panels}) > 1
     for axes, ((task, label), rows) in zip(grid.flat, panels.items(), strict=False):
         image = _heat_map(axes, rows, lengths, depths)
-        axes.set_title(f"{task}: {label}" if several else label, parse_math=False)
-    trained = sorted({row["trained_length"] for row in results.rows} - {None})
+        axes.set_title(f"{task}: {label}", parse_math=False)
+    known = {row["trained_length"] for row in results.rows} - {None}
+    trained = sorted(n for n in known if lengths[0] <= n < lengths[-1])
     note = f" (dashed: trained at {' and '.join(f'{n:,}' for n in trained)})" if trained else ""
     figure.supxlabel(f"Length, tokens{note}", fontsize=10)
     figure.supylabel("Depth, % of the length", fontsize=10)
     trials = sorted({row["trials"] for row in results.rows})
     count = "-".join(str(n) for n in dict.fromkeys((trials[0], trials[-1])))
-    figure.colorbar(image, ax=grid, label=f"Right answers, % of {count} trials", pad=0.02)
+    of = "1 trial" if count == "1" else f"{count} trials"
+    figure.colorbar(image, ax=grid, label=f"Right answers, % of {of}", pad=0.02)
 
 
 def _heat_map(axes: Any, rows: Sequence[Row], lengths: list[int], depths: list[float]) -> Any:
@@ -335,7 +341,8 @@ def _comparison(figure: Any, results: Results) -> None:
             edges, [*values, values[-1]], drawstyle="steps-post", color=colour, linestyle=style
         )
     bottom.set_ylabel("Perplexity")
-    bottom.set_xlabel("Position in the text, tokens")
+    names = [f"{which.upper()}: {rows[0].get(f'model_{which}')}" for which in "ab"]
+    bottom.set_xlabel("\n".join(["Position in the text, tokens", *names]), parse_math=False)
     _log_axis(bottom)
     _name_ends(bottom, lines)
 

@@ -108,8 +108,8 @@ def open_results(
         keys: the columns that tell one row from another.
 
     Raises:
-        InputError: the file there is of another run; says what differs.
-        OSError: the files cannot be written.
+        InputError: the file there is of another run, and what differs is said; or the files
+            cannot be written.
     """
     # As a file gives them back: tuples as lists.
     results = Results(kind, json.loads(json.dumps(dict(settings))), tuple(keys))
@@ -123,8 +123,13 @@ def open_results(
         if there.rows:
             _check_same(there, results, file)
             results.rows = there.rows
-    results.prefix.parent.mkdir(parents=True, exist_ok=True)
-    results.write()  # a folder without permission is found out before the work, not after
+    try:
+        results.prefix.parent.mkdir(parents=True, exist_ok=True)
+        results.write()  # a folder without permission is found out before the work, not after
+    except OSError as error:
+        raise InputError(
+            f"--output {prefix} cannot be written ({error.strerror}): give another."
+        ) from error
     return results
 
 

@@ -227,7 +227,7 @@ OPTIONS = {
     "predicate without -q": (["--quant-predicate", "mixed_2_6"], "needs -q"),
     "group size that mlx has not": (["-q", "--q-group-size", "8"], "quantise like that"),
     "a group no layer can have": (["-q", "--q-group-size", "48"], "quantise nothing"),
-    "an empty target": (["--mlx-path", ""], "must name a new folder"),
+    "an empty target": (["--mlx-path", ""], "needs a name"),
     "an empty source": (["--hf-path", ""], "not a hub id"),
     "a .gguf that is not there": (["--hf-path", "nope.gguf"], "no file nope.gguf"),
     "a target inside a file": (["--mlx-path", f"{__file__}/x"], "is a file"),

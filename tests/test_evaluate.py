@@ -186,7 +186,8 @@ def test_a_killed_run_goes_on_with_the_answers_it_has(folders, local, tmp_path, 
     assert call(*argv, tmp_path / "killed") == 0
     assert 0 < kept < 30
     assert len(asked) == 32 - kept
-    assert not list(tmp_path.glob("killed.answers*"))
+    assert call(*argv, tmp_path / "killed") == 0
+    assert len(asked) == 32 - kept, "a finished run was asked again"
     assert call(*argv, tmp_path / "whole") == 0
     assert read_results(tmp_path / "killed").rows == read_results(tmp_path / "whole").rows
 
@@ -431,6 +432,21 @@ class Few(harness.TaskManager):
         super().__init__(include_path=include_path, include_defaults=False, metadata=metadata)
 
 
+def test_files_that_are_broken_are_named(folders, local, monkeypatch, capsys):
+    """Neither is a matter of the hub, or of a name."""
+    monkeypatch.setattr(harness, "TaskManager", Few)
+    base = ("--model", folders("clex"), "--include-path", local, "--tasks")
+    with (local / "local_hotpotqa.jsonl").open("a") as file:
+        file.write('{"context": \n')
+    assert call(*base, "local_hotpotqa") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "local_hotpotqa.jsonl" in error
+    assert "cannot be read" in error
+    (local / "mine.yaml").write_text("task: [\n")
+    assert call(*base, "mine") == 2
+    assert "mine.yaml is no YAML" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -448,7 +464,7 @@ class Few(harness.TaskManager):
         (("--include-path", "/nowhere"), ["--include-path /nowhere is no folder"]),
         (("--adapter-path", "/nowhere"), ["adapter_config.json"]),
         (("--model", "/nowhere"), ["neither a folder"]),
-        (("--effective-length",), ["--effective-length needs results of RULER"]),
+        (("--effective-length",), ["--effective-length is of RULER's tasks, and local_hotpotqa"]),
         (("--chat-template-args", "{"), ["--chat-template-args is no JSON"]),
         (("--metadata", '{"max_seq_lengths": [64, 4096]}'), ["documents of 4096", "2560 at most"]),
         (("--tasks", "broken_split"), ["broken_split does not load: it lacks 'nowhere'"]),

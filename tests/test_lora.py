@@ -389,6 +389,8 @@ def test_the_network_learns_at_its_own_rate(base, texts, tmp_path):
         ("--mask-prompt", "no prompts"),
         ("--plain-share 2", "--plain-share"),
         ("--plain-share 0.5 --sampling contiguous", "is for --sampling dense and skips"),
+        ("--num-layers 0", "--num-layers must be at least 1, or -1"),
+        ("--num-layers -2", "--num-layers must be at least -1"),
         ("--val-batches -5", "--val-batches must be at least -1"),
         ("--test --test-batches 0", "--test-batches must be at least 1"),
         ("--resume-adapter-file nowhere.safetensors", "does not load"),
@@ -585,6 +587,28 @@ def test_a_run_from_adapters_resumes(base, texts, tmp_path, capsys):
     for name in ours:
         for key, value in ours[name].items():
             assert mx.allclose(value, theirs[name][key], atol=1e-6), key
+
+
+def test_adapters_on_another_base_are_told(base, converted, texts, tmp_path, capsys):
+    """Adapters of a base, put on its fine-tune, are applied twice; nothing else would tell."""
+    assert call(argv_for(base, texts, tmp_path / "a", "--iters 1")) == 0
+    capsys.readouterr()
+    load(base, adapter_path=tmp_path / "a")
+    assert "other weights" not in capsys.readouterr().err
+    shutil.copytree(base, tmp_path / "other")
+    weights = tmp_path / "other" / "model.safetensors"
+    arrays_of = mx.load(str(weights))
+    name = sorted(arrays_of)[0]
+    mx.save_safetensors(str(weights), arrays_of | {name: arrays_of[name] + 1}, {"format": "mlx"})
+    load(tmp_path / "other", adapter_path=tmp_path / "a")
+    assert "were trained on other weights" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(base, texts, tmp_path, capsys):
+    """It was an errno, and exit status 1."""
+    (tmp_path / "file").write_text("")
+    assert call(argv_for(base, texts, tmp_path / "file" / "a", "--iters 1")) == 2
+    assert "cannot be made (Not a directory): give another" in capsys.readouterr().err
 
 
 def test_adapters_of_another_rank_do_not_start_a_run(base, texts, tmp_path, capsys):

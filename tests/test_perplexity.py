@@ -303,7 +303,7 @@ def test_a_terminal_is_told_how_long_it_takes(converted, text):
         (("--factor", "4"), "--factor is that of --scalings"),
         (("--scalings", "dynamic", "--factor", "4"), "changes nothing of --scalings dynamic"),
         (("--scalings", "ntk", "--scale", "2"), "exclude each other"),
-        (("--scalings", "ntk", "--factor", "0.5"), "factor must be >= 1"),
+        (("--scalings", "ntk", "--factor", "0.5"), "--factor must be at least 1"),
         (("--kv-bits", "4", "--kv-group-size", "128"), "cannot be quantised"),
         (("--adapter-path", "nowhere"), "nowhere has no adapter_config.json"),
     ],

@@ -191,6 +191,7 @@ def test_perplexity_by_length(tmp_path, figures):
     assert len(bands) == len(REACHES)
     hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white"]
     past = [list(line.get_xdata()) for line in hollow]
+    assert axes.get_xlabel().splitlines()[1] == "Bands: 95 % intervals. Hollow: beyond the reach."
     assert past == [[256, 512, 1024, 2048], [1024, 2048], [], []]
     names = {text.get_text() for text in axes.texts}
     assert names == {*REACHES, "trained\n128", "reach\n512", "reach\n2,048"}
@@ -213,7 +214,10 @@ def test_passkeys_by_length_and_depth(tmp_path, figures):
     rows[0] |= {"accuracy": 0.7}
     draw(results("passkey", rows), tmp_path / "a.png")
     base, clex, bar = figures[0].axes
-    assert [axes.get_title("left") for axes in (base, clex)] == ["base", "clex"]
+    assert [axes.get_title("left") for axes in (base, clex)] == [
+        "passkey: base",
+        "passkey: clex",
+    ]
     cells = base.images[0].get_array()
     assert cells.tolist() == [[70, 0, 0, 0, 0], [100, 0, 0, 0, 0], [100, 0, 0, 0, 0]]
     assert [text.get_text() for text in base.texts] == [f"{cell:.0f}" for cell in cells.flat]

@@ -152,3 +152,10 @@ def test_a_killed_writer_leaves_whole_files(tmp_path):
     process.stdout.close()
     rows = read_results(tmp_path / "out").rows
     assert [entry["n"] for entry in rows] == list(range(len(rows)))
+
+
+def test_a_folder_that_cannot_be_written_is_bad_input(tmp_path):
+    """Found before the work, and the option is named."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--output .* cannot be written \(.*\): give another"):
+        open_results(tmp_path / "file" / "x", kind="k", settings={}, keys=["a"])

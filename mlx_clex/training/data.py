@@ -82,7 +82,6 @@ def load_corpora(
         InputError: nothing to read, or a text that cannot be used; says where.
     """
 
-    _expect_long_texts(tokenizer)
     tokenizer = for_training(tokenizer)
 
     def tokenised(name: str, key: str, size: str, texts: Callable[[], Documents]) -> Corpus:
@@ -251,13 +250,6 @@ def _state_of(files: list[Path]) -> str:
     """Changes with the files' content."""
     states = ((file.resolve(), file.stat()) for file in files)
     return "".join(f"{path} {state.st_size} {state.st_mtime_ns}\n" for path, state in states)
-
-
-def _expect_long_texts(tokenizer: Any) -> None:
-    """Keep transformers from warning of texts that are cut before a model sees them."""
-    inner = getattr(tokenizer, "_tokenizer", tokenizer)
-    warned = getattr(inner, "deprecation_warnings", {})  # its list of what it has said already
-    warned["sequence-length-is-longer-than-the-specified-maximum"] = True
 
 
 def _cache_key(source: str, tokenizer: Any, mask_prompt: bool) -> str:

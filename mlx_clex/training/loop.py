@@ -139,12 +139,19 @@ class Run:
             same: settings that a later resume must have as well.
 
         Raises:
+            InputError: the folder for saves cannot be made.
             RunError: the loss is no longer a number, or MLX failed; the last save stays.
             KeyboardInterrupt: Ctrl-C, after a save.
         """
         options, progress = self.options, self.progress
         if self.ranks.first:
-            self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(
+                    f"--adapter-path {self.checkpoints.folder} cannot be made ({error.strerror}): "
+                    "give another."
+                ) from error
         log = Log(self.checkpoints.folder / LOG if self.ranks.first else None, progress.iteration)
         self.model.train()
         started, timed_steps, timed_tokens = time.perf_counter(), 0, 0
