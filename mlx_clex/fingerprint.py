@@ -71,13 +71,18 @@ def fingerprint(
             tensors = _digest(_bytes_of(scaling[learned]) for learned in scaling.learned)
     return {
         "config.json": _digest([_text(own).encode()]),
-        "weights": _digest(_weights(sorted(folder.glob("model*.safetensors")))),
+        "weights": weights_digest(folder),
         "adapter": _adapter(adapter_path),
         "rope_scaling": _text(entry),
         "learned tensors of the scaling": tensors,
         "fixed scale": _text(getattr(model, "fixed_scale", None)),
         "trained length": _text(length),
     }
+
+
+def weights_digest(folder: Path) -> str:
+    """Twelve digits that stand for the weights of a model, its scaling's left aside."""
+    return _digest(_weights(sorted(folder.glob("model*.safetensors"))))
 
 
 def difference(there: Fingerprint, here: Fingerprint) -> str:

@@ -108,13 +108,12 @@ class PlannedLM(MLXLM, TemplateLM):
         replies = []
         total = sum(len(tokens) for tokens, _, _ in prompts)
         with tqdm(total=total, unit="tok", desc="Answering", disable=disable_tqdm) as bar:
-            for tokens, count, until in prompts:
+            for request, (tokens, count, until) in zip(requests, prompts, strict=True):
                 # What is thought may have any of them in it.
                 stops = () if think_end else until
                 progress = functools.partial(_advance, bar, bar.n)
                 reply = self._reader.answer(tokens, count, progress, stops)
                 replies.append(postprocess_generated_text(reply, until, think_end))
-                request = requests[len(replies) - 1]
                 self.cache_hook.add_partial("generate_until", request.args, replies[-1])
         return replies
 

@@ -184,24 +184,13 @@ def _load_model(
     return model, config
 
 
-def weights_digest(folder: Path) -> str:
-    """Tells weights apart by their files' sizes, first and last megabytes."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as weights:
-            for at in (0, max(0, size - (1 << 20))):
-                weights.seek(at)
-                digest.update(weights.read(1 << 20))
-    return digest.hexdigest()[:16]
-
-
 def _check_base(folder: Path, adapters: Path) -> None:
     """Say where adapters are put on other weights than they were trained on.
 
     That may be meant: adapters trained on a quantised model serve the whole one.
     """
+    from .fingerprint import weights_digest
+
     config = json.loads((adapter_files(adapters) / "adapter_config.json").read_text("utf-8"))
     trained_on = config.get("base_weights")
     if trained_on is not None and trained_on != weights_digest(folder):

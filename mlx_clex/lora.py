@@ -29,6 +29,7 @@ from .attach import ScaledModel, attach
 from .cli import check_seed, run_command
 from .convert.scaling_options import add_scaling_arguments, scaling_from
 from .errors import InputError
+from .fingerprint import weights_digest
 from .load import (
     ADAPTER_SCALING,
     DEFAULT_CACHE,
@@ -36,7 +37,6 @@ from .load import (
     load,
     read_config,
     resolve,
-    weights_digest,
 )
 from .scaling.clex import Clex
 from .sharding import one_voice

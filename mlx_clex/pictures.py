@@ -217,14 +217,14 @@ def _extrapolation(figure: Any, results: Results) -> None:
     axes.set_xscale("log", base=2)
     lengths = sorted({row["length"] for row in results.rows})
     _plain_ticks(axes.xaxis, lengths)
-    marks, notes = [], []
+    marks, note = [], ""
     if any(None not in (row["low"], row["high"]) for row in results.rows):
         marks.append("Bands: 95 % intervals.")
     if any(row["reach"] is not None and row["length"] > row["reach"] for row in results.rows):
         marks.append("Hollow: beyond the reach.")
     if any(row.get("inference_time") for row in results.rows):
-        notes.append("MODEL + SCALING: inference-time scaling only")
-    axes.set_xlabel("\n".join(["Length, tokens", *([" ".join(marks)] if marks else []), *notes]))
+        note = "MODEL + SCALING: inference-time scaling only"
+    axes.set_xlabel("\n".join(filter(None, ["Length, tokens", " ".join(marks), note])))
     axes.set_ylabel(f"Perplexity, protocol {results.settings.get('protocol', 'whole')}")
     _log_axis(axes)
     _mark_lengths(axes, results.rows)
