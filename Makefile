@@ -41,9 +41,9 @@ demo-smollm2: .venv/demo build/smollm2-clex
 		--prompt "What is the secret word of the library?"
 
 bench: .venv/dev $(SMOLLM2)
-	$(BIN)/python benchmarks/ode.py
-	$(BIN)/python benchmarks/convert.py
-	$(BIN)/python benchmarks/decode.py --model $(SMOLLM2)
+	$(BIN)/python -m benchmarks.ode
+	$(BIN)/python -m benchmarks.convert
+	$(BIN)/python -m benchmarks.decode --model $(SMOLLM2)
 
 clean:
 	rm -rf build .venv

@@ -1,6 +1,6 @@
 """Memory and speed of a conversion, on a large checkpoint made for the purpose.
 
-    python benchmarks/convert.py [--quick] [--folder FOLDER]
+    python -m benchmarks.convert [--quick] [--folder FOLDER]
 
 Writes a random LLaMA checkpoint of 3 GB in six shards of bfloat16, converts it as it is and to
 4 bits, each in a process of its own, and reports the largest resident memory of that process

@@ -1,6 +1,6 @@
 """Speed of a model with CLEX attached against the same model without it.
 
-    python benchmarks/decode.py --model build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf [--quick]
+    python -m benchmarks.decode --model build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf [--quick]
 
 For each length of context: blocks of decoding, and blocks of reading the last tokens of the
 context again. A block of the stock model, one with CLEX and one of the stock model once more

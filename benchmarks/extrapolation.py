@@ -1,6 +1,6 @@
 """How far each method reaches: perplexity by length after the same training.
 
-    python benchmarks/extrapolation.py --quick [--only NAME ...] [--output FOLDER]
+    python -m benchmarks.extrapolation --quick [--only NAME ...] [--output FOLDER]
 
 Every run fine-tunes all weights of one small base with `mlx_clex.lora`, at the trained length
 L0 or at four times that, for the same number of steps and tokens, and is measured at 1 to
@@ -28,14 +28,14 @@ import mlx_clex  # noqa: F401  (before mlx.core: on Linux it looks for OpenBLAS)
 # isort: split
 import numpy as np
 
-from mlx_clex.attach import ScaledModel
-from mlx_clex.bundled.make import TRAINED_LENGTH, write_data, write_random
+from benchmarks.bundled_models import TRAINED_LENGTH, write_data, write_random
+from mlx_clex.data.corpus import Corpus, load_corpora
 from mlx_clex.errors import RunError
-from mlx_clex.load import load
-from mlx_clex.pictures import picture
-from mlx_clex.results import Results, open_results, read_results
-from mlx_clex.training.data import Corpus, load_corpora
-from mlx_clex.training.evaluation import score, windows_of
+from mlx_clex.evaluation.perplexity import score, windows_of
+from mlx_clex.evaluation.results import Results, open_results, read_results
+from mlx_clex.loading import load
+from mlx_clex.model.scaled_model import ScaledModel
+from mlx_clex.pictures.drawing import picture
 
 TARGET = 32  # x L0: the length that every method is set up for
 MULTIPLES = (1, 2, 4, 8, 16, 32)  # x L0, measured
@@ -168,7 +168,18 @@ def train_and_measure(run: Run, size: Size, folder: Path, base: str) -> None:
     ) == len(MULTIPLES):
         return
     _lora(base, adapters, run, size, size.steps, size.learning_rate, folder)
-    _python([__file__, "--measure", str(adapters), "--base", base, "--data", str(folder / "data")])
+    _python(
+        [
+            "-m",
+            "benchmarks.extrapolation",
+            "--measure",
+            str(adapters),
+            "--base",
+            base,
+            "--data",
+            str(folder / "data"),
+        ]
+    )
     print(f"{run.name}: {_curve(read_results(adapters / 'perplexity'))}", flush=True)
 
 

@@ -1,6 +1,6 @@
 """How long CLEX's solve takes at load, and how far it is from a fine float64 solve.
 
-    python benchmarks/ode.py [--quick]
+    python -m benchmarks.ode [--quick]
 
 The reference is the release's formulation, dz/dt as it stands in the paper, integrated with
 the 3/8 rule in float64 at step 0.01. It shares no code with mlx_clex.

@@ -1,6 +1,6 @@
 """Do eight clients at once get the answers that each gets alone, and how fast?
 
-    python benchmarks/parallel_clients.py --model build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+    python -m benchmarks.parallel_clients --model build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 Converts the model, float32, as if it had been trained at 1,024 tokens, serves it, and asks it
 through the openai package: prompts of 100 to 6,000 tokens, each of them at its own scale, first one

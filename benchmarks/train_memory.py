@@ -6,7 +6,7 @@ count, reset after one step to warm up; seconds are the median of the rounds' fa
 hidden states as its loss. `cpu` counts the seconds of all cores together, and so depends less
 on what else the machine does.
 
-    python benchmarks/train_memory.py [--length 4096] [--model FOLDER] [--rounds 3] [--json]
+    python -m benchmarks.train_memory [--length 4096] [--model FOLDER] [--rounds 3] [--json]
 
 Without --model: hidden 256, 2 layers, 4 heads, vocabulary 32000, gradient checkpointing.
 """
@@ -31,10 +31,10 @@ from mlx_lm.models import llama
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from mlx_clex.model.head import hidden_states
 from mlx_clex.scaling import build_scaling
 from mlx_clex.training import step as step_module
 from mlx_clex.training.draws import Draws, procedure_for
-from mlx_clex.training.loss import hidden_states
 from mlx_clex.training.step import Batch, TrainingStep
 
 CASES = ("stock", "ours", "stock body", "ours body")

@@ -6,11 +6,11 @@ from dataclasses import fields
 
 from mlx_lm.convert import QUANT_RECIPES
 
-from mlx_clex.cli import run_command
+from mlx_clex.commands.run_command import run_command
+from mlx_clex.commands.scaling_options import add_scaling_arguments, scaling_from
 
 from .options import DTYPES, PROGRAMS, Options
 from .pipeline import convert
-from .scaling_options import add_scaling_arguments, scaling_from
 
 _DEFAULTS = {field.name: field.default for field in fields(Options)}
 

@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from mlx_clex.checkpoint.safetensors_file import TensorInfo, info_of
 from mlx_clex.scaling import PREFIX
 
-from .plan import Plan
-from .safetensors_file import TensorInfo, info_of
-from .source import Checkpoint
+from .outcome import Plan
+from .read.source import Checkpoint
 
 
 def describe(

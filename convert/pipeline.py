@@ -10,18 +10,20 @@ import mlx.core as mx
 from mlx_lm.utils import MAX_FILE_SIZE_GB, save_config
 from tqdm import tqdm
 
+from mlx_clex.checkpoint import safetensors_file
+from mlx_clex.checkpoint.safetensors_file import TensorInfo
 from mlx_clex.errors import InputError
-from mlx_clex.load import SHIM
+from mlx_clex.loading import SHIM
 
-from . import gguf_export, gguf_file, safetensors_file, torch_bin
-from .card import write_card
 from .dry_run import describe, describe_download
+from .freeze import gguf_export
 from .options import Options
-from .output import check_space, check_target, whole_or_nothing, write_weights
-from .plan import Plan, make_plan
-from .safetensors_file import TensorInfo
-from .source import Checkpoint, check_hub_id, find, is_local
-from .tokenizer import write_tokenizer
+from .outcome import Plan, make_plan
+from .read import gguf_file, torch_bin
+from .read.source import Checkpoint, check_hub_id, find, is_local
+from .write.card import write_card
+from .write.output import check_space, check_target, whole_or_nothing, write_weights
+from .write.tokenizer import write_tokenizer
 
 _SHIM_TEXT = """\
 # Lets mlx-lm load this checkpoint wherever mlx_clex is installed.
@@ -76,11 +78,11 @@ def convert(
     if not dry_run:
         check_target(target)
     if upload_repo is not None:
-        from .hub import check_upload
+        from .read.hub import check_upload
 
         check_upload(upload_repo)
     if dry_run and not is_local(hf_path):
-        from .hub import needed_files
+        from .read.hub import needed_files
 
         print(describe_download(needed_files(check_hub_id(hf_path), revision)))
         return None
@@ -96,7 +98,7 @@ def convert(
         _write(source, plan, options, folder, upload_repo or target.name)
     _say(f"Wrote {target}.")
     if upload_repo is not None:
-        from .hub import upload
+        from .read.hub import upload
 
         _say(f"Uploaded to {upload(target, upload_repo)}.")
     return target

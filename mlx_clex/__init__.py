@@ -15,7 +15,7 @@ if not (Path(__file__).parent / "convert").exists() and (_CLONE / "convert/pipel
 
 use_openblas()  # before anything below imports mlx.core
 
-from mlx_clex.attach import attach, make_prompt_cache  # noqa: E402
-from mlx_clex.load import load  # noqa: E402
+from mlx_clex.loading import load  # noqa: E402
+from mlx_clex.model.scaled_model import attach, make_prompt_cache  # noqa: E402
 
 __all__ = ["attach", "load", "make_prompt_cache"]

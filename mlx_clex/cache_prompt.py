@@ -20,13 +20,13 @@ from mlx_lm.cache_prompt import setup_arg_parser
 from mlx_lm.generate import generate_step
 from tqdm import tqdm
 
-from .attach import ScaledModel, check_length, make_prompt_cache
-from .cache_file import file_for, save_cache
-from .cli import run_command
+from .checkpoint.fingerprint import fingerprint
+from .checkpoint.prompt_cache import file_for, save_cache
+from .commands.run_command import run_command
 from .errors import InputError, generating
-from .fingerprint import fingerprint
 from .generate import check_cache_options, prompt_text, scale_policy
-from .load import load, resolve
+from .loading import load, resolve
+from .model.scaled_model import ScaledModel, check_length, make_prompt_cache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,12 +21,12 @@ from mlx_lm.chat import setup_arg_parser
 from mlx_lm.sample_utils import make_sampler
 from tqdm import tqdm
 
-from .cli import run_command
-from .conversation import Conversation, Progress, Stopped, read_text
+from .checkpoint.fingerprint import fingerprint
+from .commands.run_command import run_command
 from .errors import InputError, RunError
-from .fingerprint import fingerprint
 from .generate import check_ranges, scale_policy
-from .load import load, resolve
+from .loading import load, resolve
+from .serving.conversation import Conversation, Progress, Stopped, read_text
 
 COMMANDS = {
     "/load": "FILE: read a text file into the context",

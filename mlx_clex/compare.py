@@ -19,22 +19,22 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from .cli import run_command
+from .checkpoint.fingerprint import digest, fingerprint
+from .commands.run_command import run_command
+from .data.corpus import Corpus
 from .errors import InputError
-from .fingerprint import digest, fingerprint
-from .load import load, resolve
-from .perplexity import corpus_of, digest_of, trained_length_of
-from .pictures import picture
-from .results import Results, open_results
-from .training.data import Corpus
-from .training.evaluation import (
+from .evaluation.perplexity import (
     check_lengths,
     exp,
     log_sum_exp,
     logits_of_text,
     windows_of,
 )
-from .training.loss import chunk_length
+from .evaluation.results import Results, open_results
+from .loading import load, resolve
+from .model.head import chunk_length
+from .perplexity import corpus_of, digest_of, trained_length_of
+from .pictures.drawing import picture
 
 _FIRST = 16  # positions below are one bucket; the others begin at powers of two
 

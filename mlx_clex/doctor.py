@@ -25,11 +25,11 @@ import mlx.nn as nn
 from mlx_lm.models import llama
 
 from ._blas import use_openblas
-from .attach import attach, make_prompt_cache
-from .cli import run_command
+from .commands.run_command import run_command
+from .diagnosis.model_report import report
 from .errors import RunError
-from .model_report import report
-from .rotary import cos_sin, rotate, rotate_by
+from .model.rotary import cos_sin, rotate, rotate_by
+from .model.scaled_model import attach, make_prompt_cache
 from .scaling import PREFIX
 
 PACKAGES = ("mlx-clex", "mlx", "mlx-lm", "transformers", "numpy")

@@ -17,13 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .attach import ScaledModel
-from .cli import run_command
+from .checkpoint.fingerprint import digest, fingerprint
+from .commands.run_command import run_command
 from .errors import InputError
-from .fingerprint import digest, fingerprint
+from .evaluation.results import Results, open_results, read_results
 from .generate import scale_policy
-from .load import load, read_config, resolve
-from .results import Results, open_results, read_results
+from .loading import load, read_config, resolve
+from .model.scaled_model import ScaledModel
 
 # RULER (arXiv 2404.06654) calls a length effective where a model does better than
 # Llama-2-7B does at 4,096 tokens.
@@ -155,7 +155,7 @@ def _json_object(args: argparse.Namespace, key: str) -> dict[str, Any]:
 
 def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
     # Here, since it takes seconds, and the extra.
-    from .harness import PlannedLM, load_tasks, run_tasks
+    from .evaluation.harness import PlannedLM, load_tasks, run_tasks
 
     folder = resolve(args.model)
     tasks = load_tasks(args.tasks, {**_tokenizer_of(folder, args), **metadata}, args.include_path)

@@ -19,12 +19,12 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import dequantize_model, save_model
 
-from .attach import ScaledModel
-from .cli import run_command
+from .checkpoint.config import normalise_config
+from .commands.run_command import run_command
 from .convert import convert
-from .convert.output import check_target, write_json
-from .hf_config import normalise_config
-from .load import load, read_config, resolve
+from .convert.write.output import check_target, write_json
+from .loading import load, read_config, resolve
+from .model.scaled_model import ScaledModel
 from .scaling import SCALINGS
 from .scaling.none import NoScaling
 

@@ -22,15 +22,15 @@ from mlx_lm.generate import DEFAULT_PROMPT, setup_arg_parser, stream_generate
 from mlx_lm.sample_utils import make_sampler
 from tqdm import tqdm
 
-from .attach import ScaledModel, make_prompt_cache
 from .bundled import MODELS
-from .cache_file import is_ours, load_cache, quantised
-from .cli import run_command
+from .checkpoint.fingerprint import fingerprint
+from .checkpoint.prompt_cache import is_ours, load_cache, quantised
+from .commands.run_command import run_command
 from .errors import InputError, generating
-from .fingerprint import fingerprint
-from .load import load, resolve
-from .plans import plan_at, plan_of, planned_caches, single_caches
-from .sharding import one_voice, shared_seed
+from .loading import load, resolve
+from .model.plans import plan_at, plan_of, planned_caches, single_caches
+from .model.scaled_model import ScaledModel, make_prompt_cache
+from .model.sharding import one_voice, shared_seed
 
 _DEFAULT_MODEL = MODELS["clex"]
 _OPENING = "And it came to pass"  # a text that model can go on with

@@ -25,12 +25,13 @@ from mlx_lm.tuner.callbacks import get_reporting_callbacks
 from mlx_lm.tuner.utils import print_trainable_parameters
 from mlx_lm.utils import _parse_size, maybe_set_recommended_wired_limit
 
-from .attach import ScaledModel, attach
-from .cli import check_seed, run_command
-from .convert.scaling_options import add_scaling_arguments, scaling_from
+from .checkpoint.fingerprint import weights_digest
+from .commands.run_command import check_seed, run_command
+from .commands.scaling_options import add_scaling_arguments, scaling_from
+from .data.corpus import Corpus, load_corpora
 from .errors import InputError
-from .fingerprint import weights_digest
-from .load import (
+from .evaluation.perplexity import check_lengths, mean_loss
+from .loading import (
     ADAPTER_SCALING,
     DEFAULT_CACHE,
     EXTRA_WEIGHTS,
@@ -38,15 +39,14 @@ from .load import (
     read_config,
     resolve,
 )
+from .model.scaled_model import ScaledModel, attach
+from .model.sharding import one_voice
 from .scaling.clex import Clex
-from .sharding import one_voice
 from .training.batches import PACKINGS, Batches
-from .training.checkpoints import ADAPTERS, Checkpoints
-from .training.data import Corpus, load_corpora
 from .training.draws import DENSE, SAMPLINGS, SCALE_DRAWS, SKIPS, Draws, Procedure, procedure_for
-from .training.evaluation import check_lengths, mean_loss
 from .training.loop import LoopOptions, Run
 from .training.ranks import Ranks
+from .training.saves import ADAPTERS, Checkpoints
 from .training.setup import (
     FINE_TUNE_TYPES,
     build_optimizer,

@@ -12,9 +12,9 @@ import mlx.nn as nn
 from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.utils import _get_classes as get_stock_classes
 
-from .attach import attach
+from .checkpoint.config import normalise_config
 from .errors import InputError
-from .hf_config import normalise_config
+from .model.scaled_model import attach
 from .scaling import SCALINGS
 
 # No `from __future__ import annotations` in this file: mlx-lm executes the importing

@@ -28,17 +28,17 @@ import numpy as np
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 from tqdm import tqdm
 
-from .attach import ScaledModel, check_length
 from .bundled import MODELS, PREFIX, words_task
-from .cli import run_command
+from .checkpoint.fingerprint import digest, fingerprint
+from .commands.run_command import run_command
 from .errors import InputError
-from .fingerprint import digest, fingerprint
+from .evaluation.reader import Reader
+from .evaluation.results import Results, open_results
 from .generate import check_cache_options, scale_policy
-from .load import load, resolve
+from .loading import load, resolve
+from .model.scaled_model import ScaledModel, check_length
 from .perplexity import trained_length_of
-from .pictures import picture
-from .reader import Reader
-from .results import Results, open_results
+from .pictures.drawing import picture
 
 # The text with n pieces of filler, and the fact asked for.
 Hidden = tuple[Callable[[int], str], str]

@@ -21,18 +21,18 @@ import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from .attach import ScaledModel, attach
 from .bundled import MODELS, PREFIX, held_out_text
-from .cli import run_command
+from .checkpoint.fingerprint import digest, fingerprint
+from .commands.run_command import run_command
+from .data.corpus import Corpus, load_corpora
 from .errors import InputError
-from .families import config_value
-from .fingerprint import digest, fingerprint
-from .load import DEFAULT_CACHE, load, resolve
-from .pictures import picture
-from .results import Results, open_results
+from .evaluation.perplexity import Protocol, Score, check_lengths, score, windows_of
+from .evaluation.results import Results, open_results
+from .loading import DEFAULT_CACHE, load, resolve
+from .model.find_ropes import config_value
+from .model.scaled_model import ScaledModel, attach
+from .pictures.drawing import picture
 from .scaling import SCALINGS
-from .training.data import Corpus, load_corpora
-from .training.evaluation import Protocol, Score, check_lengths, score, windows_of
 
 _KEYS = ("label", "length")
 _TIMES = (1, 2, 4)  # the trained length: --lengths, unless given

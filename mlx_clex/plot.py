@@ -10,11 +10,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .cli import run_command
+from .commands.run_command import run_command
 from .errors import InputError
-from .load import load_scaling
-from .pictures import check_path, draw, draw_frequencies, draw_training
-from .results import Results, read_results
+from .evaluation.results import Results, read_results
+from .loading import load_scaling
+from .pictures.drawing import check_path, draw, draw_frequencies, draw_training
 from .training.log import LOG, read_log
 
 # Pictures of result files: the kind of the results, and what --help says.

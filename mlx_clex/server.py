@@ -33,13 +33,13 @@ from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 from mlx_lm.models.cache import LRUPromptCache
 
-from .attach import ScaledModel, make_prompt_cache
-from .cli import run_command
+from .commands.run_command import run_command
 from .errors import InputError, RunError
-from .families import config_value, stock_caches
 from .generate import scale_policy
-from .load import load
-from .plans import plan_at, plan_of, planned_caches
+from .loading import load
+from .model.find_ropes import config_value, stock_caches
+from .model.plans import plan_at, plan_of, planned_caches
+from .model.scaled_model import ScaledModel, make_prompt_cache
 
 # Of numbers in a request; beyond them MLX fails while it samples.
 _BOUNDS: dict[str, float] = {

@@ -24,9 +24,9 @@ import mlx.core as mx
 from mlx_lm.chat import setup_arg_parser
 
 from . import chat
-from .cli import run_command
-from .conversation import Context, Conversation, Stopped, read_text
+from .commands.run_command import run_command
 from .errors import InputError, RunError
+from .serving.conversation import Context, Conversation, Stopped, read_text
 
 HOST = "127.0.0.1"
 

@@ -16,9 +16,9 @@ from mlx_lm.models import llama
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import save_model
 
-from mlx_clex.attach import attach
+from mlx_clex.model.scaled_model import attach
 from mlx_clex.convert import convert
-from mlx_clex.load import load
+from mlx_clex.loading import load
 from mlx_clex.scaling import SCALINGS
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -165,7 +165,7 @@ def pytest_terminal_summary(terminalreporter):
     outcomes: dict[str, set[str]] = {}
     for outcome in ("passed", "failed"):
         for report in terminalreporter.getreports(outcome):
-            if "test_families.py" in report.nodeid and report.nodeid.endswith("]"):
+            if "test_find_ropes.py" in report.nodeid and report.nodeid.endswith("]"):
                 family = report.nodeid.rsplit("[", 1)[1][:-1]
                 outcomes.setdefault(family, set()).add(outcome)
     for line in summary(outcomes):

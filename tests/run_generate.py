@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_lm.generate import setup_arg_parser
 
 from mlx_clex import generate
-from mlx_clex.cli import run_command
+from mlx_clex.commands.run_command import run_command
 
 
 def main(folder: str) -> None:

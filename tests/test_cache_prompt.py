@@ -15,8 +15,8 @@ from mlx_lm.generate import setup_arg_parser
 from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
 
 from mlx_clex import cache_prompt, generate, load, make_prompt_cache
-from mlx_clex.cache import ScaledKVCache, ScaledQuantizedKVCache
-from mlx_clex.cli import run_command
+from mlx_clex.commands.run_command import run_command
+from mlx_clex.model.cache import ScaledKVCache, ScaledQuantizedKVCache
 
 from .conftest import GOLDEN, random_adapters, stock_folder
 
@@ -360,7 +360,7 @@ def test_a_disk_that_is_full_leaves_the_old_file(cli, folders, tmp_path, monkeyp
             unfinished.write("x")
         raise RuntimeError("No space left on device")
 
-    monkeypatch.setattr("mlx_clex.cache_file.save_prompt_cache", full)
+    monkeypatch.setattr("mlx_clex.checkpoint.prompt_cache.save_prompt_cache", full)
     status, _, err = cli(cache_prompt, *cached, "--prompt", "B")
     assert status == 1
     assert "No space left" in err

@@ -10,7 +10,7 @@ from mlx_clex.convert import convert
 from mlx_lm.chat import setup_arg_parser
 
 from mlx_clex.chat import add_arguments, run
-from mlx_clex.cli import run_command
+from mlx_clex.commands.run_command import run_command
 
 from .conftest import GOLDEN
 

@@ -9,10 +9,10 @@ import pytest
 from mlx_clex.convert import convert
 
 from mlx_clex import compare, load
-from mlx_clex.cli import run_command
+from mlx_clex.commands.run_command import run_command
 from mlx_clex.compare import buckets, differences
-from mlx_clex.results import read_results
-from mlx_clex.training import evaluation
+from mlx_clex.evaluation import perplexity as evaluation
+from mlx_clex.evaluation.results import read_results
 
 from .conftest import GOLDEN, scaled_llama, stock_folder, tiny_llama
 

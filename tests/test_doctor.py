@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_clex import doctor
-from mlx_clex.cli import run_command
+from mlx_clex.commands.run_command import run_command
 
 from . import make_self_test_data as maker
 

@@ -16,12 +16,13 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.evaluate import MLXLM
 
-from mlx_clex import evaluate, harness, load
-from mlx_clex.cli import run_command
+from mlx_clex import evaluate, load
+from mlx_clex.commands.run_command import run_command
 from mlx_clex.errors import RunError
-from mlx_clex.harness import PlannedLM
-from mlx_clex.reader import Reader
-from mlx_clex.results import read_results
+from mlx_clex.evaluation import harness
+from mlx_clex.evaluation.harness import PlannedLM
+from mlx_clex.evaluation.reader import Reader
+from mlx_clex.evaluation.results import read_results
 
 from .conftest import scaled_folders
 

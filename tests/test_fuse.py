@@ -11,13 +11,13 @@ from mlx_lm.utils import load as stock_load
 from mlx_lm.utils import save_config, save_model
 
 from mlx_clex import fuse, generate, load
-from mlx_clex.cli import run_command
+from mlx_clex.commands.run_command import run_command
 from mlx_clex.lora import add_arguments as lora_arguments
 from mlx_clex.lora import build_parser
 from mlx_clex.lora import run as lora_run
 
 from .conftest import GOLDEN, stock_folder
-from .test_gpt_neox import published
+from .model.test_gpt_neox import published
 
 IDS = mx.arange(3, 60)[None]
 

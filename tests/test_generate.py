@@ -16,7 +16,7 @@ from mlx_lm.models.cache import make_prompt_cache as stock_make_prompt_cache
 from mlx_lm.models.cache import save_prompt_cache
 
 from mlx_clex import generate, load, make_prompt_cache
-from mlx_clex.cli import run_command
+from mlx_clex.commands.run_command import run_command
 
 from .conftest import GOLDEN, GOLDEN_NAMES, stock_folder
 

@@ -18,15 +18,15 @@ import yaml
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_clex import load, lora
-from mlx_clex.cli import run_command
+from mlx_clex.commands.run_command import run_command
 from mlx_clex.errors import InputError, RunError
 from mlx_clex.lora import build_parser
 from mlx_clex.scaling import build_scaling
 from mlx_clex.scaling.gene import GeneParam
-from mlx_clex.training.checkpoints import Checkpoints
 from mlx_clex.training.draws import Draws, procedure_for
 from mlx_clex.training.log import Log, read_log
 from mlx_clex.training.ranks import Ranks
+from mlx_clex.training.saves import Checkpoints
 from mlx_clex.training.setup import OPTIMIZERS, build_optimizer
 from mlx_clex.training.step import TrainingStep
 
@@ -316,7 +316,7 @@ def test_a_failure_of_mlx_names_the_process():
 
 def test_a_full_disk_leaves_the_save_before(base, texts, tmp_path, monkeypatch, capsys):
     """Exit 1, one line, and the links still lead to a whole save."""
-    from mlx_clex.training import checkpoints
+    from mlx_clex.training import saves as checkpoints
 
     adapters = tmp_path / "a"
     real, writes = checkpoints.write, []

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mlx_clex import load, make_prompt_cache, passkey
-from mlx_clex.cli import run_command
+from mlx_clex.commands.run_command import run_command
+from mlx_clex.evaluation.results import read_results
 from mlx_clex.passkey import TASKS, Reader
-from mlx_clex.results import read_results
 
 from .conftest import scaled_folders
 

@@ -19,9 +19,9 @@ import transformers
 from mlx_clex.convert import convert
 
 from mlx_clex import attach, load, perplexity
-from mlx_clex.cli import run_command
-from mlx_clex.results import read_results
-from mlx_clex.training import evaluation
+from mlx_clex.commands.run_command import run_command
+from mlx_clex.evaluation import perplexity as evaluation
+from mlx_clex.evaluation.results import read_results
 
 from .checkpoints import torch_cache
 from .conftest import GOLDEN, stock_folder
@@ -360,7 +360,7 @@ def test_a_failure_of_mlx_is_one_line(converted, text, monkeypatch, capsys):
     def fail(*args, **options):
         raise RuntimeError("[malloc] Unable to allocate")
 
-    monkeypatch.setattr("mlx_clex.training.evaluation.hidden_states", fail)
+    monkeypatch.setattr("mlx_clex.evaluation.perplexity.hidden_states", fail)
     assert call("--model", converted("clex_llama"), "--data", text, "--lengths", 50) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == "perplexity: failed: MLX failed at token 0 of 50: [malloc] Unable to allocate"

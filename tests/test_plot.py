@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from mlx_clex import plot
-from mlx_clex.cli import run_command
-from mlx_clex.load import SHIM, load, load_scaling
-from mlx_clex.results import open_results
+from mlx_clex.commands.run_command import run_command
+from mlx_clex.evaluation.results import open_results
+from mlx_clex.loading import SHIM, load, load_scaling
 
 from .conftest import CONFIGS, stock_folder
-from .test_pictures import ROWS, log
+from .pictures.test_drawing import ROWS, log
 
 
 @pytest.fixture

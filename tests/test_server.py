@@ -15,9 +15,9 @@ import pytest
 from mlx_clex.convert import convert
 
 from mlx_clex import load
-from mlx_clex.attach import make_prompt_cache
 from mlx_clex.errors import RunError
-from mlx_clex.plans import plan_of
+from mlx_clex.model.plans import plan_of
+from mlx_clex.model.scaled_model import make_prompt_cache
 from mlx_clex.server import PlannedPromptCache, PlanningResponseGenerator
 
 from .conftest import GOLDEN, random_adapters, scaled_llama, stock_folder

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from mlx_clex.conversation import Context
+from mlx_clex.serving.conversation import Context
 from mlx_clex.web import meter
 
 from .conftest import GOLDEN

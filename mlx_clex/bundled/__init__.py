@@ -2,7 +2,7 @@
 
 `base` is a LLaMA of one million parameters, trained at 64 tokens on the King James Bible
 without Judges, Ruth and 1 Samuel; `clex` and `gene` are fine-tunes of it, whole models of
-their own. `mlx_clex.bundled.make` is how they were made.
+their own. `python -m benchmarks.bundled_models` is how they were made.
 
 The text is in the public domain (in the United Kingdom the Crown has letters patent on
 printing it). Taken from Debian's package bible-kjv-text 4.29; each chapter is a heading and

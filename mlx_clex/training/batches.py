@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ..data.corpus import Corpus
 from ..errors import InputError
-from .data import Corpus
 from .step import Batch
 
 PACKINGS = ("concat", "plain")

@@ -22,16 +22,16 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
+from ..data.corpus import Corpus
 from ..errors import InputError, RunError
-from ..load import ADAPTER_SCALING, EXTRA_WEIGHTS
+from ..evaluation.perplexity import mean_loss, perplexity
+from ..loading import ADAPTER_SCALING, EXTRA_WEIGHTS
 from ..scaling import PREFIX
 from .batches import Batches
-from .checkpoints import ADAPTERS, CURRENT, OPTIMIZER, STATE, Checkpoints, read_json
-from .data import Corpus
 from .draws import Draws
-from .evaluation import mean_loss, perplexity
 from .log import LOG, Log
 from .ranks import Ranks
+from .saves import ADAPTERS, CURRENT, OPTIMIZER, STATE, Checkpoints, read_json
 from .step import Result, TrainingStep
 
 

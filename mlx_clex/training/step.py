@@ -19,11 +19,11 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-from ..attach import given_pass
-from ..rotary import Pass, Rope
+from ..model.head import chunk_length, loss_for_gradient
+from ..model.rotary import Pass, Rope
+from ..model.scaled_model import given_pass
 from ..scaling import Scaling
 from .draws import Draw
-from .loss import chunk_length, loss_for_gradient
 
 
 class Batch(NamedTuple):

@@ -1,0 +1,1 @@
+"""One scale, in words of stock programs."""

@@ -1,0 +1,246 @@
+"""A scaling held at one scale, in words of stock programs.
+
+At one scale a method is a list of frequencies, and a gain of the scores at most. Several
+entries could express them (another rope_theta, linear, yarn, longrope); each is tried on
+the program's own rotary embedding, and the first one that rotates as ours does is taken.
+Not covered: frequencies for each head or layer and gains for each position, which no
+stock program has.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
+from importlib import import_module
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_clex.errors import InputError
+from mlx_clex.model.rotary import rotate
+from mlx_clex.model_file import get_stock_classes
+from mlx_clex.scaling import Scaling
+
+from ..read.torch_bin import import_torch
+from . import gguf_export
+
+# Rotates (1, 1, 1, head_dim) at a position.
+Rotation = Callable[[mx.array, int], mx.array]
+
+_ROUNDING = 1e-6  # of float32 angles, radians per token of position
+_SCORES = 1e-4  # of scores between vectors of unit variance, at position 0
+
+
+def frozen_config(
+    config: dict[str, Any], scaling: Scaling, scale: float, program: str
+) -> tuple[dict[str, Any], int]:
+    """The config of a checkpoint that stock programs run at one scale.
+
+    Args:
+        config: of the model, with its scaling.
+        scaling: the scaling, with its weights.
+        scale: to hold, target length / trained length.
+        program: "mlx-lm", "transformers" or "llama.cpp".
+
+    Returns:
+        The new config, and the length it is made for in tokens, scale x trained length.
+
+    Raises:
+        InputError: the scale is out of range, or the program's model of this family
+            cannot rotate like that; the message has the reason.
+    """
+    scale = scaling.check_scale(scale)
+    inv_freq = scaling.inv_freq(scale)
+    if scaling.by_layer or inv_freq.ndim > 1:
+        raise InputError(
+            f"--freeze: {config['rope_scaling']['type']} has frequencies of its own for every "
+            "head and layer, which no stock program can express. Use it with mlx_clex."
+        )
+    if scaling.gain_follows == "position":
+        raise InputError(
+            "--freeze: log_scale multiplies every position's query by another number, which "
+            "no stock program can express. Use it with mlx_clex."
+        )
+    length = round(scale * scaling.trained_length)
+    gain = scaling.query_gain(None, length)
+    ours = _Ours(scaling, scale, 1.0 if gain is None else float(gain))
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    base = {key: value for key, value in config.items() if key not in ("model_file", "log_scale")}
+    base |= {"rope_scaling": None, "head_dim": head_dim, "max_position_embeddings": length}
+    if program == "llama.cpp":
+        gguf_export.check(config)
+        factors = _base_inv_freq(scaling) / np.array(inv_freq, np.float64)
+        entry = {"factors": factors.tolist(), "query_gain": ours.score_gain}
+        theta = {"rope_theta": scaling.base}
+        return base | theta | {"rope_scaling": {"type": gguf_export.ROPE, **entry}}, length
+    build = _mlx_rotation if program == "mlx-lm" else _transformers_rotation
+    errors = {}
+    for change in _candidates(scaling, scale, length, ours.score_gain):
+        candidate = base | change
+        errors[_kind(change)] = error = _difference(build(candidate), ours, head_dim, length)
+        if error <= 1:
+            return {k: v for k, v in candidate.items() if v is not None}, length
+    nearest = min(errors, key=errors.__getitem__)
+    ignored = _difference(build(base), build(base | change), head_dim, length) <= 1
+    reason = (
+        f"{program}'s model for {config['model_type']} ignores rope_scaling"
+        if ignored
+        else f"the nearest it has, {nearest}, rotates {errors[nearest]:.1g} times further off "
+        "than rounding explains"
+    )
+    advice = " or freeze it with --for transformers" if program == "mlx-lm" else ""
+    raise InputError(
+        f"--freeze {scale:g} cannot be expressed for {program}: {reason}. Use the unfrozen "
+        f"checkpoint with mlx_clex{advice}."
+    )
+
+
+class _Ours:
+    """Our rotation of queries and keys at the frozen scale."""
+
+    def __init__(self, scaling: Scaling, scale: float, query_gain: float) -> None:
+        self.inv_freq = scaling.inv_freq(scale)
+        self.query_gain = query_gain
+        self.rotary_gain = scaling.rotary_gain(scale)
+
+    @property
+    def score_gain(self) -> float:
+        """What it multiplies scores of fully rotated heads by."""
+        return self.query_gain * self.rotary_gain**2
+
+    def keys(self, x: mx.array, position: int) -> mx.array:
+        dims = 2 * self.inv_freq.shape[-1]
+        y = rotate(x, self.inv_freq, position)
+        return mx.concatenate([y[..., :dims] * self.rotary_gain, y[..., dims:]], axis=-1)
+
+    def queries(self, x: mx.array, position: int) -> mx.array:
+        return self.keys(x, position) * self.query_gain
+
+
+def _candidates(
+    scaling: Scaling, scale: float, length: int, score_gain: float
+) -> Iterator[dict[str, Any]]:
+    """Config entries that might express the frozen scaling, the simplest first."""
+    inv_freq = np.array(scaling.inv_freq(scale), np.float64)
+    exponents = np.arange(0, scaling.dims, 2) / scaling.dims
+    theta = float(inv_freq[-1] ** (-1 / exponents[-1]))
+    if np.allclose(theta**-exponents, inv_freq, rtol=1e-6, atol=0) and score_gain == 1:
+        yield {"rope_theta": theta}
+    yield _entry("linear", factor=scale)
+    if hasattr(scaling.config, "beta_fast"):
+        yield _entry(
+            "yarn",
+            factor=scale,
+            original_max_position_embeddings=scaling.trained_length,
+            beta_fast=scaling.config.beta_fast,
+            beta_slow=scaling.config.beta_slow,
+        )
+    factors = (_base_inv_freq(scaling) / inv_freq).tolist()
+    yield _entry(
+        "longrope",
+        short_factor=factors,
+        long_factor=factors,
+        # Its attention scale is sqrt(ln length / ln original) on queries and keys.
+        original_max_position_embeddings=(length if score_gain == 1 else scaling.trained_length),
+    )
+
+
+def _base_inv_freq(scaling: Scaling) -> np.ndarray:
+    """Of the model as it was trained; radians per token, (D/2,)."""
+    return scaling.base ** -(np.arange(0, scaling.dims, 2) / scaling.dims)
+
+
+def _entry(kind: str, **fields: Any) -> dict[str, Any]:
+    # mlx-lm and older programs read `type`, transformers `rope_type`.
+    return {"rope_scaling": {"type": kind, "rope_type": kind, **fields}}
+
+
+def _kind(change: dict[str, Any]) -> str:
+    return change["rope_scaling"]["type"] if "rope_scaling" in change else "another rope_theta"
+
+
+def _difference(theirs: Any, ours: Any, head_dim: int, length: int) -> float:
+    """Largest difference of scores, in units of what float32 rounding explains."""
+    shape = (1, 1, 1, head_dim)
+    queries, keys = (mx.random.normal(shape, key=mx.random.key(seed)) for seed in (0, 1))
+    worst = 0.0
+    for at in {0, 1, 7, 100, length // 3, length - 1}:
+        for other in {0, at // 2, at}:
+            scores = [
+                (side.queries(queries, at) * side.keys(keys, other)).sum() / math.sqrt(head_dim)
+                for side in (theirs, ours)
+            ]
+            error = abs(scores[0].item() - scores[1].item())
+            worst = max(worst, error / (_SCORES + _ROUNDING * at))
+    return worst
+
+
+class _Theirs:
+    """A stock program's rotation; its queries and keys are rotated alike."""
+
+    def __init__(self, rotation: Rotation) -> None:
+        self.queries = self.keys = rotation
+
+
+def _mlx_rotation(config: dict[str, Any]) -> _Theirs:
+    """The rope of mlx-lm's own class for this config."""
+    model_class, args_class = get_stock_classes(config)
+    model = model_class(args_class.from_dict(config))
+    rope: nn.Module = next(
+        module["rope"] for module in model.layers[0].modules() if "rope" in module
+    )
+    return _Theirs(lambda x, position: rope(x, offset=position))
+
+
+def check_names(config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse tensors that transformers' model of this config does not have.
+
+    Raises:
+        InputError: such as Mixtral's, whose experts are one tensor in MLX.
+    """
+    torch = import_torch("Freezing for transformers needs torch")
+    from transformers import AutoModelForCausalLM
+
+    settings, _ = _transformers_family(config)
+    with torch.device("meta"):
+        known = set(AutoModelForCausalLM.from_config(settings).state_dict())
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"--for transformers: {name} has no counterpart in transformers. Give the "
+                "published checkpoint instead of the converted one."
+            )
+
+
+def _transformers_family(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """transformers' config object and module for a model."""
+    from transformers import AutoConfig
+
+    family = config["model_type"]
+    try:
+        # A copy: it writes rope_theta into rope_scaling.
+        given = deepcopy({k: v for k, v in config.items() if v is not None})
+        return AutoConfig.for_model(**given), import_module(
+            f"transformers.models.{family}.modeling_{family}"
+        )
+    except (ValueError, KeyError, ImportError) as error:
+        raise InputError(f"transformers has no model for {family}: {error}") from error
+
+
+def _transformers_rotation(config: dict[str, Any]) -> _Theirs:
+    """The rotary embedding of transformers' own class for this config."""
+    torch = import_torch("Freezing for transformers needs torch")
+    settings, module = _transformers_family(config)
+    embedding = next(v for k, v in vars(module).items() if k.endswith("RotaryEmbedding"))(settings)
+
+    def rotation(x: mx.array, position: int) -> mx.array:
+        with torch.no_grad():
+            cos, sin = embedding(torch.zeros(1), torch.tensor([[position]]))
+        cos, sin = (mx.array(table.numpy()) for table in (cos, sin))
+        rotated, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        first, second = mx.split(rotated, 2, axis=-1)
+        turned = rotated * cos + mx.concatenate([-second, first], axis=-1) * sin
+        return mx.concatenate([turned, rest], axis=-1)
+
+    return _Theirs(rotation)

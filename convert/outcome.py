@@ -1,0 +1,235 @@
+"""What a conversion is going to write, decided before anything is written.
+
+The family's own mlx-lm model, with the scaling attached, says which tensors there must be
+and of which shape; its `sanitize` maps the family's names. All arrays stay lazy: casting
+and quantising happen tensor by tensor when the output asks for the bytes.
+"""
+
+import gc
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_clex.checkpoint.config import normalise_config
+from mlx_clex.checkpoint.names import CONVERTED, Renaming, rename
+from mlx_clex.errors import InputError
+from mlx_clex.loading import SHIM
+from mlx_clex.model_file import Model, ModelArgs
+from mlx_clex.scaling import PREFIX, SCALINGS, Scaling
+from mlx_clex.scaling.base import parse_config
+
+from .freeze.stock_rope import check_names, frozen_config
+from .options import DTYPES, Options
+from .write.card import reach_of
+from .write.precision import cast_and_quantize, quantize_like_source
+
+
+@dataclass
+class Plan:
+    """The folder that is going to be written."""
+
+    config: dict[str, Any]
+    tensors: dict[str, mx.array]  # lazy, in the order of writing; emptied by the writer
+    scaling: Scaling | None  # None where the checkpoint has none of ours
+    method: str  # name of the scaling
+    reach: int  # tokens, for the tokenizer
+    renaming: Renaming
+    notes: list[str]  # what the user should know
+    file_format: str = "mlx"  # what the weight files say they are made for
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the weights to be written, in bytes."""
+        return sum(array.nbytes for array in self.tensors.values())
+
+
+def make_plan(config: dict[str, Any], weights: dict[str, mx.array], options: Options) -> Plan:
+    """Decide names, types and config of the converted checkpoint.
+
+    Args:
+        config: config.json as published.
+        weights: the source's tensors, lazy; they may be stand-ins of the right shape.
+        options: what the user asked for.
+
+    Raises:
+        InputError: a tensor is missing, extra or of the wrong shape, or the config or an
+            option cannot be used; the message names it.
+    """
+    notes: list[str] = []
+    renaming = rename(weights)
+    config = _config(config, options, "lm_head.weight" in weights, notes)
+    ours = _scaling_weights(weights, renaming)
+    if ours and options.scaling is not None:
+        raise InputError(
+            f"The checkpoint has trained weights of a scaling already ({', '.join(ours)}), which "
+            "--scaling would throw away: leave it out."
+        )
+    model = _build_model(config)
+    scaling: Scaling | None = getattr(model, "scaling", None)
+    if scaling is not None and (ours or options.scaling is None):
+        scaling.take_weights(ours)
+    published = {name: weights[name] for name in renaming.kept if not name.startswith(PREFIX)}
+    rest = _sanitize(model, published)
+    quantize_like_source(model, config, rest)
+    expected = {name: array.shape for name, array in _flat(model) if not name.startswith(PREFIX)}
+    _compare(expected, rest)
+    model.load_weights(list(rest.items()), strict=False)
+    config = cast_and_quantize(model, config, options, notes)
+    method = (config.get("rope_scaling") or {"type": "none"})["type"]
+    reach = reach_of(scaling) if scaling else config["max_position_embeddings"]
+    if options.freeze is not None:
+        if scaling is None:
+            raise InputError("--freeze: the checkpoint has no scaling of ours; add --scaling.")
+        config, reach = frozen_config(config, scaling, options.freeze, options.freeze_for)
+    elif scaling is not None:
+        config["rope_scaling"] = {"type": method, **asdict(scaling.config)}
+        config["model_file"] = SHIM
+    tensors = _in_source_order(model, list(rest))
+    if options.freeze is not None:
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(PREFIX)}
+    if options.for_transformers:
+        tensors = _published_names(published, tensors, config, renaming)
+    # The model must not keep alive what the writer has written.
+    model.update(tree_map(lambda _: mx.array([]), model.parameters()))
+    del model, rest, published, weights
+    gc.collect()
+    file_format = "pt" if options.for_transformers else "mlx"
+    return Plan(config, tensors, scaling, method, reach, renaming, notes, file_format)
+
+
+def _config(
+    config: dict[str, Any], options: Options, has_head: bool, notes: list[str]
+) -> dict[str, Any]:
+    """The normal config with the user's wishes in it."""
+    config = normalise_config(config)
+    before = config.get("rope_scaling")
+    if options.scaling is not None:
+        if before and before["type"] != options.scaling["type"]:
+            notes.append(
+                f"--scaling {options.scaling['type']} replaces the rope_scaling of the "
+                f"source, {before['type']}."
+            )
+        config["rope_scaling"] = _in_full(options.scaling)
+    if options.trained_length is not None:
+        config["max_position_embeddings"] = options.trained_length
+    if "max_position_embeddings" not in config:
+        raise InputError(
+            "config.json does not say at what length the model was trained "
+            "(max_position_embeddings): pass --trained-length, in tokens."
+        )
+    if config["model_type"] == "mixtral" and config.get("sliding_window"):
+        notes.append(
+            f"sliding_window {config['sliding_window']} is set to null: it would cut off "
+            "everything past the trained length."
+        )
+        config["sliding_window"] = None
+    # Absent means untied in Hugging Face's configs and tied in some mlx-lm classes.
+    config.setdefault("tie_word_embeddings", not has_head)
+    foreign = config.get("quantization_config")
+    if foreign and "quantization" not in config:
+        method = foreign.get("quant_method") if isinstance(foreign, dict) else foreign
+        raise InputError(
+            f"The checkpoint is quantised with {method!r}, which is not read here: use the "
+            "unquantised one, or convert it with mlx_lm.convert first."
+        )
+    return config
+
+
+def _in_full(scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """A rope_scaling entry with every default spelt out.
+
+    What is left open in a config.json means what the first releases assumed (CLEX: silu,
+    log_scale); what a user leaves open means our defaults.
+    """
+    name = scaling.get("type")
+    if name not in SCALINGS:
+        raise InputError(f"There is no scaling {name!r}; there is: {', '.join(SCALINGS)}.")
+    return {"type": name, **asdict(parse_config(SCALINGS[name].Config, scaling))}
+
+
+def _scaling_weights(weights: Mapping[str, mx.array], renaming: Renaming) -> dict[str, mx.array]:
+    found = {name: weights[name] for name in renaming.kept if name.startswith(PREFIX)}
+    for name, sources in renaming.scaling.items():
+        arrays = [weights[source] for source in sources]
+        if not renaming.naming.per_layer:
+            found[name] = arrays[0]
+        elif len({array.shape for array in arrays}) == 1:
+            found[name] = mx.stack(arrays)
+        else:
+            raise InputError(f"The layers' tensors for {name} differ in shape.")
+    return {name: array.astype(mx.float32) for name, array in found.items()}
+
+
+def _build_model(config: dict[str, Any]) -> Any:
+    try:
+        return Model(ModelArgs.from_dict(config))
+    except InputError:
+        raise
+    except Exception as error:
+        # mlx-lm's classes check little; what they raise depends on what is wrong.
+        raise InputError(
+            f"config.json does not describe a model that mlx-lm can build "
+            f"({config['model_type']}): {error}."
+        ) from error
+
+
+def _sanitize(model: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    try:
+        return dict(model.sanitize(weights)) if hasattr(model, "sanitize") else weights
+    except KeyError as error:
+        raise InputError(f"The checkpoint lacks the tensor {error.args[0]}.") from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"The tensors do not fit together: {error}.") from error
+
+
+def _compare(expected: Mapping[str, Any], given: Mapping[str, mx.array]) -> None:
+    for name in expected:
+        if name not in given:
+            more = len(expected.keys() - given.keys()) - 1
+            raise InputError(
+                f"The checkpoint lacks the tensor {name}, shape {tuple(expected[name])}"
+                + (f", and {more} more" if more else "")
+                + ". Is a shard missing, or is it another model's config.json?"
+            )
+    for name, array in given.items():
+        if name not in expected:
+            raise InputError(
+                f"The checkpoint has the tensor {name}, shape {tuple(array.shape)}, which its "
+                "model does not have. Is it another model's config.json?"
+            )
+        if tuple(array.shape) != tuple(expected[name]):
+            raise InputError(
+                f"The tensor {name} has shape {tuple(array.shape)}; the config asks for "
+                f"{tuple(expected[name])}."
+            )
+
+
+def _published_names(
+    published: Mapping[str, mx.array],
+    tensors: Mapping[str, mx.array],
+    config: Mapping[str, Any],
+    renaming: Renaming,
+) -> dict[str, mx.array]:
+    """The tensors as transformers names them, in the type of the others."""
+    if "quantization" in config:
+        raise InputError("--for transformers cannot take MLX's quantised weights: add -d.")
+    if renaming.naming is CONVERTED:
+        check_names(config, published)
+    if config.get("torch_dtype") not in DTYPES:
+        return dict(published)
+    dtype = getattr(mx, config["torch_dtype"])
+    return {name: tensors.get(name, array.astype(dtype)) for name, array in published.items()}
+
+
+def _in_source_order(model: nn.Module, order: list[str]) -> dict[str, mx.array]:
+    """The model's tensors, each source file's together, so that none stays open long."""
+    rank = {name.rpartition(".")[0]: index for index, name in enumerate(order)}
+    return dict(sorted(_flat(model), key=lambda item: rank.get(item[0].rpartition(".")[0], -1)))
+
+
+def _flat(model: nn.Module) -> list[tuple[str, mx.array]]:
+    return cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))

@@ -1,0 +1,1 @@
+"""Reading checkpoints: folders, the hub, .bin and .gguf files."""

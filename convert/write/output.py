@@ -1,0 +1,146 @@
+"""The folder a conversion writes: whole, or not there.
+
+Everything goes into `<name>.incomplete-<number>` beside the target, config.json last, and
+the folder is renamed at the end. A killed run leaves that folder, which nothing takes for
+a checkpoint; it can be deleted.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_clex.checkpoint.safetensors_file import array_bytes, info_of, write
+from mlx_clex.errors import InputError
+
+
+def check_target(target: Path) -> None:
+    """Refuse a target that exists.
+
+    Raises:
+        InputError: it does.
+    """
+    if not target.name:
+        raise InputError("The folder to write needs a name.")
+    if target.exists() or target.is_symlink():
+        raise InputError(f"{target} exists already: delete it, or give another folder.")
+    parent = next(parent for parent in target.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise InputError(f"{parent} is a file, so {target} cannot be made: give another folder.")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"{parent} cannot be written to: give another folder.")
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Refuse a conversion that does not fit on the disk.
+
+    Args:
+        target: the folder to be.
+        needed: bytes.
+
+    Raises:
+        InputError: there is less free.
+    """
+    existing = next(parent for parent in target.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise InputError(
+            f"The conversion needs {needed / 1e9:.2f} GB in {existing}, where "
+            f"{free / 1e9:.2f} GB are free: make room, or give another folder."
+        )
+
+
+@contextmanager
+def whole_or_nothing(target: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the block ends well.
+
+    Raises:
+        InputError: somebody else made the target meanwhile.
+    """
+    made = [parent for parent in target.absolute().parents if not parent.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.incomplete-{os.getpid()}")
+    number = 0
+    while temporary.exists():
+        number += 1
+        temporary = target.with_name(f"{target.name}.incomplete-{os.getpid()}-{number}")
+    try:
+        try:
+            temporary.mkdir()
+        except OSError as error:
+            raise InputError(
+                f"{target.parent} cannot be written to ({error.strerror}): give another folder."
+            ) from error
+        yield temporary
+        check_target(target)
+        temporary.rename(target)
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        raise
+
+
+def write_weights(
+    folder: Path,
+    tensors: dict[str, mx.array],
+    *,
+    shard_bytes: int,
+    file_format: str,
+    advance: Callable[[int], object],
+) -> None:
+    """Write the tensors in shards, each evaluated, written and freed in turn.
+
+    Args:
+        folder: where.
+        tensors: lazy arrays; emptied on the way.
+        shard_bytes: largest size of a file, unless one tensor alone is larger.
+        file_format: "mlx" or "pt".
+        advance: told the number of bytes after each tensor.
+    """
+    infos = {name: info_of(array) for name, array in tensors.items()}
+    shards = _split({name: info.nbytes for name, info in infos.items()}, shard_bytes)
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors"
+        if len(shards) > 1:
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        entries = [(name, infos[name], _taker(tensors, name)) for name in names]
+        write(folder / file, entries, file_format, advance)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {
+        "metadata": {"total_size": sum(info.nbytes for info in infos.values())},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a small JSON file."""
+    path.write_text(json.dumps(value, indent=4) + "\n", encoding="utf-8")
+
+
+def _taker(tensors: dict[str, mx.array], name: str) -> Callable[[], memoryview]:
+    def take() -> memoryview:
+        mx.clear_cache()  # what the last tensor needed on the way
+        return array_bytes(tensors.pop(name))
+
+    return take
+
+
+def _split(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards

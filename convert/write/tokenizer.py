@@ -1,0 +1,124 @@
+"""Tokenizer files of the converted folder.
+
+A SentencePiece model becomes a tokenizer.json whose ids equal SentencePiece's with BOS
+before them; other tokenizers are copied. `model_max_length` is the model's reach. Not
+covered: tokenizers that need Python from the checkpoint, which is never run.
+"""
+
+import json
+import shutil
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from mlx_clex.checkpoint.chat_templates import template_for
+from mlx_clex.errors import InputError
+
+from ..read import gguf_tokenizer
+from ..read.gguf_file import GgufFile
+from ..read.source import TOKENIZER_FILES, Checkpoint, read_json
+from .output import write_json
+from .spaces import treat_spaces
+
+_CONFIG = "tokenizer_config.json"
+# Llama's own; a checkpoint with only a tokenizer.model does not say.
+_LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def write_tokenizer(
+    checkpoint: Checkpoint, folder: Path, reach: int, gguf: GgufFile | None = None
+) -> str | None:
+    """Write the tokenizer of a checkpoint into the converted folder.
+
+    Args:
+        checkpoint: the source.
+        folder: where to.
+        reach: longest sequence in tokens, written as `model_max_length`.
+        gguf: the parsed .gguf file, where that is the source.
+
+    Returns:
+        A line for the user where something is missing, else None.
+
+    Raises:
+        InputError: the tokenizer files are broken.
+    """
+    if gguf is not None:
+        config = gguf_tokenizer.write(gguf, folder)
+    elif (copied := _copy(checkpoint.folder, folder)) is not None:
+        config = copied
+    else:
+        return (
+            f"{checkpoint.folder} has no tokenizer (tokenizer.json or tokenizer.model): "
+            "the converted folder has none either."
+        )
+    config["model_max_length"] = reach
+    own = config.get("chat_template") or any(
+        (folder / name).exists() for name in ("chat_template.jinja", "chat_template.json")
+    )
+    template = template_for(checkpoint.repo or checkpoint.folder.resolve().name)
+    if template is not None and not own:
+        config["chat_template"] = template
+    write_json(folder / _CONFIG, config)
+    return None
+
+
+def _copy(source: Path, folder: Path) -> dict[str, Any] | None:
+    """Copy or rebuild the files; returns tokenizer_config.json's content."""
+    files = [file for pattern in TOKENIZER_FILES for file in sorted(source.glob(pattern))]
+    names = {file.name for file in files}
+    if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"} and not any(
+        name.endswith(".tiktoken") for name in names
+    ):
+        return None
+    config = read_json(source / _CONFIG) if _CONFIG in names else {}
+    if not isinstance(config, dict):
+        raise InputError(f"{source / _CONFIG} holds no object of settings.")
+    config.pop("auto_map", None)  # names code that is never run
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    kind = str(config.get("tokenizer_class") or "")
+    llama = kind.startswith(("LlamaTokenizer", "CodeLlamaTokenizer"))
+    if "tokenizer.model" in names and (llama or "tokenizer.json" not in names):
+        return _from_sentencepiece(source, folder, config)
+    return config
+
+
+def _from_sentencepiece(source: Path, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Make tokenizer.json out of tokenizer.model.
+
+    transformers 5 takes a lone tokenizer.model without BOS and without the space before
+    the first word, and leaves out SentencePiece's own normalising altogether.
+    """
+    from transformers import LlamaTokenizer
+
+    proto = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
+    try:
+        proto.ParseFromString((source / "tokenizer.model").read_bytes())
+    except Exception as error:  # protobuf's DecodeError has no stable home
+        raise InputError(f"{source / 'tokenizer.model'} is no SentencePiece model.") from error
+    config = _LLAMA_TOKENS | {"tokenizer_class": "LlamaTokenizer"} | config
+    config.setdefault("add_bos_token", True)
+    config.setdefault("add_eos_token", False)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in ("tokenizer.model", "special_tokens_map.json", "added_tokens.json"):
+            if (source / name).exists():
+                shutil.copyfile(source / name, Path(scratch, name))
+        Path(scratch, _CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        try:
+            tokenizer = LlamaTokenizer.from_pretrained(scratch)
+        except Exception as error:  # tokenizers raises the bare class
+            raise InputError(f"{source / 'tokenizer.model'} does not load: {error}") from error
+    backend = tokenizer.backend_tokenizer
+    spec = proto.normalizer_spec
+    treat_spaces(
+        backend,
+        prefix=spec.add_dummy_prefix,
+        collapse=spec.remove_extra_whitespaces,
+        charsmap=spec.precompiled_charsmap,
+        legacy=config.get("legacy", True),
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    # The Llama class would rebuild everything but the vocabulary.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return config

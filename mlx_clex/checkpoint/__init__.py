@@ -1,0 +1,1 @@
+"""Checkpoint folders: configs, tensor names, adapters, saved caches."""

@@ -1,0 +1,88 @@
+"""How every command parses, runs, and reports failure.
+
+Not covered: tracebacks of our own mistakes, which are shown on purpose.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from ..errors import InputError, RunError
+
+_SEEDS = range(1 << 32)  # mlx takes 64 bits, and training multiplies them
+
+
+def run_command(
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], None],
+    *,
+    prog: str,
+    description: str,
+    argv: Sequence[str] | None = None,
+    parents: Sequence[argparse.ArgumentParser] = (),
+) -> int:
+    """Parse the arguments, run the command, and return its exit status.
+
+    Args:
+        add_arguments: adds the command's options to a parser.
+        run: does the work.
+        prog: the name shown in usage and errors, e.g. "mlx_clex.generate".
+        description: one sentence for --help.
+        argv: the arguments; None takes those of the process.
+        parents: parsers whose options the command also takes; its own win.
+
+    Returns:
+        0, 2 for bad input (one line on stderr), 1 for a run that failed (one line),
+        130 for Ctrl-C. argparse itself exits with 2 for arguments it cannot parse.
+    """
+    parser = _Parser(
+        prog=prog,
+        description=description,
+        parents=list(parents),
+        # mlx-lm's parsers, used as parents, bring their own -h.
+        conflict_handler="resolve",
+    )
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    # Of a warning the user needs the sentence, not our source line.
+    warnings.formatwarning = lambda message, *_, **__: f"[mlx_clex] {message}\n"
+    try:
+        check_seed(getattr(args, "seed", None))
+        run(args)
+    except InputError as error:
+        print(f"{prog}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): nothing to report to.
+        sys.stderr.close()
+        return 1
+    except (RunError, OSError) as error:
+        print(f"{prog}: failed: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{prog}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def check_seed(seed: int | None) -> None:
+    """Refuse a seed that some generator of random numbers would not take.
+
+    Raises:
+        InputError: the message has the range.
+    """
+    if seed is not None and seed not in _SEEDS:
+        raise InputError(f"--seed must be within 0..{_SEEDS[-1]}, got {seed}.")
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

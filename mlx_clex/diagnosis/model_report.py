@@ -1,0 +1,269 @@
+"""What `doctor` says about a model: its rope, scaling, reach, memory, and what would go wrong.
+
+Everything comes out of config.json and the sizes of the files. The model is built, but MLX is
+lazy: its weights are neither read nor made up, so a model of any size takes seconds.
+
+Not covered: whether the weights fit the config, which loading checks.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+from ..checkpoint.config import normalise_config
+from ..errors import InputError
+from ..loading import SHIM, looks_like_hub_id, needs_conversion, read_config
+from ..model.find_ropes import Site, config_value, find_sites, model_name
+from ..model.plans import single_caches
+from ..model.scaled_model import ScaledModel, attach, make_prompt_cache
+from ..model_file import Model, ModelArgs
+from ..scaling import SCALINGS
+
+Row = tuple[str, str]
+
+_KV_BITS = (8, 4)
+_KV_GROUP = 64  # values that share a scale and a bias of 16 bits each
+_PROBLEM = "problem"
+
+
+def report(path_or_hub_id: str) -> list[Row]:
+    """What a model is and what can be done with it, ready to print.
+
+    Args:
+        path_or_hub_id: a folder, a .gguf file, or an id on the Hugging Face hub, of which
+            config.json alone is fetched.
+
+    Returns:
+        (name, text) rows; those named "problem" say what would go wrong.
+
+    Raises:
+        InputError: there is no model to look at.
+    """
+    config, rows = _find(path_or_hub_id)
+    try:
+        model = Model(ModelArgs.from_dict(config))
+        config = normalise_config(config)
+    except InputError as error:
+        return [*rows, (_PROBLEM, str(error))]
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        return [*rows, (_PROBLEM, f"config.json does not make a model: {_words(error)}")]
+    rows.append(("family", f"{config.get('model_type')} ({model_name(model)})"))
+    if isinstance(model, ScaledModel):
+        _stand_in(model)
+        return [
+            *rows,
+            *_ropes(model, find_sites(model)),
+            *_scaling(model),
+            *_exports(model, config),
+        ]
+    return [*rows, *_without_scaling(model, config)]
+
+
+def _find(path_or_hub_id: str) -> tuple[dict[str, Any], list[Row]]:
+    """The config, and what the files say."""
+    path = Path(path_or_hub_id).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        from ..convert.read.gguf_file import config_of, read
+
+        size = f"{_size(path.stat().st_size)}, .gguf: load converts it once"
+        return config_of(read(path)), [("model", str(path)), ("weights", size)]
+    if path.is_dir():
+        config = read_config(path)
+        return config, [("model", str(path)), *_files(path, config)]
+    if path.exists() or not looks_like_hub_id(path_or_hub_id):
+        raise InputError(
+            f"{path_or_hub_id!r} is neither a folder with a model, nor a .gguf file, nor a "
+            "Hugging Face id such as owner/name."
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        file = hf_hub_download(path_or_hub_id, "config.json")
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(f"{path_or_hub_id} could not be had: {_words(error)}") from error
+    return read_config(Path(file).parent), [("model", f"{path_or_hub_id} (on the hub)")]
+
+
+def _files(folder: Path, config: dict[str, Any]) -> Iterator[Row]:
+    names = [file.name for file in folder.iterdir()]
+    weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
+    try:
+        published = needs_conversion(names, config, folder)
+    except InputError as error:
+        yield _PROBLEM, str(error)
+        return
+    kind = "mlx-lm reads them as they are"
+    if config.get("model_file") == SHIM:
+        kind = "converted by mlx_clex"
+    elif published:
+        kind = "a published checkpoint: load converts it once"
+    size = sum((folder / name).stat().st_size for name in weights)
+    yield "weights", f"{_size(size)} in {len(weights)} files, {kind}"
+    for index in sorted(folder.glob("*.index.json")):
+        try:
+            wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError):
+            yield _PROBLEM, f"{index.name} is no readable index of weights."
+            continue
+        for name in sorted(wanted - set(names)):
+            yield _PROBLEM, f"{index.name} names {name}, which is not there: download it again."
+    if not any(name.startswith(("tokenizer.", "vocab.")) for name in names):
+        yield _PROBLEM, "No tokenizer: copy the tokenizer files of the base model here."
+
+
+def _ropes(model: nn.Module, sites: list[Site]) -> Iterator[Row]:
+    first = sites[0]
+    rope, heads = first.rope, first.heads
+    names = sorted({site.name for site in sites})
+    yield "heads", f"{heads} query, {first.key_heads} key"
+    pairs = "neighbouring dimensions" if rope.traditional else "halves"
+    yield (
+        "rope",
+        f"{', '.join(names)} in {len(sites)} of {len(model.layers)} layers; "
+        f"{2 * rope.pairs} dimensions rotate as pairs of {pairs}, base {rope.base:g}",
+    )
+    if len(sites) < len(model.layers):
+        yield "other layers", "keep the rope, window or state they have"
+    if first.unmovable:
+        yield "note", f"holds one scale only: {first.unmovable}"
+    if first.ungainable:
+        yield "note", f"takes no log_scale: {first.ungainable}"
+
+
+def _stand_in(model: Any) -> None:
+    """Random learned tensors; fresh ones are a special case that more programs could express."""
+    for index, name in enumerate(model.scaling.learned):
+        shape = model.scaling[name].shape
+        model.scaling[name] = mx.random.normal(shape, key=mx.random.key(index)) / model.scaling.dims
+
+
+def _scaling(model: Any) -> Iterator[Row]:
+    scaling = model.scaling
+    name = _name_of(scaling)
+    options = ", ".join(
+        f"{f.name} {getattr(scaling.config, f.name)}" for f in fields(scaling.config)
+    )
+    yield "trained length", f"{scaling.trained_length} tokens"
+    yield "scaling", f"{name}{f' ({options})' if options else ''}"
+    if scaling.hard_reach:
+        yield "reach", f"{scaling.reach} tokens, and not one more"
+    elif scaling.reach is None:
+        yield "reach", "no limit; memory and quality decide"
+    else:
+        yield "reach", f"{scaling.reach} tokens; it runs on past that, and gets worse"
+    length = _furthest(model)
+    yield from _memory(model, length)
+
+
+def _name_of(scaling: Any) -> str:
+    return next(name for name, kind in SCALINGS.items() if kind is type(scaling))
+
+
+def _furthest(model: Any) -> int:
+    """The length the model is made for, in tokens."""
+    scaling = model.scaling
+    factor = max(getattr(scaling.config, "factor", 1), model.scale_at(1))
+    return scaling.reach or round(factor * scaling.trained_length)
+
+
+def _memory(model: nn.Module, length: int) -> Iterator[Row]:
+    growing, rest, groups = _cached_values(model, length)
+    texts = [f"{_size(2 * (growing + rest))} in 16 bits"]
+    for bits in _KV_BITS if groups else ():
+        quantised = growing * (bits / 8 + 4 / _KV_GROUP) + 2 * rest
+        texts.append(f"{_size(quantised)} with --kv-bits {bits}")
+    texts.append(f"{_size(4 * (growing + rest))} in float32")
+    yield "KV cache", f"at {length} tokens: {', '.join(texts)}"
+    memory = mx.device_info().get("max_recommended_working_set_size")
+    if isinstance(memory, int) and 2 * (growing + rest) > memory:
+        yield (
+            _PROBLEM,
+            f"The cache of {length} tokens does not fit the {_size(memory)} that this device "
+            "lends: read shorter texts, or use --kv-bits 4.",
+        )
+
+
+def _cached_values(model: nn.Module, length: int) -> tuple[int, int, bool]:
+    """Numbers in the caches at a length: in growing ones, in others; whether groups fit."""
+    caches = make_prompt_cache(model)
+    model(mx.array([[0, 1]]), cache=caches)
+    growing = rest = 0
+    groups = True
+    for cache in single_caches(caches):
+        flat: Any = tree_flatten(cache.state)
+        arrays = [a for _, a in flat if isinstance(a, mx.array)]
+        if isinstance(cache, KVCache | RotatingKVCache):
+            kept = min(length, getattr(cache, "max_size", None) or length)
+            values = sum(
+                kept * math.prod((*a.shape[:2], a.shape[3])) for a in arrays if a.ndim == 4
+            )
+            if isinstance(cache, KVCache):
+                growing += values
+                groups = groups and all(a.shape[-1] % _KV_GROUP == 0 for a in arrays if a.ndim == 4)
+            else:
+                rest += values
+        else:
+            rest += sum(a.size for a in arrays)
+    return growing, rest, groups
+
+
+def _exports(model: Any, config: dict[str, Any]) -> Iterator[Row]:
+    from ..convert.freeze.stock_rope import frozen_config
+    from ..convert.options import PROGRAMS
+
+    # What it says about an entry that is tried here and not written is nothing to worry about.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    scaling = model.scaling
+    scale = _furthest(model) / scaling.trained_length
+    for program in PROGRAMS:
+        try:
+            frozen_config(config, scaling, scale, program)
+            text = f"--freeze {scale:g} --for {program}"
+        except InputError as error:
+            text = f"not for {program}: {error}"
+        except (KeyError, ValueError, TypeError, AttributeError, StopIteration) as error:
+            text = f"not for {program}: {_words(error)}"
+        yield "export", text
+
+
+def _without_scaling(model: nn.Module, config: dict[str, Any]) -> Iterator[Row]:
+    """What would be possible."""
+    length = config_value(model, "max_position_embeddings")
+    entry = config.get("rope_scaling")
+    yield "trained length", f"{length} tokens" if length else "not in config.json"
+    yield "scaling", f"{entry['type']}, mlx-lm's own" if entry else "none"
+    if length:
+        yield from _memory(model, length)
+    try:
+        sites = find_sites(model)
+    except InputError as error:
+        yield _PROBLEM, f"No scaling of ours is possible: {error}"
+        return
+    yield from _ropes(model, sites)
+    possible: list[str] = []
+    for name in SCALINGS:
+        try:
+            attach(model, {"type": name}, trained_length=length or 2048)
+            possible.append(name)
+        except InputError as error:
+            yield "not possible", f"{name}: {error}"
+    note = "" if length else ", with --trained-length"
+    yield "possible", f"mlx_clex.convert --scaling {'|'.join(possible)}{note}"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def _words(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,0 +1,1 @@
+"""Measuring models: losses, divergences, tasks, result files."""

@@ -1,0 +1,420 @@
+"""lm-evaluation-harness on our models: mlx-lm's harness class with every request planned.
+
+A request has the scale and gain of its own whole length, whatever else is measured; nothing
+is cut unless a longest length is set, and then in the middle, as LongBench does it.
+
+Importing this needs the extra `evaluate`.
+
+Not covered: sampling (answers are greedy), batches, and several processes.
+"""
+
+import contextlib
+import copy
+import difflib
+import functools
+import logging
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import Any
+from unittest import mock
+
+import datasets
+import lm_eval
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import yaml
+from lm_eval.api.model import TemplateLM
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.models.utils import postprocess_generated_text
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from mlx_lm.evaluate import MLXLM, chat_template_fn
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+from tqdm import tqdm
+
+from ..errors import InputError, RunError, generating
+from ..model.plans import plan_at
+from ..model.scaled_model import make_prompt_cache
+from .reader import Reader
+
+_STEP = 512  # tokens whose logits exist at once
+_LOCAL = ("json", "csv", "parquet", "text", "arrow")  # what `datasets` reads from files
+_ANSWER_TOKENS = 256  # of tasks that do not say; the harness's own default
+
+
+class PlannedLM(MLXLM, TemplateLM):
+    """mlx-lm's harness class on a loaded model, each request planned for its own length."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        use_chat_template: bool = False,
+        chat_template_args: Mapping[str, Any] | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        """`max_length`: of prompt and answer together, in tokens; a longer prompt is cut."""
+        # Not that of MLXLM, which loads the model itself.
+        TemplateLM.__init__(self)
+        self._model = model
+        self.tokenizer = tokenizer
+        self.use_chat_template = use_chat_template
+        self.apply_chat_template = MethodType(chat_template_fn(**chat_template_args or {}), self)
+        self.max_length = max_length
+        self.prompts = 0
+        self.cut = 0  # of these prompts
+        self._reader = Reader(model, tokenizer)
+
+    # Of the two, the one that encodes pairs as the harness defines it, and cuts nothing.
+    loglikelihood = TemplateLM.loglikelihood
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end of a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text without a context is predicted from."""
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else begin
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """Ids of a text; of a chat template's, the special tokens are in the text."""
+        if add_special_tokens is None:
+            add_special_tokens = not self.use_chat_template
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Greedy answers."""
+        prompts = []
+        for request in requests:
+            context, options = request.args
+            tokens = self.tok_encode(context) or [self.prefix_token_id]
+            count = options.get("max_gen_toks", _ANSWER_TOKENS)
+            until = options.get("until") or []
+            until = [until] if isinstance(until, str) else [stop for stop in until if stop]
+            prompts.append((self._cut(tokens, count), count, until))
+        think_end = self.tokenizer.think_end if self.tokenizer.has_thinking else None
+        replies = []
+        total = sum(len(tokens) for tokens, _, _ in prompts)
+        with tqdm(total=total, unit="tok", desc="Answering", disable=disable_tqdm) as bar:
+            for request, (tokens, count, until) in zip(requests, prompts, strict=True):
+                # What is thought may have any of them in it.
+                stops = () if think_end else until
+                progress = functools.partial(_advance, bar, bar.n)
+                reply = self._reader.answer(tokens, count, progress, stops)
+                replies.append(postprocess_generated_text(reply, until, think_end))
+                self.cache_hook.add_partial("generate_until", request.args, replies[-1])
+        return replies
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihoods of whole texts, in one window where no longest length is set."""
+        totals = []
+        for request in requests:
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            windows = get_rolling_token_windows(
+                token_list=tokens,
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length or len(tokens),
+                context_len=1,
+            )
+            pairs = [(None, *make_disjoint_window(window)) for window in windows]
+            scores = self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+            totals.append(sum(score for score, _ in scores))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])
+        return totals
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **options: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood, whether greedy) of continuations; those of one context share it."""
+        # The last token of a continuation is never read.
+        pairs = [(self._cut(context, len(end) - 1), end) for _, context, end in requests]
+        together: dict[Any, list[int]] = defaultdict(list)
+        for index, (context, end) in enumerate(pairs):
+            plan = plan_at(self._model, len(context) + len(end) - 1)
+            together[tuple(context), plan].append(index)
+        answers: dict[int, tuple[float, bool]] = {}
+        bar = tqdm(
+            total=sum(len(context) for context, _ in together),
+            unit="tok",
+            desc="Scoring",
+            disable=options.get("disable_tqdm", False),
+        )
+        with bar, generating(lambda: f"after {bar.n} tokens"):
+            for (context, _), members in together.items():
+                ends = [pairs[index][1] for index in members]
+                scores = self._score_ends(list(context), ends)
+                for index, answer in zip(members, scores, strict=True):
+                    answers[index] = answer
+                    # A window of a longer text has no words of its own.
+                    if words := requests[index][0]:
+                        self.cache_hook.add_partial("loglikelihood", words, answer)
+                bar.update(len(context))
+        return [answers[index] for index in range(len(pairs))]
+
+    def _score_ends(
+        self, context: list[int], ends: Sequence[list[int]]
+    ) -> Iterator[tuple[float, bool]]:
+        """Of ends that one plan serves; the context is read once."""
+        length = len(context) + max(map(len, ends)) - 1
+        caches = make_prompt_cache(self._model, length)
+        tokens = mx.array([context])
+        for start in range(0, len(context) - 1, 4 * _STEP):
+            self._model(tokens[:, start : min(start + 4 * _STEP, len(context) - 1)], cache=caches)
+            mx.eval([cache.state for cache in caches])
+            mx.clear_cache()
+        logits = self._model(tokens[:, -1:], cache=caches)[0, -1].astype(mx.float32)
+        first = nn.log_softmax(logits)
+        likeliest = first.argmax().item()
+        for end in ends:
+            score, greedy = first[end[0]].item(), end[0] == likeliest
+            if len(end) > 1:
+                # A copy would double the memory of a long context.
+                trims = can_trim_prompt_cache(caches)
+                own = caches if trims else copy.deepcopy(caches)
+                scores, _, chosen = self._score_fn([end], cache=own, step_size=_STEP)
+                score += scores.sum().item()
+                greedy &= chosen.all().item()
+                if trims:
+                    trim_prompt_cache(caches, len(end) - 1)
+            yield score, greedy
+
+    def _cut(self, prompt: list[int], answer_tokens: int) -> list[int]:
+        """The prompt without its middle, where prompt and answer would be too long.
+
+        Source: LongBench (arXiv 2308.14508), pred.py, `get_pred`.
+        """
+        self.prompts += 1
+        if self.max_length is None or len(prompt) + answer_tokens <= self.max_length:
+            return prompt
+        half = (self.max_length - answer_tokens) // 2
+        if half < 1:
+            raise InputError(
+                f"--max-length {self.max_length} leaves no room for a prompt beside an answer of "
+                f"{answer_tokens} tokens."
+            )
+        self.cut += 1
+        return prompt[:half] + prompt[-half:]
+
+
+def _advance(bar: Any, begin: int, tokens: int) -> None:
+    bar.update(begin + tokens - bar.n)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What one name on the command line stands for."""
+
+    objects: list[Any]  # tasks, or the group of that name
+    tasks: Mapping[str, Any]  # those that are run, by name
+    manager: TaskManager
+
+    def documents(self, limit: int | None) -> dict[str, dict[str, list[int]]]:
+        """Of every task, the documents to use by the length they are made for.
+
+        RULER has documents for several lengths in one list, so a limit on the list would
+        leave lengths out. The others have one entry, "".
+        """
+        chosen: dict[str, dict[str, list[int]]] = {}
+        for name, task in self.tasks.items():
+            docs = task.eval_docs
+            made = "max_length" in getattr(docs, "features", ())
+            lengths = docs["max_length"] if made else [""] * len(docs)
+            chosen[name] = defaultdict(list)
+            for index, length in enumerate(lengths):
+                if limit is None or len(chosen[name][str(length)]) < limit:
+                    chosen[name][str(length)].append(index)
+        return chosen
+
+
+def load_tasks(
+    names: Sequence[str], metadata: Mapping[str, Any], include_path: Path | None = None
+) -> dict[str, Tasks]:
+    """Find tasks, with their documents.
+
+    Args:
+        names: of tasks, groups or tags.
+        metadata: reaches the tasks that build their documents themselves.
+        include_path: a folder with task files of one's own.
+
+    Raises:
+        InputError: an unknown name, a package or a dataset that is missing.
+    """
+    # It says much, and what it says of --metadata is of its own program.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = TaskManager(
+        include_path=include_path, include_defaults=False, metadata=dict(metadata)
+    )
+    if not set(names) <= set(manager.all_subtasks):
+        # Some 14,000 files more, which take a while to look through.
+        manager = TaskManager(include_path=include_path, metadata=dict(metadata))
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f"Do you mean {' or '.join(near)}?" if near else "--include-path adds your own."
+            raise InputError(f"There is no task {name!r}. {_broken_file(include_path) or hint}")
+    found = {}
+    for name in names:
+        # Documents that are made at random, the same whatever was loaded before.
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        with _failures(name):
+            loaded: Any = manager.load([name])
+        group = loaded["groups"].get(name)
+        objects = [group] if group else list(loaded["tasks"].values())
+        found[name] = Tasks(objects, loaded["tasks"], manager)
+    return found
+
+
+@contextlib.contextmanager
+def _failures(name: str) -> Iterator[None]:
+    """Says in one line what a task lacks."""
+    real = datasets.load_dataset
+
+    def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return real(path, *args, **kwargs)
+        except Exception as error:
+            if path in _LOCAL:
+                files = kwargs.get("data_files") or args
+                raise InputError(
+                    f"{name}: its data {files} cannot be read: {_first_line(_root(error))}."
+                ) from error
+            # Whatever the libraries below raise, the data is not here.
+            given = [repr(value) for value in (path, *args, kwargs.get("name")) if value]
+            raise InputError(
+                f"{name} needs the dataset {path}, which could not be had: {_first_line(error)}. "
+                f"Where it can, datasets.load_dataset({', '.join(given)}) keeps it in "
+                f"{datasets.config.HF_DATASETS_CACHE}; copy that folder here."
+            ) from error
+
+    with mock.patch.object(datasets, "load_dataset", load_dataset):
+        try:
+            yield
+        except InputError:
+            raise
+        except ImportError as error:
+            raise InputError(
+                f"{name} needs a package that is missing: {_first_line(error)}"
+            ) from error
+        except LookupError as error:
+            if "nltk" not in str(error):
+                raise InputError(f"{name} does not load: it lacks {error}") from error
+            raise InputError(
+                f"{name} needs NLTK's punkt_tab, which could not be had: where it can, run "
+                "python -m nltk.downloader punkt_tab, and copy the folder nltk_data to your home."
+            ) from error
+        except (AssertionError, ValueError, OSError) as error:
+            raise InputError(f"{name} does not load: {_first_line(error)}") from error
+
+
+def run_tasks(
+    lm: PlannedLM,
+    tasks: Tasks,
+    *,
+    num_fewshot: int | None,
+    limit: int | None,
+    confirm_run_unsafe_code: bool = False,
+    answers: Path | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluate.
+
+    Args:
+        lm: the model.
+        tasks: from `load_tasks`.
+        num_fewshot: examples in each prompt; None: as the task says.
+        limit: documents of each task and length, at most.
+        confirm_run_unsafe_code: run tasks that execute what the model has written.
+        answers: begins the name of the harness's file of the model's answers. They are kept
+            as they come, and those that are there are not asked for again.
+
+    Returns:
+        A row for every figure: task, metric, value, stderr, samples, and the length it is
+        for, in tokens, where the task has several.
+    """
+    documents = tasks.documents(limit)
+    for name, task in tasks.tasks.items():
+        if (task.get_config("generation_kwargs") or {}).get("do_sample"):
+            print(f"[mlx_clex] {name} asks for sampling; answers are greedy.", file=sys.stderr)
+    try:
+        found: Any = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=tasks.objects,
+            task_manager=tasks.manager,
+            num_fewshot=num_fewshot,
+            apply_chat_template=lm.use_chat_template,
+            samples=None
+            if limit is None
+            else {
+                name: sorted(index for some in by_length.values() for index in some)
+                for name, by_length in documents.items()
+            },
+            log_samples=False,
+            use_cache=None if answers is None else str(answers),
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
+        )
+    except (InputError, RunError):
+        raise
+    except ValueError as error:
+        raise InputError(
+            f"The harness refuses: {_first_line(error)}"
+            + (" (--confirm-run-unsafe-code)" if "unsafe" in str(error) else "")
+        ) from error
+    rows = []
+    for name, figures in found["results"].items():
+        by_length = documents.get(name, {})
+        for key, value in figures.items():
+            metric, _, filtered = key.partition(",")
+            if not isinstance(value, int | float) or not filtered or metric.endswith("_stderr"):
+                continue
+            if metric.isdigit() and value == -1:
+                continue  # RULER's word for a length without documents
+            mine = [by_length[metric]] if metric in by_length else by_length.values()
+            samples = sum(map(len, mine))
+            stderr = figures.get(f"{metric}_stderr,{filtered}")
+            rows.append(
+                {
+                    "task": name,
+                    "metric": metric if filtered == "none" else key,
+                    "value": value,
+                    "stderr": stderr if isinstance(stderr, int | float) else None,
+                    "samples": samples or None,
+                    # A group's is the mean of its tasks, which have rows of their own.
+                    "length": int(metric) if metric.isdigit() and by_length else None,
+                }
+            )
+    return rows
+
+
+def _broken_file(folder: Path | None) -> str | None:
+    """What is wrong with the first task file that is no YAML; None where none is."""
+    for file in sorted(folder.rglob("*.yaml")) if folder else ():
+        try:
+            yaml.compose(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError) as error:
+            return f"{file} is no YAML: {' '.join(str(error).split())}."
+    return None
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""A stock model with a scaling in the place of its ropes."""

@@ -1,0 +1,139 @@
+"""Saves of a training run, each whole or not there.
+
+    <folder>/checkpoints/0000100/   everything, the state to resume from included
+    <folder>/current                a link to the newest of them
+    <folder>/adapters.safetensors   links through `current`, as are adapter_config.json
+                                    and the other files that loaders want
+
+A save is written beside its final name, flushed to the disk and renamed; then `current`
+is replaced in one step, so all files at the root change together. Who reads several of
+them should resolve `current` first (`newest`).
+
+Not covered: what the arrays mean.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..checkpoint.safetensors_file import array_bytes, info_of, write
+from ..loading import ADAPTER_SCALING, CURRENT, EXTRA_WEIGHTS
+
+ADAPTERS = "adapters.safetensors"
+CONFIG = "adapter_config.json"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+_AT_ROOT = (ADAPTERS, CONFIG, ADAPTER_SCALING, EXTRA_WEIGHTS)
+_FOLDER = "checkpoints"
+
+Arrays = Mapping[str, mx.array]
+
+
+class Checkpoints:
+    """The saves in one folder."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        """Use a folder, which need not exist.
+
+        Args:
+            folder: `--adapter-path`.
+            keep: how many saves stay, at least 1.
+        """
+        self.folder = folder
+        self.keep = keep
+
+    @property
+    def newest(self) -> Path | None:
+        """The newest complete save, or None."""
+        current = self.folder / CURRENT
+        return current.resolve() if (current / STATE).is_file() else None
+
+    def save(
+        self, step: int, arrays: Mapping[str, Arrays], config: Mapping[str, Any], state: Any
+    ) -> Path:
+        """Write a save and make it the current one.
+
+        Args:
+            step: its number; one of that number is replaced.
+            arrays: name of a safetensors file to its tensors.
+            config: for adapter_config.json.
+            state: what resuming needs beside arrays, as JSON.
+
+        Raises:
+            OSError: the disk is full, or the like; the saves before it stay as they were.
+        """
+        target = self.folder / _FOLDER / f"{step:07d}"
+        temporary = target.with_name(f".{target.name}.incomplete")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            for name, tensors in arrays.items():
+                entries = [
+                    (key, info_of(value), lambda value=value: array_bytes(value))
+                    for key, value in tensors.items()
+                ]
+                write(temporary / name, entries, "mlx")
+            _write_json(temporary / CONFIG, config)
+            _write_json(temporary / STATE, state)
+            for file in temporary.iterdir():
+                _flush(file)
+            _flush(temporary)
+            if target.exists():
+                # Of a run that was resumed from an earlier save.
+                shutil.rmtree(target)
+            temporary.rename(target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _flush(target.parent)
+        self._make_current(target)
+        self._prune(target)
+        return target
+
+    def _make_current(self, target: Path) -> None:
+        _link(self.folder / CURRENT, Path(_FOLDER) / target.name)
+        for name in _AT_ROOT:
+            link = self.folder / name
+            if (target / name).is_file():
+                if not link.is_symlink():
+                    _link(link, Path(CURRENT) / name)
+            elif link.is_symlink():
+                link.unlink()
+        _flush(self.folder)
+
+    def _prune(self, target: Path) -> None:
+        saves = sorted(path for path in target.parent.iterdir() if path.name.isdigit())
+        for path in saves[: -self.keep]:
+            if path != target:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def read_json(path: Path) -> Any:
+    """The state or config of a save."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=4, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _link(link: Path, to: Path) -> None:
+    """Make or replace a symbolic link in one step."""
+    temporary = link.with_name(f".{link.name}.new")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(to)
+    temporary.replace(link)
+
+
+def _flush(path: Path) -> None:
+    """Have the disk write what it holds back of a file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

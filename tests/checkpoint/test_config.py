@@ -1,0 +1,199 @@
+import json
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_clex.checkpoint.config import normalise_config
+from mlx_clex.errors import InputError
+
+OLD_CLEX: dict[str, Any] = {  # the keys of a CLEX config of October 2023
+    "model_type": "llama",
+    "max_position_embeddings": 4096,
+    "auto_map": {"AutoConfig": "configuration_clex.CLEXLlamaConfig"},
+    "rope_scaling": {"type": "clex", "max_factor": 16, "param_factor": 1, "factor": 1},
+}
+
+
+def test_an_old_clex_config_gets_the_defaults_of_its_release():
+    """Without act and time_dt the network must be the SiLU one."""
+    config = normalise_config(OLD_CLEX)
+
+    assert config["rope_scaling"] == {
+        "type": "clex",
+        "max_factor": 16,
+        "param_factor": 1,
+        "factor": 1,
+        "act": "silu",
+        "time_dt": 0.01,
+        "log_scale": True,
+    }
+    assert config["rope_theta"] == 10_000.0
+    assert "auto_map" not in config
+    assert "auto_map" in OLD_CLEX
+
+
+@pytest.mark.parametrize(
+    ("family", "outer", "expected"),
+    [
+        ("llama", None, True),
+        ("llama", False, False),
+        ("llama", True, True),
+        ("mixtral", True, False),
+        ("phi", True, False),
+        ("qwen2", None, False),
+    ],
+)
+def test_log_scale_is_what_the_family_made_of_it(family, outer, expected):
+    """The Mixtral and Phi code of the release ignores a log_scale of true."""
+    config = OLD_CLEX | {"model_type": family}
+    if outer is not None:
+        config["log_scale"] = outer
+
+    normal = normalise_config(config)
+
+    assert normal["rope_scaling"]["log_scale"] is expected
+    assert "log_scale" not in normal
+
+
+def test_log_scale_of_a_converted_config_wins():
+    """A converted config keeps its own log_scale, whatever the family assumes."""
+    scaling = {"type": "clex", "max_factor": 4, "log_scale": False}
+
+    normal = normalise_config({"model_type": "llama", "rope_scaling": scaling})
+
+    assert normal["rope_scaling"]["log_scale"] is False
+
+
+def test_transformers_5_spelling_is_understood():
+    """A CLEX folder saved again by transformers 5 has only rope_parameters."""
+    new = dict(OLD_CLEX)
+    new["rope_parameters"] = {
+        **new.pop("rope_scaling"),
+        "rope_type": "clex",
+        "rope_theta": 500_000,
+        "partial_rotary_factor": 0.5,
+    }
+
+    config = normalise_config(new)
+
+    assert config["rope_theta"] == 500_000.0
+    assert config["partial_rotary_factor"] == 0.5
+    assert config["rope_scaling"] == normalise_config(OLD_CLEX)["rope_scaling"]
+    assert "rope_parameters" not in config
+
+
+def test_plain_rope_parameters_mean_no_scaling():
+    """rope_type "default" must not survive as a method of that name."""
+    config = normalise_config({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}})
+
+    assert config == {"rope_theta": 1e6}
+
+
+def test_rope_scaling_wins_over_plain_rope_parameters():
+    """A method named once must not be lost to a default named elsewhere."""
+    config = normalise_config(
+        {
+            "rope_parameters": {"type": "default", "rope_theta": 1e5},
+            "rope_scaling": {"rope_type": "ntk", "factor": 2.0},
+        }
+    )
+
+    assert config == {"rope_theta": 1e5, "rope_scaling": {"type": "ntk", "factor": 2.0}}
+
+
+def test_settings_per_layer_type_stay_untouched():
+    """Gemma-like configs hold one entry per layer type, which is not ours to merge."""
+    per_layer = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+
+    assert normalise_config({"rope_parameters": per_layer}) == {"rope_parameters": per_layer}
+
+
+def test_gpt_neox_names_and_ours_agree():
+    """mlx-lm's gpt_neox reads rotary_emb_base; the rest of the project rope_theta."""
+    old = normalise_config(
+        {"model_type": "gpt_neox", "rotary_emb_base": 25_000, "rotary_pct": 0.25}
+    )
+    new = normalise_config(
+        {
+            "model_type": "gpt_neox",
+            "rope_parameters": {"rope_theta": 25_000, "partial_rotary_factor": 0.25},
+        }
+    )
+
+    assert old["rope_theta"] == new["rope_theta"] == new["rotary_emb_base"] == 25_000.0
+    assert old["partial_rotary_factor"] == new["rotary_pct"] == 0.25
+
+
+def test_mixtral_and_unknown_families_keep_their_base():
+    """A base of 10000 written into a family with another default would ruin it."""
+    assert normalise_config({"model_type": "mixtral"})["rope_theta"] == 1e6
+    assert "rope_theta" not in normalise_config({"model_type": "gemma3_text"})
+
+
+def test_yarn_configs_of_others_name_the_trained_length_inside():
+    """Ours always keeps the length before stretching in max_position_embeddings."""
+    config = normalise_config(
+        {
+            "max_position_embeddings": 131_072,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32_768,
+            },
+        }
+    )
+
+    assert config["max_position_embeddings"] == 32_768
+    assert config["rope_scaling"] == {"type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ([1], "holds a list"),
+        ({"rope_scaling": "clex"}, "rope_scaling = 'clex'"),
+        ({"rope_scaling": {"factor": 2.0}}, "without a type"),
+        ({"rope_scaling": {"type": 5}}, "must be a name, got 5"),
+        ({"rope_theta": "10000"}, "rope_theta = '10000'"),
+        ({"rope_theta": float("nan")}, "rope_theta = nan"),
+        ({"rope_theta": True}, "rope_theta = True"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings = 0"),
+        ({"max_position_embeddings": float("inf")}, "max_position_embeddings = inf"),
+        ({"max_position_embeddings": 2048.5}, "max_position_embeddings = 2048.5"),
+    ],
+)
+def test_unusable_settings_are_named(config, text):
+    """A bad value must be named, not end in a traceback further on."""
+    with pytest.raises(InputError, match=re.escape(text)) as caught:
+        normalise_config(config)
+
+    assert "\n" not in str(caught.value)
+
+
+_leaf = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+_rope_keys = st.sampled_from(
+    ["type", "rope_type", "factor", "rope_theta", "log_scale", "act", "max_factor"]
+)
+_keys = st.sampled_from(
+    [
+        *("model_type", "rope_scaling", "rope_parameters", "rope_theta", "log_scale"),
+        *("max_position_embeddings", "rotary_emb_base", "rotary_pct"),
+    ]
+)
+_names = st.sampled_from(["clex", "gene", "yarn", "default", "llama", "gpt_neox"])
+_value = _leaf | _names | st.dictionaries(_rope_keys, _leaf | _names)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(_keys, _value))
+def test_any_config_is_normal_after_one_pass_or_refused(config):
+    """A second pass that changes the config means the first one missed something."""
+    try:
+        once = normalise_config(config)
+    except InputError:
+        return
+
+    assert json.dumps(normalise_config(once), sort_keys=True) == json.dumps(once, sort_keys=True)

@@ -1,0 +1,157 @@
+"""A frozen checkpoint answers in stock programs as ours does at that scale."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+import torch
+import transformers
+from mlx_clex.convert import convert
+
+import mlx_clex
+from mlx_clex.errors import InputError
+
+from ...conftest import CONFIGS, GOLDEN
+
+SCALE = 4
+IDS = np.random.default_rng(0).integers(3, 500, (1, 120))
+LLAMAS = ["clex_llama", "clex_llama_gqa_log_scale", "gene_llama"]
+
+
+def unfrozen_logits(source: Path, tmp_path: Path, scale: float = SCALE, **options: Any) -> Any:
+    """Ours at the fixed scale, in float32."""
+    convert(source, tmp_path / "unfrozen", dtype="float32", **options)
+    model, _ = mlx_clex.load(tmp_path / "unfrozen", scale=scale)
+    return np.array(model(mx.array(IDS)))
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_stock_mlx_lm_gives_our_logits(tmp_path, name):
+    """No mlx_clex and no remote code: a frozen folder is for programs without us."""
+    convert(GOLDEN / name, tmp_path / "frozen", freeze=SCALE, dtype="float32")
+
+    model, _ = mlx_lm.load(str(tmp_path / "frozen"))
+
+    ours = unfrozen_logits(GOLDEN / name, tmp_path)
+    assert np.abs(np.array(model(mx.array(IDS))) - ours).max() < 1e-4
+    config = config_of(tmp_path / "frozen")
+    assert "model_file" not in config
+    assert (
+        config["max_position_embeddings"]
+        == SCALE * config_of(GOLDEN / name)["max_position_embeddings"]
+    )
+    assert not list((tmp_path / "frozen").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", [*LLAMAS, "clex_phi", "clex_mixtral"])
+def test_stock_transformers_gives_our_logits(tmp_path, name):
+    """transformers uses rope_scaling in every family, and its own tensor names."""
+    frozen = tmp_path / "frozen"
+    convert(GOLDEN / name, frozen, freeze=SCALE, freeze_for="transformers", dtype="float32")
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(frozen, dtype=torch.float32)
+    with torch.no_grad():
+        theirs = model(torch.tensor(IDS)).logits.numpy()
+
+    assert np.abs(theirs - unfrozen_logits(GOLDEN / name, tmp_path)).max() < 1e-4
+
+
+def test_a_converted_folder_can_be_frozen_too(tmp_path):
+    """The published checkpoint may be gone from the disk."""
+    convert(GOLDEN / "clex_llama", tmp_path / "mlx")
+
+    for program in ("mlx-lm", "transformers"):
+        convert(tmp_path / "mlx", tmp_path / program, freeze=2, freeze_for=program)
+
+    assert config_of(tmp_path / "mlx-lm")["rope_scaling"]["type"] == "longrope"
+
+
+def test_frozen_and_quantised(tmp_path):
+    """-q and --freeze for mlx-lm go together."""
+    convert(GOLDEN / "clex_llama", tmp_path / "out", freeze=2, quantize=True)
+
+    model, _ = mlx_lm.load(str(tmp_path / "out"))
+    assert model(mx.array(IDS)).shape == (1, 120, 512)
+
+
+EXPRESSED = {
+    "linear": "linear",
+    "ntk": None,
+    "dynamic": None,
+    "yarn": "yarn",
+    "gene": "longrope",
+    "clex": None,
+}
+
+
+@pytest.mark.parametrize("name", EXPRESSED)
+def test_every_method_finds_its_simplest_words(tmp_path, name):
+    """ntk, dynamic and fresh CLEX are another rope_theta, which every family reads."""
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "clex_phi", source)
+    loaded: Any = mx.load(str(source / "model.safetensors"))
+    plain = {key: value for key, value in loaded.items() if "clex_layer" not in key}
+    mx.save_safetensors(str(source / "model.safetensors"), plain)
+    config = config_of(source) | {"rope_scaling": None}
+    (source / "config.json").write_text(json.dumps(config))
+    entry = {"type": name, **CONFIGS[name]}
+    frozen = {"scaling": entry, "freeze": SCALE, "freeze_for": "transformers"}
+
+    convert(source, tmp_path / "frozen", dtype="float32", **frozen)
+
+    config = config_of(tmp_path / "frozen")
+    assert (config.get("rope_scaling") or {}).get("type") == EXPRESSED[name]
+    if EXPRESSED[name] is None:
+        assert config["rope_theta"] > 10_000
+        convert(source, tmp_path / "mlx", dtype="float32", scaling=entry, freeze=SCALE)
+        model, _ = mlx_lm.load(str(tmp_path / "mlx"))
+        theirs = np.array(model(mx.array(IDS)))
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "frozen", dtype=torch.float32
+        )
+        with torch.no_grad():
+            theirs = model(torch.tensor(IDS)).logits.numpy()
+    ours = unfrozen_logits(source, tmp_path, scaling=entry)
+    assert np.abs(theirs - ours).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["clex_phi", "clex_mixtral"])
+def test_families_that_would_ignore_it_are_refused(tmp_path, name):
+    """mlx-lm's Phi and Mixtral drop rope_scaling without a word."""
+    with pytest.raises(InputError, match="ignores rope_scaling"):
+        convert(GOLDEN / name, tmp_path / "frozen", freeze=SCALE)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("program", ["mlx-lm", "transformers"])
+def test_what_no_stock_program_has_is_refused(tmp_path, program):
+    """Frequencies a head, and gains a position, have no words there."""
+    with pytest.raises(InputError, match="every head and layer"):
+        convert(GOLDEN / "gene_param_llama", tmp_path / "a", freeze=8, freeze_for=program)
+
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "gene_llama", source)
+    config = config_of(source)
+    config["rope_scaling"]["log_scale"] = True
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="every position's query"):
+        convert(source, tmp_path / "a", freeze=8, freeze_for=program)
+
+
+def test_converted_experts_cannot_go_back(tmp_path):
+    """Mixtral's experts are one tensor in MLX; transformers has no such name."""
+    convert(GOLDEN / "clex_mixtral", tmp_path / "mlx")
+
+    with pytest.raises(InputError, match="Give the published checkpoint"):
+        convert(tmp_path / "mlx", tmp_path / "out", freeze=2, freeze_for="transformers")

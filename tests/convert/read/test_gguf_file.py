@@ -1,0 +1,232 @@
+"""Reading .gguf files: blocks, order of rows, config, tokenizer, damage."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import mlx.core as mx
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_clex.convert import convert
+from mlx_clex.convert.read import gguf_file, gguf_tokenizer
+from mlx_clex.convert.read.gguf_blocks import BLOCKS, decode
+from mlx_lm.utils import load_tokenizer
+
+import mlx_clex
+from mlx_clex.errors import InputError
+
+from ...conftest import GOLDEN
+
+HEADS, KEY_HEADS, HEAD_DIM, WIDTH, LAYERS = 4, 2, 16, 64, 2
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+SHAPES = {
+    "self_attn.q_proj": (HEADS * HEAD_DIM, WIDTH),
+    "self_attn.k_proj": (KEY_HEADS * HEAD_DIM, WIDTH),
+    "self_attn.v_proj": (KEY_HEADS * HEAD_DIM, WIDTH),
+    "self_attn.o_proj": (WIDTH, HEADS * HEAD_DIM),
+    "mlp.gate_proj": (96, WIDTH),
+    "mlp.up_proj": (96, WIDTH),
+    "mlp.down_proj": (WIDTH, 96),
+    "input_layernorm": (WIDTH,),
+    "post_attention_layernorm": (WIDTH,),
+}
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def permute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of the rows of a query or key projection."""
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, -1)
+    return halves.swapaxes(1, 2).reshape(rows.shape)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """(a .gguf of a tiny LLaMA with Q8_0 matrices, its weights under HF names)."""
+    rng = np.random.default_rng(0)
+    weights = {"model.embed_tokens": (256 + 4, WIDTH), "model.norm": (WIDTH,)}
+    for layer in range(LAYERS):
+        weights |= {f"model.layers.{layer}.{name}": shape for name, shape in SHAPES.items()}
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KEY_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(5000.0)
+    add_tokenizer(writer)
+    expected: dict[str, np.ndarray] = {}
+    for name, shape in weights.items():
+        array = rng.standard_normal(shape).astype(np.float32) / 8
+        stored, kind = array, gguf.GGMLQuantizationType.F32
+        if len(shape) > 1:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            array = gguf.quants.dequantize(gguf.quants.quantize(array, kind), kind)
+            stored = array
+            if "q_proj" in name or "k_proj" in name:
+                stored = permute(array, HEADS if "q_proj" in name else KEY_HEADS)
+            stored = gguf.quants.quantize(stored, kind)
+        expected[name + ".weight"] = array
+        writer.add_tensor(gguf_name(name), stored, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path / "tiny.gguf", expected
+
+
+def gguf_name(name: str) -> str:
+    if not name.startswith("model.layers."):
+        return {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}[name] + ".weight"
+    _, _, layer, rest = name.split(".", 3)
+    return f"blk.{layer}.{NAMES[rest]}.weight"
+
+
+def add_tokenizer(writer: Any) -> None:
+    """Bytes, three special tokens, one merge."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    tokens = [*("<a>", "<b>", "<c>"), *bytes_to_unicode().values(), "he"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * 3 + [1] * 257)
+    writer.add_token_merges(["h e"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(TEMPLATE)
+
+
+def test_weights_arrive_in_hugging_faces_order(tiny, tmp_path):
+    """With llama.cpp's order of rows a model talks nonsense, but fluently."""
+    file, expected = tiny
+    convert(file, tmp_path / "out", dtype="float32")
+
+    tensors: Any = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    assert tensors.keys() == expected.keys()
+    for name, array in expected.items():
+        half = array.astype(np.float16) if array.ndim > 1 else array
+        assert np.array_equal(np.array(tensors[name]), half.astype(np.float32)), name
+
+
+def test_a_gguf_file_becomes_a_model_with_its_tokenizer(tiny, tmp_path):
+    """Settings, vocabulary, chat template and end token are all in the file."""
+    file, _ = tiny
+    convert(file, tmp_path / "out", scaling={"type": "clex", "max_factor": 4}, quantize=True)
+
+    model, tokenizer = mlx_clex.load(tmp_path / "out")
+    assert model.reach == tokenizer.model_max_length == 256
+    assert model.args.rope_theta == 5000.0
+    assert model.args.tie_word_embeddings
+    assert tokenizer.eos_token_ids == {1}
+    assert tokenizer.decode(tokenizer.encode("some wörds <c>")) == "some wörds <c>"
+    assert tokenizer.encode("<c>") == [2]
+    assert tokenizer.chat_template == TEMPLATE
+
+
+def test_a_sentencepiece_vocabulary_keeps_its_ids(tmp_path):
+    """A .gguf file has the pieces and scores, but neither merges nor normaliser."""
+    model = sentencepiece.SentencePieceProcessor(
+        model_file=str(GOLDEN / "clex_llama" / "tokenizer.model")
+    )
+    pieces = range(model.get_piece_size())
+    kinds = [2 if model.is_unknown(i) else 3 if model.is_control(i) else 1 for i in pieces]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [model.id_to_piece(i) for i in pieces],
+        "tokenizer.ggml.scores": [model.get_score(i) for i in pieces],
+        "tokenizer.ggml.token_type": [6 if model.is_byte(i) else kinds[i] for i in pieces],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.remove_extra_whitespaces": True,
+    }
+    config = gguf_tokenizer.write(gguf_file.GgufFile(tmp_path, metadata, []), tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+
+    tokenizer = load_tokenizer(tmp_path)
+
+    for text in ["hello", "  two  spaces ", "naïve 漢字 🙂\n x", ""]:
+        assert tokenizer.encode(text) == [1, *model.encode(text)], repr(text)
+
+
+@pytest.mark.parametrize("kind", [k for k, block in BLOCKS.items() if block.decode])
+def test_blocks_decode_as_the_gguf_package_decodes_them(kind):
+    """A wrong nibble order gives weights of the right size and no sense."""
+    block = BLOCKS[kind]
+    raw = np.random.default_rng(kind).integers(0, 256, (8, 4 * block.nbytes), np.uint8)
+    # Scales of moderate size, wherever a block keeps them.
+    raw.reshape(-1, block.nbytes)[:, [1, 3, block.nbytes - 1]] &= 0x3B
+
+    theirs = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(kind))
+    ours = decode(raw.reshape(-1), kind, (8, 4 * block.elements))
+
+    assert np.isfinite(theirs).all()
+    assert np.array_equal(ours, theirs.astype(np.float16))
+
+
+@pytest.mark.parametrize("keep", [0, 3, 20, 500, 0.5, 0.99])
+def test_a_cut_file_is_refused(tiny, tmp_path, keep):
+    """A download that broke off."""
+    file, _ = tiny
+    data = file.read_bytes()
+    file.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+
+    with pytest.raises(InputError, match="corrupt or cut off"):
+        convert(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "part"),
+    [
+        ("mamba", lambda writer: None, "architecture 'mamba'"),
+        ("llama", lambda writer: writer.add_expert_count(8), "mixture of experts"),
+        ("llama", lambda writer: writer.add_rope_dimension_count(8), "part of a head"),
+        ("llama", lambda writer: None, "no llama.feed_forward_length"),
+    ],
+)
+def test_what_is_not_served_is_named(tmp_path, architecture, change, part):
+    """A half-understood model would convert and answer nonsense."""
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", architecture)
+    writer.add_embedding_length(64)
+    writer.add_head_count(4)
+    writer.add_block_count(1)
+    change(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+    with pytest.raises(InputError, match=part):
+        convert(tmp_path / "other.gguf", tmp_path / "out")
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.binary(max_size=200), version=st.integers(0, 4), counts=st.integers(0, 2**64 - 1))
+def test_any_bytes_are_read_or_refused(tmp_path_factory, data, version, counts):
+    """A hostile header must not end in a traceback."""
+    file = Path(tmp_path_factory.getbasetemp()) / "fuzz.gguf"
+    head = b"GGUF" + version.to_bytes(4, "little") + counts.to_bytes(8, "little") * 2
+    file.write_bytes(head + data)
+    try:
+        parsed = gguf_file.read(file)
+    except InputError:
+        return
+
+    assert parsed.metadata == {}

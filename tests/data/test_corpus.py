@@ -1,0 +1,389 @@
+"""Texts to tokens on disk to batches."""
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+from sentencepiece import SentencePieceProcessor
+
+from mlx_clex.checkpoint.chat_templates import GENE
+from mlx_clex.data.corpus import Corpus, find_files, load_corpora
+from mlx_clex.errors import InputError
+from mlx_clex.training.batches import Batches
+
+from ..conftest import GOLDEN
+
+
+class Letters:
+    """A tokenizer with one token a letter, and a chat template in four tokens a turn."""
+
+    eos_token_id = 0
+    chat_template = "turns"
+
+    def get_vocab(self):
+        return {chr(i): i for i in range(128)}
+
+    def encode(self, text, add_special_tokens=True):
+        return ([1] if add_special_tokens else []) + [ord(c) for c in text]
+
+    def apply_chat_template(
+        self, messages, tools=None, add_generation_prompt=False, return_dict=False
+    ):
+        ids = [2]
+        for message in messages:
+            ids += [3, *(ord(c) for c in message["content"]), 4]
+        return ids + ([3] if add_generation_prompt else [])
+
+
+def load_from(folder, cache, mask_prompt=False, splits=("train", "valid")):
+    return load_corpora(
+        folder, Letters(), mask_prompt=mask_prompt, cache_dir=cache / "cache", splits=splits
+    )
+
+
+def corpus_of(*texts, prompts=None):
+    starts = np.cumsum([0, *(len(text) for text in texts[:-1])])
+    prompts = np.array(prompts or [0] * len(texts))
+    return Corpus("texts", np.concatenate(texts).astype(np.uint32), starts, prompts)
+
+
+def write_jsonl(file, *records):
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@pytest.mark.parametrize(
+    ("record", "ids", "prompt"),
+    [
+        ({"text": "ab"}, [1, 97, 98, 0], 0),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            [2, 3, 97, 4, 3, 98, 4],
+            5,
+        ),
+        ({"prompt": "a", "completion": "b"}, [2, 3, 97, 4, 3, 98, 4], 5),
+    ],
+)
+def test_formats_of_mlx_lm(tmp_path, record, ids, prompt):
+    """text, chat and completions, read by mlx-lm's own code."""
+    write_jsonl(tmp_path / "train.jsonl", record, record)
+    corpus = load_from(tmp_path, tmp_path, mask_prompt=prompt > 0)["train"]
+    assert corpus.tokens.tolist() == ids * 2
+    assert corpus.starts.tolist() == [0, len(ids)]
+    assert corpus.prompts.tolist() == [prompt] * 2
+    assert isinstance(corpus.tokens, np.memmap)
+
+
+@pytest.mark.parametrize("mask_prompt", [False, True])
+def test_turns_of_gene(converted, tmp_path, mask_prompt):
+    """Pieces tokenised apart, as its data was; one text would have other tokens at the seams."""
+    tokenizer = load_tokenizer(converted("gene_llama"), {"chat_template": GENE})
+    turns = [("brown fox", " jumps over"), ("Lazy? ", "dog, and runs")]
+    messages = [
+        {"role": role, "content": content}
+        for turn in turns
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
+    write_jsonl(tmp_path / "train.jsonl", {"messages": messages})
+    pieces = SentencePieceProcessor(str(GOLDEN / "gene_llama" / "tokenizer.model")).encode
+    by_hand = [1]
+    for question, answer in turns:
+        by_hand += pieces("user: ") + pieces(question) + pieces("\n\nassistant: ")
+        prompt = len(by_hand)
+        by_hand += [*pieces(answer), 2]
+
+    options = {"cache_dir": tmp_path / "cache", "splits": ["train"]}
+    corpus = load_corpora(tmp_path, tokenizer, mask_prompt=mask_prompt, **options)["train"]
+    assert corpus.tokens.tolist() == by_hand
+    assert corpus.tokens.tolist() != tokenizer.apply_chat_template(messages, return_dict=False)
+    assert corpus.prompts.tolist() == [prompt if mask_prompt else 0]
+
+
+def test_a_folder_of_texts_holds_the_last_twentieth_out(tmp_path):
+    """Sub-folders count, other files do not."""
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a.txt").write_text("x" * 100)
+    (tmp_path / "b" / "c.md").write_text("y" * 100)
+    (tmp_path / "d.csv").write_text("z")
+    corpora = load_from(tmp_path, tmp_path)
+    both = corpora["train"].tokens.tolist() + corpora["valid"].tokens.tolist()
+    assert both == [1] + [ord("x")] * 100 + [0] + [1] + [ord("y")] * 100 + [0]
+    assert len(corpora["valid"].tokens) == 11
+    assert corpora["valid"].starts.tolist() == [0]
+
+
+def test_long_texts_are_no_reason_to_warn(converted, tmp_path, caplog):
+    """transformers told that the model would fail on a book, which is cut up before."""
+    tokenizer = load_tokenizer(converted("gene_llama"))
+    (tmp_path / "a.txt").write_text("a long text " * 200)
+    options = {"mask_prompt": False, "cache_dir": tmp_path, "splits": ["train"]}
+    caplog.clear()
+    assert len(load_corpora(tmp_path, tokenizer, **options)["train"].tokens) > 512
+    assert caplog.text == ""
+
+
+def test_folders_named_as_splits(tmp_path):
+    """train/, valid/ and test/ are what they say."""
+    for split in ("train", "valid", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "a.txt").write_text(split)
+    assert [len(files) for files in find_files(tmp_path).values()] == [1, 1, 1]
+    assert len(load_from(tmp_path, tmp_path)["train"].tokens) == 7
+
+
+def test_a_long_text_is_tokenised_in_pieces(tmp_path, monkeypatch):
+    """Pieces end with lines, and only the first has a beginning-of-text token."""
+    monkeypatch.setattr("mlx_clex.data.corpus._PIECE", 10)
+    text = "a line\n" * 20
+    (tmp_path / "a.txt").write_text(text)
+    corpus = load_from(tmp_path, tmp_path, splits=("train",))["train"]
+    assert corpus.tokens.tolist() == [1, *(ord(c) for c in text), 0]
+    assert corpus.starts.tolist() == [0]
+
+
+def test_tokens_are_kept_until_something_changes(tmp_path, monkeypatch):
+    """A second run reads no text; a changed file or mask does."""
+    file = tmp_path / "a.txt"
+    file.write_text("first text")
+    load_from(tmp_path, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(Letters, "encode", None)
+        assert len(load_from(tmp_path, tmp_path)["train"].tokens) == 11
+    file.write_text("another, longer text")
+    assert len(load_from(tmp_path, tmp_path)["train"].tokens) > 11
+    made = sorted(path.name for path in (tmp_path / "cache" / "tokens").iterdir())
+    assert len(made) == 2
+    assert not any("incomplete" in name for name in made)
+
+
+@pytest.mark.parametrize(
+    ("lines", "match"),
+    [
+        (b'{"text": "a"}\n{"text": \n', "line 2 is no JSON"),
+        (b'{"text": "a"}\n\n["b"]\n', "line 3 is no JSON object"),
+        (b'{"text": "a"}\n{"words": "a"}\n', "line 2 cannot be used .*keys: words"),
+        (b'{"words": "a"}\n', "line 1 cannot be used"),
+        (b'{"text": "\xff"}\n', "line 1 is no JSON"),
+        (b'{"text": null}\n', "line 1 cannot be used"),
+        (b"\n", "has no text"),
+    ],
+)
+def test_broken_lines_are_named(tmp_path, lines, match):
+    """File and line, and nothing half-written is kept."""
+    (tmp_path / "train.jsonl").write_bytes(lines)
+    with pytest.raises(InputError, match=match):
+        load_from(tmp_path, tmp_path)
+    assert list((tmp_path / "cache" / "tokens").iterdir()) == []
+
+
+def test_missing_and_empty_data_are_refused(tmp_path):
+    """One line that says what may be given."""
+    with pytest.raises(InputError, match="neither a folder"):
+        load_from(tmp_path / "nowhere", tmp_path)
+    with pytest.raises(InputError, match=r"train\.jsonl"):
+        load_from(tmp_path, tmp_path)
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(InputError, match=r"a\.txt is no UTF-8"):
+        load_from(tmp_path, tmp_path)
+
+
+class Table(list):
+    """Rows as the package `datasets` gives them: a list with a fingerprint."""
+
+    def __init__(self, rows, fingerprint):
+        super().__init__(rows)
+        self._fingerprint = fingerprint
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A package `datasets` whose tables are the dict that this returns."""
+    tables = {}
+
+    class NotFoundError(Exception):
+        pass
+
+    def load_dataset(name, split=None, **config):
+        if name not in tables:
+            raise NotFoundError(f"Dataset '{name}' doesn't exist on the Hub")
+        return tables[name] if split is None else tables[name][split]
+
+    package = ModuleType("datasets")
+    package.load_dataset = load_dataset
+    package.exceptions = SimpleNamespace(DatasetNotFoundError=NotFoundError)
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    return tables
+
+
+def test_a_data_set_of_the_hub(hub, tmp_path, monkeypatch):
+    """OWNER/NAME is read as mlx-lm reads it, kept on disk, and read anew when it changes."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"text": "ab"}, {"text": "c"}]
+    hub["owner/name"] = {"train": Table(rows, "1"), "valid": Table(rows[1:], "2"), "more": []}
+    with monkeypatch.context() as patched:
+        for _ in range(2):
+            corpora = load_from(Path("owner/name"), tmp_path)
+            assert corpora["train"].tokens.tolist() == [1, 97, 98, 0, 1, 99, 0]
+            assert corpora["train"].starts.tolist() == [0, 4]
+            assert corpora["valid"].tokens.tolist() == [1, 99, 0]
+            assert corpora["train"].name == "owner/name (train)"
+            patched.setattr(Letters, "encode", None)  # the second time nothing is read
+    hub["owner/name"]["train"] = Table(rows[:1], "3")
+    assert len(load_from(Path("owner/name"), tmp_path)["train"].tokens) == 4
+
+
+def test_data_sets_of_a_yaml_file(hub, tmp_path):
+    """mlx-lm's hf_dataset: several, each with splits and columns of its own."""
+    hub["a/b"] = {
+        "train[:1]": Table([{"body": "a"}], "1"),
+        "train[1:]": Table([{"body": "b"}], "2"),
+    }
+    chat = [{"messages": [{"role": "user", "content": "c"}]}]
+    hub["c"] = {"train[:80%]": Table(chat, "3"), "train[-10%:]": Table(chat, "4")}
+    first = {
+        "path": "a/b",
+        "train_split": "train[:1]",
+        "valid_split": "train[1:]",
+        "text_feature": "body",
+    }
+    options = {"mask_prompt": False, "cache_dir": tmp_path}
+
+    def load(entries, splits=("train", "valid")):
+        return load_corpora(Path(), Letters(), **options, splits=splits, hf_dataset=entries)
+
+    assert load(first)["valid"].tokens.tolist() == [1, 98, 0]
+    both = load([first, {"path": "c"}])
+    assert both["train"].tokens.tolist() == [1, 97, 0, 2, 3, 99, 4]
+    assert both["train"].name == "a/b + c (train)"
+    for entries, splits, match in [
+        ([{"name": "a/b"}], ["train"], "path: NAME"),
+        ([], ["train"], "path: NAME"),
+        (first, ["test"], "test_split for a/b"),
+        ({"path": "a/c"}, ["train"], "a/c cannot be used .*doesn't exist"),
+        (first | {"text_feature": "text"}, ["train"], "a/b cannot be used .*Unsupported"),
+    ]:
+        with pytest.raises(InputError, match=match):
+            load(entries, splits)
+
+
+def test_a_data_set_of_the_hub_that_cannot_be_had(hub, tmp_path, monkeypatch):
+    """The package, the name, a row: each in one line."""
+    hub["owner/name"] = {"train": Table([{"text": "ab"}, {"text": None}], "1")}
+    with pytest.raises(InputError, match=r"owner/name, row 1, cannot be used \(TypeError"):
+        load_from(Path("owner/name"), tmp_path)
+    with pytest.raises(InputError, match="Not found Hugging Face dataset: owner/none"):
+        load_from(Path("owner/none"), tmp_path)
+    with pytest.raises(InputError, match=r"owner/name cannot be used .*masking"):
+        load_from(Path("owner/name"), tmp_path, mask_prompt=True)
+    for name in ("a/b.txt", "../name", "a/b/c", "name"):
+        with pytest.raises(InputError, match="neither a folder"):
+            load_from(Path(name), tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match="pip install datasets"):
+        load_from(Path("owner/name"), tmp_path)
+
+
+def test_the_package_datasets_itself(tmp_path, monkeypatch):
+    """Tables, fingerprints and errors are as the package has them."""
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    (tmp_path / "rows").mkdir()
+    write_jsonl(tmp_path / "rows" / "train.jsonl", *({"text": letter} for letter in "abcdefghij"))
+    entry = {"path": str(tmp_path / "rows")}
+    options = {"mask_prompt": False, "cache_dir": tmp_path, "splits": ["train", "valid"]}
+    made = []
+    for entries in (entry, entry, entry | {"train_split": "train[:50%]"}):
+        corpora = load_corpora(Path(), Letters(), **options, hf_dataset=entries)
+        made.append("".join(chr(i) for i in corpora["train"].tokens if i > 1))
+        assert [chr(i) for i in corpora["valid"].tokens if i > 1] == ["j"]
+    assert made == ["abcdefgh", "abcdefgh", "abcde"]
+    kept = [path.name for path in (tmp_path / "tokens").iterdir()]
+    assert len(kept) == 3
+
+
+def test_packing_predicts_every_token_once():
+    """Windows overlap by one token, the last of one being the first of the next."""
+    corpus = corpus_of(np.arange(50), np.arange(50, 101))
+    batches = Batches(corpus, packing="concat", length=10, batch_size=2, seed=0)
+    assert batches.per_epoch == 5
+    targets = np.concatenate([batches.next().targets.ravel() for _ in range(5)])
+    assert sorted(targets.tolist()) == list(range(1, 101))
+    again = np.concatenate([batches.next().targets.ravel() for _ in range(5)])
+    assert sorted(again.tolist()) == list(range(1, 101))
+    assert again.tolist() != targets.tolist()
+
+
+def test_prompts_are_left_out_of_the_loss_in_packed_rows_too():
+    """Prompt lengths 3 and 2: targets before them weigh nothing."""
+    corpus = corpus_of(np.arange(6), np.arange(10, 15), prompts=[3, 2])
+    batch = Batches(corpus, packing="concat", length=10, batch_size=1, seed=0).next()
+    assert batch.targets.tolist() == [[1, 2, 3, 4, 5, 10, 11, 12, 13, 14]]
+    assert batch.weights.tolist() == [[0, 0, 1, 1, 1, 0, 0, 1, 1, 1]]
+
+
+def test_plain_rows_are_texts_of_similar_length():
+    """mlx-lm sorts by a constant; here a batch pads no more than it must."""
+    texts = [np.full(length, length) for length in (100, 5, 90, 7, 40, 6)]
+    corpus = corpus_of(*texts, prompts=[50, 0, 0, 0, 0, 0])
+    batches = Batches(corpus, packing="plain", length=64, batch_size=2, seed=0)
+    shapes = sorted(batch.tokens.shape for batch in batches.some(batches.per_epoch))
+    assert shapes == [(2, 32), (2, 64), (2, 64)]
+    for batch in batches.some(99):
+        lengths = {int(row[0]) for row in batch.tokens}
+        assert lengths in ({5, 6}, {7, 40}, {90, 100})
+        for row, targets, weights in zip(*batch, strict=True):
+            counted = min(row[0] - 1, 64) - (49 if row[0] == 100 else 0)
+            assert weights.sum() == counted
+            assert (targets[weights > 0] == row[0]).all()
+
+
+@pytest.mark.parametrize("items", [3, 5, 8])
+@pytest.mark.parametrize("packing", ["concat", "plain"])
+def test_all_of_a_corpus_is_each_row_once(packing, items):
+    """What was left over was never read, and with few windows some were counted twice."""
+    corpus = corpus_of(*(np.full(10, i) for i in range(items)), [99])
+    batches = Batches(corpus, packing=packing, length=10, batch_size=min(4, items), seed=0)
+    rows = [row for batch in batches.some(-1) for row in batch.tokens]
+    assert sorted(row[0] for row in rows) == list(range(items))
+
+
+def test_plain_rows_without_a_token_to_learn_are_left_out():
+    """A prompt that fills its row; and a text that loses its end is counted."""
+    texts = [np.full(length, length) for length in (30, 100, 90, 20, 1)]
+    corpus = corpus_of(*texts, prompts=[30, 65, 10, 0, 0])
+    batches = Batches(corpus, packing="plain", length=64, batch_size=1, seed=0)
+    assert (batches.cut, batches.mute) == (1, 3)
+    assert sorted(batch.tokens[0, 0] for batch in batches.some(-1)) == [20, 90]
+
+
+@pytest.mark.parametrize("packing", ["concat", "plain"])
+def test_the_order_resumes_where_it_was(packing):
+    """From its state alone, across the end of an epoch."""
+    corpus = corpus_of(*(np.full(11 + i, i) for i in range(6)))
+    options = {"packing": packing, "length": 10, "batch_size": 2, "seed": 4}
+    batches = Batches(corpus, **options)
+    for _ in range(4):
+        batches.next()
+    state = json.loads(json.dumps(batches.state))
+    rest = [batches.next().tokens.tolist() for _ in range(8)]
+    resumed = Batches(corpus, **options)
+    resumed.state = state
+    assert [resumed.next().tokens.tolist() for _ in range(8)] == rest
+
+
+def test_too_little_data_says_how_much_there_is():
+    """File and length."""
+    corpus = corpus_of(np.arange(10))
+    with pytest.raises(InputError, match="texts has 10 tokens, shorter than one sequence of 10"):
+        Batches(corpus, packing="concat", length=10, batch_size=1, seed=0)
+    with pytest.raises(
+        InputError, match="1 texts with a token to learn within --max-seq-length 10, fewer"
+    ):
+        Batches(corpus, packing="plain", length=10, batch_size=2, seed=0)
+    with pytest.raises(InputError, match="concat, plain"):
+        Batches(corpus, packing="pack", length=10, batch_size=2, seed=0)
+    small = Batches(corpus_of(np.arange(12)), packing="concat", length=10, batch_size=3, seed=0)
+    assert small.next().tokens.shape == (3, 10)

@@ -1,0 +1,166 @@
+"""What doctor says about a model must be so, and must cost no weights."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import KVCache
+
+from mlx_clex import doctor
+from mlx_clex.commands.run_command import run_command
+from mlx_clex.diagnosis.model_report import report
+from mlx_clex.errors import InputError
+
+from ..conftest import GOLDEN, GOLDEN_NAMES
+
+LLAMA_70B = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
+GEMMA = {
+    "model_type": "gemma3_text",
+    "hidden_size": 64,
+    "num_hidden_layers": 6,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "head_dim": 64,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": 64,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "max_position_embeddings": 4096,
+    "query_pre_attn_scalar": 64,
+}
+
+
+def folder_of(tmp_path, config):
+    """A model of which nothing but the config is right."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"never read")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    return str(tmp_path)
+
+
+def lines(path):
+    """All texts of each name."""
+    found: dict[str, list[str]] = {}
+    for name, text in report(str(path)):
+        found.setdefault(name, []).append(text)
+    return found
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_every_published_format(name):
+    """Family, reach and exports, before anything is converted."""
+    found = lines(GOLDEN / name)
+    assert "published checkpoint" in found["weights"][0]
+    assert found["family"][0].startswith(name.split("_")[1].replace("param", "llama"))
+    config = json.loads((GOLDEN / name / "config.json").read_text())
+    assert found["trained length"] == [f"{config['max_position_embeddings']} tokens"]
+    hard = "clex" in name
+    assert found["reach"][0].startswith("256 tokens, and not" if hard else "no limit")
+    mlx, transformers, llama_cpp = found["export"]
+    assert ("not for" in mlx) == (name in ("clex_mixtral", "clex_phi", "gene_param_llama"))
+    assert ("not for" in transformers) == (name == "gene_param_llama")
+    assert ("not for" in llama_cpp) == ("not for" in mlx)
+    assert "problem" not in found
+
+
+def test_a_converted_folder(converted):
+    """It says so."""
+    assert "converted by mlx_clex" in lines(converted("clex_llama"))["weights"][0]
+
+
+def test_seventy_billion_weights_are_not_made_up(tmp_path):
+    """140 GB would be: the model is built and stays lazy."""
+    before = mx.get_peak_memory()
+    entry = {"type": "clex", "max_factor": 16}
+    path = folder_of(
+        tmp_path, LLAMA_70B | {"rope_scaling": entry, "model_file": "mlx_clex_model.py"}
+    )
+    found = lines(path)
+    assert mx.get_peak_memory() - before < 100e6
+    assert found["reach"] == ["65536 tokens, and not one more"]
+    # 80 layers, 8 heads, 128 dimensions, keys and values, 2 bytes.
+    assert f"{80 * 8 * 128 * 2 * 65536 * 2 / 1e9:.2f} GB in 16 bits" in found["KV cache"][0]
+
+
+def test_memory_is_that_of_the_caches(tmp_path):
+    """Window layers stop at their window; --kv-bits counts the scales of its groups."""
+    found = lines(folder_of(tmp_path, GEMMA))
+    a_token = 2 * 64  # keys and values of one head
+    full, window = 4096 * a_token, 5 * 512 * a_token
+    keys = mx.zeros((1, 1, 4096, 64), mx.bfloat16)
+    cache = KVCache()
+    cache.update_and_fetch(keys, keys)
+    assert cache.nbytes == 2 * full
+    quantised = cache.to_quantized(group_size=64, bits=4).nbytes
+    text = found["KV cache"][0]
+    assert f"{2 * (full + window) / 1e6:.2f} MB in 16 bits" in text
+    assert f"{(quantised + 2 * window) / 1e6:.2f} MB with --kv-bits 4" in text
+    assert "1 of 6 layers" in found["rope"][0]
+
+
+def test_a_stock_model_is_told_what_is_possible(tmp_path):
+    """And why the rest is not."""
+    found = lines(folder_of(tmp_path, LLAMA_70B | {"num_hidden_layers": 2}))
+    assert found["scaling"] == ["none"]
+    assert found["possible"][0].endswith("none|linear|ntk|dynamic|yarn|clex|gene")
+    assert found["not possible"][0].startswith("gene-param: ")
+    assert "key heads" in found["not possible"][0]
+
+
+def test_what_would_go_wrong(tmp_path):
+    """Each in words, instead of a traceback at the first use."""
+    llama3 = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    for config, words in [
+        ({"rope_scaling": {"type": "clex", "max_facto": 3}}, "'max_facto'"),
+        ({"rope_scaling": {"type": "spline"}}, "'spline'"),
+        ({"rope_scaling": llama3}, "scales by itself"),
+        ({"model_type": "abacus"}, "abacus"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+    ]:
+        found = lines(folder_of(tmp_path, LLAMA_70B | {"num_hidden_layers": 2} | config))
+        assert words in found["problem"][0]
+        assert "\n" not in found["problem"][0]
+
+    folder = tmp_path / "golden"
+    shutil.copytree(GOLDEN / "clex_llama_gqa_log_scale", folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    problems = lines(folder)["problem"]
+    assert "model-00002-of-00002.safetensors, which is not there" in problems[0]
+    assert "No tokenizer" in problems[1]
+
+
+def test_doctor_prints_it(capsys, tmp_path):
+    """In the block that goes into an issue; a model that is not there is one line."""
+
+    def run(*argv):
+        return run_command(doctor.add_arguments, doctor.run, prog="d", description="", argv=argv)
+
+    assert run(str(GOLDEN / "clex_llama")) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("```\nmlx-clex")
+    assert "reach          256 tokens, and not one more" in out
+    assert run("/nowhere/at/all") == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    with pytest.raises(InputError, match=r"config\.json"):
+        report(str(tmp_path))

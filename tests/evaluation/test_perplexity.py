@@ -1,0 +1,235 @@
+"""Losses read in steps against plain computations, and where windows lie."""
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from mlx_clex import attach
+from mlx_clex.data.corpus import Corpus
+from mlx_clex.errors import InputError
+from mlx_clex.evaluation import perplexity as evaluation
+from mlx_clex.evaluation.perplexity import (
+    Protocol,
+    Score,
+    score,
+    student_t,
+    windows_of,
+)
+
+from ..conftest import CONFIGS, GOLDEN_NAMES, L0, scaled_llama, tiny_llama
+from ..oracle import Oracle
+from ..test_golden import Checkpoint
+
+IDS = np.random.default_rng(0).integers(0, 64, 300).astype(np.uint32)
+
+
+def corpus(*sizes):
+    """Texts of these sizes, in tokens."""
+    ends = np.cumsum(sizes)
+    tokens = np.resize(IDS, ends[-1])
+    return Corpus("the text", tokens, ends - sizes, np.zeros(len(sizes), int))
+
+
+def read(model, ids, *args, **options):
+    """Losses of one text."""
+    return evaluation.losses_of_text(model, ids[None], *args, **options)[0]
+
+
+def cross_entropy(logits, targets):
+    targets = mx.array(np.asarray(targets, np.int32))
+    return np.array(nn.losses.cross_entropy(logits.astype(mx.float32), targets))
+
+
+def plain_losses(model, ids):
+    """One pass, all logits, no cache."""
+    logits = model(mx.array(np.asarray(ids, np.int32))[None])[0]
+    return cross_entropy(logits[:-1], ids[1:])
+
+
+@pytest.mark.filterwarnings("ignore:.*past the")  # by the plain pass
+@pytest.mark.parametrize(
+    ("name", "log_scale"),
+    [*((name, False) for name in CONFIGS), *((n, True) for n in ("clex", "gene", "gene-param"))],
+)
+def test_a_text_read_in_steps_is_the_text_read_at_once(name, log_scale, monkeypatch):
+    """A step had the scale of what was read so far, not of the whole text."""
+    monkeypatch.setattr(evaluation, "_STEP", 37)
+    model = scaled_llama(name, log_scale=log_scale)
+    ours = read(model, IDS[:200], head_chunk=10)
+    theirs = plain_losses(model, IDS[:200])
+    assert np.abs(ours - theirs).max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["none", "dynamic", "clex", "gene-param"])
+def test_chunks_grow_as_in_the_published_code(name, monkeypatch):
+    """Against keys that are cached unrotated and all rotated anew with each chunk."""
+    monkeypatch.setattr(evaluation, "_STEP", 7)
+    model = scaled_llama(name)
+    oracle = Oracle(model)
+    text = mx.array(IDS[:250].astype(np.int32))[None]
+    logits = mx.concatenate([oracle(text[:, n : n + 24]) for n in range(0, 250, 24)], axis=1)
+    theirs = cross_entropy(logits[0, :-1], IDS[1:250])
+    assert np.abs(read(model, IDS[:250], 24) - theirs).max() < 1e-3
+
+
+@pytest.mark.parametrize("name", GOLDEN_NAMES)
+def test_the_published_code_has_these_losses(name, converted, monkeypatch):
+    """prefill_logits_n is *whole*, chunked_logits_c is *chunked*, for six checkpoints."""
+    monkeypatch.setattr(evaluation, "_STEP", 50)
+    checkpoint = Checkpoint(name, converted(name))
+    if checkpoint.clex:
+        checkpoint.use_published_frequencies()
+    ids = np.array(checkpoint.ids[0])
+    for key, (n,) in checkpoint.keys("prefill_logits_"):
+        theirs = cross_entropy(checkpoint.answers[key][0, :-1], ids[n - 7 : n])
+        assert np.abs(read(checkpoint.model, ids[:n])[-7:] - theirs).max() < 1e-4
+    for key, (size,) in checkpoint.keys("chunked_logits_"):
+        n = len(ids) // size * size
+        theirs = cross_entropy(checkpoint.answers[key][0, :-1], ids[n - size + 1 : n])
+        ours = read(checkpoint.model, ids[:n], size)
+        assert np.abs(ours[1 - size :] - theirs).max() < 1e-4
+
+
+@pytest.mark.parametrize("vocabulary", [64, 256, 49_999, 51_200])
+def test_losses_over_a_large_vocabulary(vocabulary):
+    """A plain sum in float32 took 5e-5 off every loss."""
+    rng = np.random.default_rng(0)
+    logits = (rng.normal(size=(4, vocabulary)) * 3 + 10).astype(np.float32)
+    targets = rng.integers(0, vocabulary, 4)
+    exact = logits.astype(np.float64)
+    exact = np.log(np.exp(exact).sum(-1)) - exact[np.arange(4), targets]
+    ours = np.array(evaluation.losses_of(mx.array(logits)[None], targets[None]))[0]
+    assert np.abs(ours - exact).max() < 5e-6
+
+
+def test_which_tokens_count():
+    """Whole and sliding: all but the first. Chunked: all but the first of a chunk."""
+    model, text = scaled_llama("clex"), corpus(300)
+    whole = score(model, text, 100, 3)
+    assert whole.tokens == 3 * 99
+    means = [plain_losses(model, IDS[n : n + 100]).mean() for n in (0, 100, 200)]
+    assert np.allclose(whole.losses, means, atol=1e-5)
+
+    chunked = score(model, text, 100, 1, Protocol(chunk=30))
+    losses = read(model, IDS[:100], 30)
+    counting = [n - 1 for n in range(1, 100) if n not in (30, 60, 90)]
+    assert chunked.tokens == 96
+    assert math.isclose(chunked.loss, losses[counting].mean(), rel_tol=1e-6)
+
+    sliding = score(model, text, 100, 99, Protocol(stride=80))
+    means = [plain_losses(model, IDS[n : n + 100]).mean() for n in (0, 80, 160)]
+    assert sliding.tokens == 3 * 99
+    assert np.allclose(sliding.losses, means, atol=1e-5)
+
+
+def test_short_windows_are_read_together():
+    """As rows of one batch: the same figures, in fewer passes."""
+    for name in ("dynamic", "clex"):
+        model, text, calls = scaled_llama(name), corpus(300), []
+        together = score(model, text, 20, 99, Protocol(chunk=8), on_read=calls.append)
+        assert calls == [15 * 8, 15 * 8, 15 * 3]
+        parts = (text.part(n, n + 20, "a window") for n in range(0, 300, 20))
+        alone = [score(model, part, 20, 1, Protocol(chunk=8)).loss for part in parts]
+        assert np.allclose(together.losses, alone, atol=1e-5)
+
+
+def test_where_windows_lie():
+    """A window went across the end of a text although others hold it."""
+    assert windows_of(corpus(100), 40, 8) == [0, 40]
+    assert windows_of(corpus(30, 100, 39, 40), 40, 8) == [30, 70, 169]
+    # Of many places, some from the beginning to the end.
+    assert windows_of(corpus(1000), 10, 4) == [0, 330, 660, 990]
+    # No text is long enough: all of them are one.
+    assert windows_of(corpus(30, 30, 30), 40, 8) == [0, 40]
+    assert windows_of(corpus(100, 60), 50, 9, stride=20) == [0, 20, 40, 100]
+
+
+def test_lengths_are_measured_on_the_same_texts():
+    """A curve fell with length because short texts were left out one by one."""
+    texts = corpus(30, 100, 39, 40)
+    assert windows_of(texts, 30, 9, longest=100) == [30, 60, 90]
+    assert windows_of(texts, 100, 9, longest=100) == [30]
+    assert windows_of(texts, 100, 9, longest=101) == [0, 100]
+
+
+def test_quantised_caches():
+    """--kv-bits must change the figure, a little, and 8 bits less than 4."""
+    for name in ("ntk", "clex"):
+        model, text = scaled_llama(name), corpus(200)
+        plain, eight, four = (
+            score(model, text, 100, 2, kv_bits=bits, kv_group_size=32).loss for bits in (None, 8, 4)
+        )
+        assert 0 < abs(eight - plain) < 1e-2
+        assert abs(eight - plain) < abs(four - plain)
+
+
+def test_a_cache_that_cannot_be_quantised():
+    """mlx-lm's own words end in a traceback."""
+    with pytest.raises(InputError, match="--kv-bits 4 --kv-group-size 64"):
+        score(scaled_llama("ntk"), corpus(100), 50, 1, kv_bits=4)
+
+
+def test_training_goes_on_as_it_was():
+    """Evaluation in the middle of a run left the model in another mode."""
+    for training in (True, False):
+        model = scaled_llama("clex").train(training)
+        score(model, corpus(100), 50, 1)
+        assert model.training is training
+
+
+def test_no_array_of_all_logits():
+    """A vocabulary of 128,000: 512 kB of logits a token, 16.8 GB for 32,768 of them.
+
+    Three arrays of one chunk of logits are there at once, however long the text is.
+    """
+    model = attach(tiny_llama(vocabulary=128_000, layers=1), {"type": "clex", "max_factor": 64})
+    ids = np.random.default_rng(0).integers(0, 128_000, 512)
+
+    def peak(work):
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        work()
+        return mx.get_peak_memory() - before
+
+    assert peak(lambda: mx.eval(model(mx.array(ids)[None]))) > 512 * 128_000 * 4
+    short, long = (peak(lambda n=n: read(model, ids[:n])) for n in (128, 512))
+    assert long < 110e6
+    assert long - short < 2e6
+
+
+def test_confidence_interval():
+    """By hand: losses 1, 2, 3; mean 2, standard error 1 / sqrt(3), t(2) = 4.3027."""
+    few = Score(np.array([1.0, 2.0, 3.0]), 30)
+    assert math.isclose(few.perplexity, math.exp(2))
+    assert few.interval is not None
+    low, high = few.interval
+    assert math.isclose(math.log(low), 2 - 4.302653 / math.sqrt(3), rel_tol=1e-6)
+    assert math.isclose(math.log(high), 2 + 4.302653 / math.sqrt(3), rel_tol=1e-6)
+    assert Score(np.array([1.0]), 10).interval is None
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),
+    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (7, 2.3646), (10, 2.2281), (120, 1.9799)],
+)
+def test_students_t(freedom, quantile):
+    """The printed tables, two-sided 95 %."""
+    assert math.isclose(student_t(0.95, freedom), quantile, abs_tol=5e-5)
+
+
+def test_refusals():
+    """Lengths that cannot be, and what fits."""
+    with pytest.raises(InputError, match=r"300 tokens, too few .* 400.*these lengths 16, 300 fit"):
+        evaluation.check_lengths(tiny_llama(), corpus(300), [16, 400, 300])
+    with pytest.raises(InputError, match="at least 2 tokens, got 1"):
+        score(tiny_llama(), corpus(300), 1, 1)
+    with pytest.raises(InputError, match="beyond the reach"):
+        score(scaled_llama("clex"), corpus(900), 20 * L0 + 1, 1)
+    with pytest.raises(InputError, match="--chunk must be at least 2 tokens, got 1"):
+        Protocol(chunk=1)
+    with pytest.raises(InputError, match="--stride must be at least 1"):
+        Protocol(stride=0)

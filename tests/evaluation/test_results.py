@@ -1,0 +1,161 @@
+"""Result files: what is in them, and that no run loses or mixes figures."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from mlx_clex.errors import InputError
+from mlx_clex.evaluation.results import open_results, read_results
+
+KEYS = ("label", "length")
+SETTINGS = {"protocol": "whole", "chunks": (1, 2)}
+
+
+def opened(prefix, **changes):
+    return open_results(
+        prefix, **{"kind": "perplexity", "settings": SETTINGS, "keys": KEYS} | changes
+    )
+
+
+def row(label, length, value):
+    return {"label": label, "length": length, "perplexity": value}
+
+
+def test_both_files_hold_every_row_at_once(tmp_path):
+    """A run that is killed after its first row must leave that row, as JSON and as CSV."""
+    prefix = tmp_path / "new" / "factor-0.5"
+    results = opened(prefix)
+    for n, length in enumerate((128, 256), 1):
+        results.add(row("base", length, 5.25))
+        whole = json.loads((tmp_path / "new" / "factor-0.5.json").read_text())
+        assert len(whole["rows"]) == n
+        with (tmp_path / "new" / "factor-0.5.csv").open(newline="") as file:
+            assert len(list(csv.DictReader(file))) == n
+    assert whole["kind"] == "perplexity"
+    assert whole["settings"] == {"protocol": "whole", "chunks": [1, 2]}
+    assert whole["versions"].keys() == {"mlx-clex", "mlx", "mlx-lm"}
+    assert whole["rows"][1] == row("base", 256, 5.25)
+    assert len(list(prefix.parent.iterdir())) == 2, "a temporary file stayed"
+
+
+def test_a_second_run_goes_on_with_the_rows_of_the_first(tmp_path):
+    """Found by their keys; a row with the same keys takes the old one's place."""
+    first = opened(tmp_path / "out")
+    first.add(row("base", 128, 5.0))
+    first.add(row("base", 256, 6.0))
+
+    second = opened(str(tmp_path / "out.json"))
+    assert second.find(label="base", length=256) == row("base", 256, 6.0)
+    assert second.find(label="base", length=512) is None
+    second.add(row("base", 128, 7.0))
+
+    assert read_results(tmp_path / "out").rows == [row("base", 128, 7.0), row("base", 256, 6.0)]
+
+
+def test_columns_that_come_later_are_in_the_table(tmp_path):
+    """DictWriter stops at a column that its first row does not have."""
+    results = opened(tmp_path / "out")
+    results.add(row("base", 128, 5.0))
+    results.add(row("base", 256, 5.0) | {"reach": None})
+    header, one, two = (tmp_path / "out.csv").read_text().splitlines()
+    assert (header, one, two) == (
+        "label,length,perplexity,reach",
+        "base,128,5.0,",
+        "base,256,5.0,",
+    )
+
+
+def test_a_figure_that_is_no_number_is_null(tmp_path):
+    """Python writes NaN, which no other reader of JSON takes."""
+    opened(tmp_path / "out").add(row("base", 128, float("nan")))
+    assert "NaN" not in (tmp_path / "out.json").read_text()
+    assert read_results(tmp_path / "out").rows == [row("base", 128, None)]
+
+
+def test_in_memory(tmp_path, monkeypatch):
+    """Without --output nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    results = opened(None)
+    results.add(row("base", 128, 5.0))
+    assert results.find(length=128) == row("base", 128, 5.0)
+    assert results.path(".png") is None
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"kind": "passkey"}, 'kind: "perplexity" there, "passkey" here'),
+        (
+            {"settings": SETTINGS | {"protocol": "chunked"}},
+            r'\(protocol: "whole" there, "chunked" here\): give another --output, or delete',
+        ),
+        ({"settings": {"chunks": [1, 2]}}, 'protocol: "whole" there, null here'),
+    ],
+)
+def test_results_of_another_run_are_not_mixed(tmp_path, changes, match):
+    """The line names what differs and what to do."""
+    opened(tmp_path / "out").add(row("base", 128, 5.0))
+    with pytest.raises(InputError, match=match):
+        opened(tmp_path / "out", **changes)
+    assert read_results(tmp_path / "out").rows
+
+
+def test_a_run_without_a_row_binds_nobody(tmp_path):
+    """A first attempt with a wrong option left a file that refused the right one."""
+    opened(tmp_path / "out", settings={"protocol": "chunked"})
+    assert opened(tmp_path / "out").settings["protocol"] == "whole"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"kind": "perplexity"}', "\xff", '{"rows": [1], "kind": "x"}']
+)
+def test_files_that_are_no_results(tmp_path, text):
+    """One line, for reading and for writing."""
+    (tmp_path / "out.json").write_text(text, encoding="latin-1")
+    for read in (read_results, opened):
+        with pytest.raises(InputError, match=r"out\.json is no result file"):
+            read(tmp_path / "out")
+
+
+def test_a_missing_file_and_another_kind(tmp_path):
+    """What was looked for, and what was found."""
+    with pytest.raises(InputError, match=r"none\.json cannot be read \(No such file"):
+        read_results(tmp_path / "none")
+    opened(tmp_path / "out")
+    assert read_results(tmp_path / "out", "passkey", "perplexity").kind == "perplexity"
+    with pytest.raises(InputError, match="the kind perplexity, not passkey or compare"):
+        read_results(tmp_path / "out", "passkey", "compare")
+
+
+def test_a_killed_writer_leaves_whole_files(tmp_path):
+    """Half a file is what a plain write leaves when the process dies in it."""
+    code = (
+        "import sys; from mlx_clex.evaluation.results import open_results\n"
+        "out = open_results(sys.argv[1], kind='k', settings={}, keys=['n'])\n"
+        "for n in range(10**6):\n"
+        "    out.add({'n': n, 'text': 'x' * 5000})\n"
+        "    n or print('first', flush=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "first\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    rows = read_results(tmp_path / "out").rows
+    assert [entry["n"] for entry in rows] == list(range(len(rows)))
+
+
+def test_a_folder_that_cannot_be_written_is_bad_input(tmp_path):
+    """Found before the work, and the option is named."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--output .* cannot be written \(.*\): give another"):
+        open_results(tmp_path / "file" / "x", kind="k", settings={}, keys=["a"])

@@ -1,0 +1,300 @@
+"""Laws that hold for every scaling, and its configuration's errors."""
+
+import dataclasses
+import itertools
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.rope_utils import initialize_rope
+
+from mlx_clex.errors import InputError
+from mlx_clex.model.rotary import rotate
+from mlx_clex.scaling import SCALINGS, build_scaling
+
+from ..conftest import CONFIGS
+
+DIMS, BASE, LENGTH = 64, 10_000.0, 4096
+SHAPE = {"dims": DIMS, "base": BASE, "trained_length": LENGTH, "heads": 4, "layers": 2}
+AT_4096 = {
+    **CONFIGS,
+    "gene": {"factor": 4, "training_seq_len": 8192},
+    "gene-param": {"factor": 4, "training_seq_len": 8192},
+}
+
+
+def build(name, **fields):
+    return build_scaling({"type": name, **AT_4096[name], **fields}, **SHAPE)
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scale_one_gives_the_base_frequencies(name):
+    """Fresh weights at scale 1 must be the model as it was."""
+    base = BASE ** -(np.arange(0, DIMS, 2) / DIMS)
+    inv_freq = np.array(build(name).inv_freq(1.0))
+
+    assert inv_freq.dtype == np.float32
+    assert np.abs(inv_freq / base - 1).max() < 2e-7
+
+
+@pytest.mark.parametrize("name", [name for name in SCALINGS if name != "none"])
+def test_no_pair_gets_faster_and_slow_pairs_stay_slow(name):
+    """Stretching must keep the order of the pairs, and slow the slowest one most."""
+    scaling = build(name)
+    base = np.array(scaling.inv_freq(1.0), np.float64)
+    scaled = np.array(scaling.inv_freq(8.0), np.float64)
+
+    assert (scaled <= base * (1 + 1e-6)).all()
+    assert (np.diff(scaled, axis=-1) < 0).all()
+    assert (scaled / base)[..., -1].max() < 0.2
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_scale_never_falls_with_length(name):
+    """A longer text must never be read at a smaller scale."""
+    scaling = build(name)
+    scales = [scaling.scale_at(n) for n in range(1, 20 * LENGTH, 97)]
+
+    assert all(a <= b for a, b in itertools.pairwise(scales))
+    assert all(isinstance(scale, float) for scale in scales)
+    assert scaling.static == (len(set(scales)) == 1)
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_keys_move_at_most_once_in_256_tokens(name):
+    """Every move rounds the cached keys once more; in bfloat16 that adds up."""
+    scaling = build(name)
+    steps = [n for n in range(2, 12 * LENGTH) if scaling.scale_at(n) != scaling.scale_at(n - 1)]
+
+    assert all(b - a >= 256 for a, b in itertools.pairwise(steps))
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_trained_frequencies_equal_those_of_inference(name):
+    """Training would otherwise tune another function than generation uses."""
+    scaling = build(name)
+    for index, tensor in enumerate(scaling.learned):
+        shape = scaling[tensor].shape
+        scaling[tensor] = mx.random.uniform(-0.05, 0.05, shape, key=mx.random.key(index))
+    for scale in (1.0, 2.0, 3.5, 16.0):
+        ours = scaling.differentiable_inv_freq(scale, layer=1)
+        error = mx.abs(mx.log(ours) - mx.log(scaling.inv_freq(scale, layer=1))).max().item()
+        assert error < 1e-5, f"{name} at scale {scale}: {error:.1e}"
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_weights_survive_a_checkpoint(name):
+    """Tensors go out under the documented names and come back bit for bit, in float32."""
+    one = build(name)
+    weights = {
+        key: mx.random.normal(shape, key=mx.random.key(3)).astype(mx.bfloat16)
+        for key, shape in one.weight_shapes().items()
+    }
+    two = build_scaling({"type": name, **AT_4096[name]}, **SHAPE, weights=weights)
+
+    for key in weights:
+        mine = two[key.removeprefix("scaling.")]
+        assert mine.dtype == mx.float32
+        assert mx.array_equal(mine, weights[key].astype(mx.float32))
+    names = {
+        "clex": ["up_proj", "down_proj"],
+        "gene-param": ["base_coef", "specific_coef"],
+    }
+    assert list(weights) == ["scaling." + n for n in names.get(name, [])]
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "scale"),
+    [
+        ("none", {"type": "default"}, 1.0),
+        ("linear", {"type": "linear", "factor": 4.0}, 4.0),
+        (
+            "yarn",
+            {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": LENGTH},
+            8.0,
+        ),
+    ],
+)
+def test_baselines_equal_those_of_mlx_lm(name, theirs, scale):
+    """Ours must be the same method, gains included, or comparisons mean nothing."""
+    x = mx.random.normal((1, 2, 33, DIMS), key=mx.random.key(0))
+    fields = {"factor": scale} if name != "none" else {}
+    scaling = build_scaling({"type": name, **fields}, **SHAPE)
+    ours = rotate(x, scaling.inv_freq(scale)) * scaling.rotary_gain(scale)
+
+    assert mx.abs(ours - initialize_rope(DIMS, BASE, False, theirs, LENGTH)(x)).max() < 1e-5
+
+
+@pytest.mark.parametrize("length", [LENGTH, 8192, 5 * LENGTH])
+def test_dynamic_equals_that_of_mlx_lm_at_whole_steps(length):
+    """Between its steps ours is that of the next one; at a step they are the same."""
+    scaling = build("dynamic")
+    growth = scaling.config.factor * length / LENGTH - (scaling.config.factor - 1)
+    theirs = (BASE * growth ** (DIMS / (DIMS - 2))) ** -(np.arange(0, DIMS, 2) / DIMS)
+
+    ours = np.array(scaling.inv_freq(scaling.scale_at(length)))
+    assert np.abs(ours / theirs - 1).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        ("linear", {"rope_type": "linear", "factor": 4.0}),
+        ("dynamic", {"rope_type": "dynamic", "factor": 2.0}),
+        ("yarn", {"rope_type": "yarn", "factor": 8.0}),
+    ],
+)
+def test_baselines_equal_those_of_transformers(name, entry):
+    """Against the frequencies and gains transformers computes for the same entry."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = transformers.LlamaConfig(
+        hidden_size=4 * DIMS,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        rope_parameters={**entry, "rope_theta": BASE, "original_max_position_embeddings": LENGTH},
+    )
+    length = 4 * LENGTH
+    kwargs = {"seq_len": length} if name == "dynamic" else {}
+    if name == "linear":
+        from transformers.modeling_rope_utils import _compute_linear_scaling_rope_parameters
+
+        theirs, gain = _compute_linear_scaling_rope_parameters(config, torch.device("cpu"))
+    else:
+        theirs, gain = ROPE_INIT_FUNCTIONS[name](config, torch.device("cpu"), **kwargs)
+    scaling = build_scaling({"type": name, "factor": entry["factor"]}, **SHAPE)
+    scale = scaling.scale_at(length)
+
+    assert np.abs(np.array(scaling.inv_freq(scale)) / theirs.numpy() - 1).max() < 1e-6
+    assert scaling.rotary_gain(scale) == pytest.approx(gain, abs=1e-6)
+
+
+def test_gene_stretches_as_its_paper_says_for_llama_2():
+    """Base 1e4, D 128, L0 4096: the first pair stretched in full is number 38."""
+    gene = build_scaling({"type": "gene"}, dims=128, base=1e4, trained_length=4096)
+    stretch = np.log(np.array(gene.inv_freq(1.0)) / np.array(gene.inv_freq(math.e)))
+
+    assert np.allclose(stretch[38:], 1, atol=1e-4)
+    assert np.allclose(stretch[:38], np.arange(38) / 38, atol=1e-4)
+
+
+def test_reach_is_what_the_method_promises():
+    """CLEX ends at L0 * max_factor; GeNE and dynamic do not end."""
+    reaches = {name: build(name).reach for name in SCALINGS}
+
+    assert reaches == {
+        "none": LENGTH,
+        "linear": 4 * LENGTH,
+        "ntk": 4 * LENGTH,
+        "yarn": 4 * LENGTH,
+        "dynamic": None,
+        "clex": 20 * LENGTH,
+        "gene": None,
+        "gene-param": None,
+    }
+    assert [name for name in SCALINGS if build(name).hard_reach] == ["clex"]
+
+
+def test_log_scale_of_clex_is_one_number_a_pass():
+    """ln n / ln L0, below 1 for short texts and 0 for a single token."""
+    clex = build("clex", log_scale=True)
+
+    assert clex.query_gain(None, LENGTH) == pytest.approx(1)
+    assert clex.query_gain(None, LENGTH**2) == pytest.approx(2)
+    assert clex.query_gain(None, 1) == 0
+    assert build("clex").query_gain(None, LENGTH) is None
+
+
+def test_log_scale_of_gene_is_one_number_a_position():
+    """max(1, ln m / ln training_seq_len), m counted from 1."""
+    gene = build("gene", log_scale=True)
+    gain = gene.query_gain(mx.array([0, 8191, 8192**2 - 1]), 0)
+
+    assert np.allclose(np.array(gain), [1, 1, 2], atol=1e-5)
+    assert build("gene").query_gain(mx.array([5]), 6) is None
+
+
+# What was given, and what the message must name.
+BAD = [
+    ({"type": "banana"}, ["banana", "clex", "gene-param"]),
+    ({"type": "clex", "max_facter": 16}, ["max_facter", "max_factor", "param_factor"]),
+    ({"type": "clex", "max_factor": 0}, ["max_factor", "0"]),
+    ({"type": "clex", "max_factor": 2.5}, ["max_factor", "whole number", "2.5"]),
+    ({"type": "clex", "max_factor": float("nan")}, ["max_factor", "whole number", "nan"]),
+    ({"type": "gene", "factor": float("inf")}, ["factor", "number", "inf"]),
+    ({"type": "clex", "max_factor": True}, ["max_factor", "True"]),
+    ({"type": "clex", "param_factor": 0}, ["param_factor", "0"]),
+    ({"type": "clex", "act": "relu"}, ["act", "relu", "tanh", "silu"]),
+    ({"type": "clex", "time_dt": 0}, ["time_dt"]),
+    ({"type": "linear", "factor": 0.5}, ["factor", "0.5"]),
+    ({"type": "linear", "factor": "4"}, ["factor", "number", "'4'"]),
+    ({"type": "yarn", "beta_fast": 1, "beta_slow": 2}, ["beta_fast", "beta_slow"]),
+    ({"type": "gene", "factor": 2, "training_seq_len": 16384}, ["factor", "16384", "4"]),
+    ({"type": "gene", "num_rotations": 0}, ["num_rotations"]),
+    ({"type": "none", "factor": 2}, ["factor", "no keys"]),
+]
+
+
+@pytest.mark.parametrize(("entry", "words"), BAD)
+def test_a_bad_entry_is_refused_with_what_to_change(entry, words):
+    """A misspelt or impossible setting must never fall back to a default."""
+    with pytest.raises(InputError) as error:
+        build_scaling(entry, **SHAPE)
+
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("dims", [2, 7, 0])
+def test_odd_or_too_few_dimensions_are_refused(dims):
+    """Pairs need an even number, and the exponents of NTK and CLEX at least four."""
+    with pytest.raises(InputError, match="even and at least 4"):
+        build_scaling({"type": "none"}, dims=dims, base=BASE, trained_length=LENGTH)
+
+
+def test_grouped_key_heads_are_refused_by_gene_param():
+    """It has frequencies for every query head, and a key has only one rotation."""
+    with pytest.raises(InputError, match=r"as many key heads.*2 and 4.*Use gene"):
+        build_scaling({"type": "gene-param"}, **SHAPE, key_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        ({"up_proj": (32, 64)}, ["lacks", "scaling.down_proj"]),
+        ({"up_proj": (32, 128), "down_proj": (128, 32)}, ["up_proj", "(32, 128)", "(32, 64)"]),
+        ({"up_proj": (32, 64), "down_proj": (64, 32), "extra": (1,)}, ["scaling.extra"]),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(weights, words):
+    """param_factor 1 with weights of param_factor 2, a missing or an unknown tensor."""
+    given = {"scaling." + name: mx.zeros(shape) for name, shape in weights.items()}
+    with pytest.raises(InputError) as error:
+        build_scaling({"type": "clex"}, **SHAPE, weights=given)
+
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_fixed_scales_are_checked(name):
+    """--scale must name the range when it is left."""
+    scaling = build(name)
+    for bad in (0.5, float("nan"), float("inf"), -1.0):
+        with pytest.raises(InputError, match="scale"):
+            scaling.check_scale(bad)
+    assert scaling.check_scale(1) == 1.0
+    if name == "clex":
+        assert scaling.check_scale(2.5) == 2.5
+        with pytest.raises(InputError, match=r"1\.\.20"):
+            scaling.check_scale(20.5)
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_defaults_live_in_the_dataclass(name):
+    """The table, the config class and its defaults must agree without any argument."""
+    scaling = SCALINGS[name](**SHAPE)
+
+    assert scaling.config == SCALINGS[name].Config()
+    assert dataclasses.is_dataclass(scaling.config)

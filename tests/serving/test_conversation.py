@@ -1,0 +1,237 @@
+"""A conversation keeps one cache, and reads each token once."""
+
+import json
+
+import mlx.core as mx
+import pytest
+from mlx_clex.convert import convert
+
+from mlx_clex import load, make_prompt_cache
+from mlx_clex.checkpoint.fingerprint import fingerprint
+from mlx_clex.errors import InputError
+from mlx_clex.serving.conversation import Conversation, Stopped, read_text
+
+from ..conftest import GOLDEN
+
+SENTENCE = "The quick brown fox jumps over the lazy dog. "
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content | trim }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """clex_llama in float32, trained length 32, reach 256, without a chat template."""
+    return convert(GOLDEN / "clex_llama", tmp_path_factory.mktemp("f32") / "m", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def templated(tmp_path_factory):
+    """gene_llama in float32, which has no end, with a chat template."""
+    folder = tmp_path_factory.mktemp("f32") / "m"
+    convert(GOLDEN / "gene_llama", folder, dtype="float32")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATE}))
+    return folder
+
+
+def answer_of(conversation, message):
+    return "".join(conversation.answer(message))
+
+
+def saying(tokenizer, text):
+    """A sampler that says `text` and ends."""
+    script = iter(tokenizer.encode(text, add_special_tokens=False))
+    return lambda logprobs: mx.array([next(script, tokenizer.eos_token_id)])
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["ended", "cut"])
+def test_turns_add_up_to_the_template(templated, ends):
+    """The end of an answer was there twice, or missing where the answer had been cut."""
+    model, tokenizer = load(templated)
+    conversation = Conversation(model, tokenizer, system_prompt="Be brief.")
+    for question, answer in [("How are you?", "fine, thanks"), ("Really?", "yes")]:
+        conversation.sampler = saying(tokenizer, answer)
+        length = len(tokenizer.encode(answer, add_special_tokens=False))
+        conversation.max_tokens = 100 if ends else length
+        assert answer_of(conversation, question).strip() == answer
+        assert conversation.finish == ("stop" if ends else "length")
+
+    system = [{"role": "system", "content": "Be brief."}]
+    whole = tokenizer.apply_chat_template(system + conversation.messages, tokenize=False)
+    whole = whole.removesuffix("\n" if ends else "</s>\n")
+    assert squeezed(tokenizer.decode(conversation.tokens)) == squeezed(whole)
+
+
+def test_a_document_begins_the_next_message(templated):
+    """The document was a message of its own, and the model answered it."""
+    model, tokenizer = load(templated)
+    conversation = Conversation(model, tokenizer, sampler=saying(tokenizer, "fox"))
+    conversation.read("First.")
+    conversation.read("Second.")
+    assert len(conversation.messages) == 1
+    answer_of(conversation, "Who jumps?")
+
+    roles = [message["role"] for message in conversation.messages]
+    assert roles == ["user", "assistant"]
+    text = squeezed(tokenizer.decode(conversation.tokens))
+    wanted = "<s>user First. Second. Who jumps?</s> <s>assistant fox</s>"
+    assert text == squeezed(wanted)
+
+
+def squeezed(text):
+    """Without white space, which sentencepiece adds at the beginning of each piece."""
+    return "".join(text.split())
+
+
+def test_a_turn_reads_only_what_is_new(plain):
+    """Each turn read the whole conversation again."""
+    model, tokenizer = load(plain)
+    conversation = Conversation(model, tokenizer, max_tokens=10)
+    answer_of(conversation, SENTENCE * 2)
+    before = len(conversation.tokens)
+    counts = []
+    answer_of_progress = conversation.answer(SENTENCE, lambda done, total: counts.append(total))
+    list(answer_of_progress)
+
+    added = len(conversation.tokens) - before - conversation.generated
+    assert counts == [added - 1]  # the last one is fed by the generation
+
+
+def test_answers_are_those_of_one_pass_at_a_fixed_scale(plain):
+    """Feeding turn by turn put tokens at other positions."""
+    model, tokenizer = load(plain, scale=8)
+    conversation = Conversation(model, tokenizer, policy=8.0, max_tokens=12, prefill_step_size=7)
+    for message in (SENTENCE * 2, "And a cat.", SENTENCE):
+        answer_of(conversation, message)
+
+    tokens, count = conversation.tokens, conversation.generated
+    logits = model(mx.array([tokens]), cache=make_prompt_cache(model))
+    greedy = logits[0].argmax(-1).tolist()
+    assert greedy[-count - 1 : -1] == tokens[-count:]
+
+
+def test_the_scale_follows_the_conversation(plain):
+    """Each turn is planned for its length, and the first pass of it has that scale."""
+    model, tokenizer = load(plain)
+    planned = Conversation(model, tokenizer, max_tokens=4, prefill_step_size=8)
+    grown = Conversation(model, tokenizer, policy="grow", max_tokens=4, prefill_step_size=8)
+    assert planned.context().scale == 1
+    seen = {}
+    for name, conversation in (("prompt", planned), ("grow", grown)):
+        scales = seen[name] = []
+        conversation.read(
+            SENTENCE, lambda *_, c=conversation, s=scales: s.append(c._cache[0].scale)
+        )
+        answer_of(conversation, SENTENCE)
+        assert conversation.context().scale == model.scale_at(len(conversation.tokens))
+
+    assert set(seen["prompt"]) == {model.scale_at(len(tokenizer.encode(SENTENCE)))}
+    assert seen["grow"][0] == 1
+
+
+@pytest.mark.parametrize("trimmable", [True, False])
+def test_stopped_reading_leaves_the_conversation_as_it_was(plain, monkeypatch, trimmable):
+    """Half a document stayed in the cache, under tokens that the conversation did not have."""
+    model, tokenizer = load(plain, scale=8)
+
+    def two_turns(*, stop):
+        conversation = Conversation(model, tokenizer, policy=8.0, max_tokens=8, prefill_step_size=8)
+        answer_of(conversation, "A cat.")
+        if stop:
+            tokens = list(conversation.tokens)
+            with pytest.raises(Stopped):
+                conversation.read(SENTENCE, lambda *_: conversation.stop.set())
+            assert conversation.tokens == tokens
+            assert len(conversation.messages) == 2
+        return answer_of(conversation, "A dog.")
+
+    wanted = two_turns(stop=False)
+    if not trimmable:
+        monkeypatch.setattr("mlx_clex.serving.conversation.can_trim_prompt_cache", lambda _: False)
+    assert two_turns(stop=True) == wanted
+
+
+def test_a_stopped_answer_stays(plain):
+    """What was said before the stop is part of the conversation."""
+    model, tokenizer = load(plain)
+    conversation = Conversation(model, tokenizer, max_tokens=100)
+    pieces = []
+    for piece in conversation.answer("A cat."):
+        pieces.append(piece)
+        if len(pieces) == 5:
+            conversation.stop.set()
+
+    assert conversation.finish == "stopped"
+    assert conversation.messages[-1]["content"] == "".join(pieces)
+    assert conversation._cache[0].offset == len(conversation.tokens)
+    answer_of(conversation, "A dog.")
+    assert conversation._cache[0].offset == len(conversation.tokens)
+
+
+def test_a_hard_reach_is_refused_and_the_conversation_goes_on(plain):
+    """A message too long ended the program, or left half of itself behind."""
+    model, tokenizer = load(plain)
+    conversation = Conversation(model, tokenizer, max_tokens=300)
+    answer_of(conversation, "A cat.")
+    assert conversation.finish == "reach"
+    assert len(conversation.tokens) == 256
+    before = conversation.context()
+    for attempt in (conversation.read, lambda text: list(conversation.answer(text))):
+        with pytest.raises(InputError, match=r"this model reaches 256 \(trained length 32 x"):
+            attempt(SENTENCE)
+    assert conversation.context() == before
+
+    conversation.reset()
+    conversation.max_tokens = 4
+    answer_of(conversation, SENTENCE)
+    assert conversation.context().tokens > 4
+
+
+def known(folder, **options):
+    """A conversation that knows whose it is."""
+    model, tokenizer = load(folder, **options)
+    return Conversation(model, tokenizer, identity=fingerprint(model, folder), max_tokens=8)
+
+
+def test_saved_and_restored_it_goes_on_without_reading(plain, templated, tmp_path):
+    """The same answer as without the detour, from the tokens of the new message alone."""
+    conversation = known(plain)
+    conversation.read(SENTENCE * 2)
+    answer_of(conversation, "A cat.")
+    file = conversation.save(tmp_path / "talk")
+    assert file == tmp_path / "talk.safetensors"
+    assert list(tmp_path.iterdir()) == [file]
+    wanted = answer_of(conversation, "A dog.")
+
+    other = known(plain)
+    other.restore(tmp_path / "talk")
+    counts = []
+    answer = "".join(other.answer("A dog.", lambda done, total: counts.append(total)))
+
+    assert answer == wanted
+    assert other.messages == conversation.messages
+    assert counts[0] < 20
+    with pytest.raises(InputError, match=r"another model: .*rope_scaling: .* there, .* here"):
+        known(templated).restore(file)
+    with pytest.raises(InputError, match=r"fixed scale: none there, 2\.0 here"):
+        known(plain, scale=2.0).restore(file)
+
+
+def test_files_that_cannot_be_used(plain, tmp_path):
+    """Each is refused with its name and the reason."""
+    conversation = Conversation(*load(plain))
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "bad.safetensors").write_bytes(b"no cache")
+    for attempt, reason in [
+        (lambda: conversation.save(tmp_path / "x"), "nothing to save"),
+        (lambda: conversation.restore(tmp_path / "none"), "is no file"),
+        (lambda: conversation.restore(tmp_path / "bad.safetensors"), "no conversation"),
+        (lambda: read_text(tmp_path / "bytes"), "no UTF-8 text"),
+        (lambda: read_text(tmp_path / "none"), "No such file"),
+        (lambda: conversation.read(" \n"), "is empty"),
+        (lambda: Conversation(*load(plain), system_prompt="x"), "chat template"),
+    ]:
+        with pytest.raises(InputError, match=reason):
+            attempt()

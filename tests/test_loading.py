@@ -1,0 +1,222 @@
+"""load: converted folders, published ones on the fly, stock ones, and what is refused."""
+
+import concurrent.futures
+import json
+import shutil
+import sys
+
+import mlx.core as mx
+import pytest
+from mlx_lm import load as stock_load
+
+from mlx_clex import load
+from mlx_clex.errors import InputError
+from mlx_clex.model.scaled_model import ScaledModel
+
+from .conftest import GOLDEN, random_adapters, stock_folder
+
+
+@pytest.fixture
+def folder(converted, tmp_path):
+    """A converted checkpoint that a test may damage."""
+    return shutil.copytree(converted("clex_llama"), tmp_path / "model")
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+def test_a_published_folder_is_converted_once(tmp_path, capsys):
+    """The second load takes the conversion of the first; a changed source makes a new one."""
+    source = shutil.copytree(GOLDEN / "clex_phi", tmp_path / "published")
+    model, tokenizer = load(source, cache_dir=tmp_path / "cache")
+    ids = mx.array([tokenizer.encode("hello there")])
+    before = model(ids)
+    assert "Converting" in capsys.readouterr().err
+    again, _ = load(source, cache_dir=tmp_path / "cache")
+
+    assert "Converting" not in capsys.readouterr().err
+    assert mx.array_equal(again(ids), before)
+    (source / "config.json").write_text((source / "config.json").read_text() + "\n")
+    load(source, cache_dir=tmp_path / "cache")
+    assert "Converting" in capsys.readouterr().err
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_converted_folder_runs_under_stock_mlx_lm(folder):
+    """The shim makes it a checkpoint for every program of mlx-lm, with the same answers."""
+    ours, _ = load(folder)
+    theirs, tokenizer = stock_load(str(folder), trust_remote_code=True)
+    ids = mx.array([tokenizer.encode("hello there " * 10)])
+
+    assert isinstance(theirs, ScaledModel)
+    assert mx.array_equal(ours(ids), theirs(ids))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        stock_load(str(folder))
+
+
+def test_our_load_runs_no_file_of_the_folder(folder, tmp_path, converted):
+    """A converted folder from a stranger may have another text in its shim."""
+    (folder / "mlx_clex_model.py").write_text("raise SystemExit('ran')\n")
+    load(folder)
+    foreign = stock_folder(tmp_path, converted("clex_llama"), model_file="other.py")
+    (foreign / "other.py").write_text("raise SystemExit('ran')\n")
+    with pytest.raises(InputError, match="trust_remote_code"):
+        load(foreign)
+
+
+def test_a_scale_can_be_fixed_at_load(folder):
+    """The scale then holds for every length, and the caches are mlx-lm's."""
+    model, _ = load(folder, scale=3.5)
+    assert model.fixed_scale == 3.5
+    assert model.scale_at(1) == model.scale_at(200) == 3.5
+    with pytest.raises(InputError, match=r"1\.\.8"):
+        load(folder, scale=9)
+
+
+def test_a_stock_model_stays_stock(tmp_path, converted):
+    """Without a rope_scaling there is nothing to attach, and no scale to set."""
+    folder = stock_folder(tmp_path, converted("clex_llama"))
+    model, _ = load(folder)
+    assert not isinstance(model, ScaledModel)
+    with pytest.raises(InputError, match="no scaling of ours"):
+        load(folder, scale=2)
+
+
+@pytest.mark.parametrize(
+    ("entry", "ours"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, True),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 500.0}}, True),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                }
+            },
+            False,
+        ),
+    ],
+)
+def test_what_mlx_lm_scales_by_itself_is_left_to_it(tmp_path, converted, entry, ours):
+    """llama3 and longrope are mlx-lm's; linear, dynamic and yarn are ours in any spelling."""
+    folder = stock_folder(tmp_path, converted("clex_llama"), **entry)
+    model, _ = load(folder)
+
+    assert isinstance(model, ScaledModel) == ours
+    if "rope_parameters" in entry:
+        assert model.scaling.base == 500.0
+
+
+def test_an_unknown_rope_type_is_refused(tmp_path, converted):
+    """It names the type and what there is."""
+    folder = stock_folder(tmp_path, converted("clex_llama"), rope_scaling={"type": "banana"})
+    with pytest.raises(InputError, match=r"'banana'.*clex, gene"):
+        load(folder)
+
+
+def truncate(folder):
+    path = next(folder.glob("model*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def drop_scaling(folder):
+    path = next(folder.glob("model*.safetensors"))
+    weights = mx.load(str(path))
+    del weights["scaling.up_proj"]
+    mx.eval(weights)
+    mx.save_safetensors(str(path), weights, metadata={"format": "mlx"})
+
+
+DAMAGE = {
+    "empty folder": (lambda f: [p.unlink() for p in f.iterdir()], "no config.json"),
+    "no weights": (lambda f: [p.unlink() for p in f.glob("model*")], "no weights"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "no readable JSON"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "no JSON object"),
+    "truncated weights": (truncate, "exceeding the size of the file"),
+    "garbage weights": (
+        lambda f: next(f.glob("model*.safetensors")).write_bytes(b"\xff" * 100),
+        "does not load",
+    ),
+    "a tensor is missing": (drop_scaling, "scaling.up_proj"),
+    "another param_factor": (
+        lambda f: edit(f, rope_scaling={"type": "clex", "max_factor": 8, "param_factor": 2}),
+        "scaling.",
+    ),
+    "unknown key": (
+        lambda f: edit(f, rope_scaling={"type": "clex", "max_facter": 8}),
+        "max_facter",
+    ),
+    "odd head": (lambda f: edit(f, head_dim=15), "even"),
+    "unknown family": (lambda f: edit(f, model_type="banana"), "'banana'"),
+    "a tokenizer without end": (
+        lambda f: (f / "tokenizer.json").write_text("[" * 100_000),
+        "tokenizer",
+    ),
+    "tokenizer settings no object": (
+        lambda f: (f / "tokenizer_config.json").write_text("5"),
+        "tokenizer",
+    ),
+    "no tokenizer": (lambda f: [p.unlink() for p in f.glob("*token*")], "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_refused_in_one_line(damage, folder):
+    """The message names what is wrong."""
+    do, words = DAMAGE[damage]
+    do(folder)
+    with pytest.raises(InputError) as error:
+        load(folder)
+    assert words in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("rank", [10**9, 10**10])
+def test_adapters_without_their_tensors_are_not_made_up(folder, tmp_path, rank):
+    """A rank of 1e9 in adapter_config.json ended the process: the tensors took all memory."""
+    adapters = random_adapters(folder, tmp_path / "adapters", seed=0)
+    config = json.loads((adapters / "adapter_config.json").read_text())
+    config["lora_parameters"]["rank"] = rank
+    (adapters / "adapter_config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(adapters / "adapters.safetensors"), {})
+    with pytest.raises(InputError, match=r"adapters\.safetensors lacks|do not load"):
+        load(folder, adapter_path=adapters)
+
+
+def test_neither_a_folder_nor_an_id(tmp_path):
+    """A misspelt path must not be looked up on the hub."""
+    for name in (str(tmp_path / "nothing"), "./nothing", "a/b/c/d", ""):
+        with pytest.raises(InputError, match="neither a folder"):
+            load(name)
+    with pytest.raises(
+        InputError, match=r"no folder owner/model.* from the hub it could not be had"
+    ):
+        load("owner/model-that-is-not-there", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["clex_llama", "clex_mixtral"])
+def test_a_model_loaded_in_one_thread_runs_in_another(name, converted):
+    """Servers do so, and MLX refuses lazy arrays of another thread's stream."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        model, _ = pool.submit(load, converted(name)).result()
+    ids = mx.array([[1, 5, 9]])
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        logits = pool.submit(lambda: mx.abs(model(ids)).max().item()).result()
+    assert logits > 0
+
+
+def test_a_folder_with_nothing_but_a_gguf_file_loads(tmp_path, monkeypatch):
+    """Convert takes it, so load must."""
+    seen = []
+    module = sys.modules["mlx_clex.loading"]
+    monkeypatch.setattr(module, "_converted", lambda source, target: seen.append(source))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(TypeError):
+        load(tmp_path)
+    assert seen == [str(tmp_path)]
