@@ -43,7 +43,7 @@ from .model.scaled_model import ScaledModel, attach
 from .model.sharding import one_voice
 from .scaling.clex import Clex
 from .training.batches import PACKINGS, Batches
-from .training.draws import DENSE, SAMPLINGS, SCALE_DRAWS, SKIPS, Draws, Procedure, procedure_for
+from .training.draws import SAMPLINGS, SCALE_DRAWS, SKIPS, Draws, Procedure, procedure_for
 from .training.loop import LoopOptions, Run
 from .training.ranks import Ranks
 from .training.saves import ADAPTERS, Checkpoints
@@ -162,8 +162,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plain-share",
         type=float,
-        help="Share of the steps at scale 1 and in rows of the trained length: of --sampling "
-        "dense (default: 0.25), and of skips in longer sequences (default: of clex 0.25, else 0).",
+        help="Share of plain steps among those of skips in sequences longer than the trained "
+        "length. Default: clex 0.25, else 0.",
     )
     parser.add_argument(
         "--release-recipe",
@@ -429,10 +429,8 @@ def _prepare(
             f"it); {batches.mute} have nothing within it to learn, and are left out."
         )
     procedure = _procedure(args, model)
-    if args.plain_share and procedure.sampling not in (DENSE, SKIPS):
-        raise InputError(
-            f"--plain-share is for --sampling dense and skips, not {procedure.sampling}."
-        )
+    if args.plain_share and procedure.sampling != SKIPS:
+        raise InputError(f"--plain-share is for --sampling skips, not {procedure.sampling}.")
     draws = Draws(model.scaling, procedure, np.random.default_rng(args.seed))
     draws.check(args.max_seq_length)
     valid = corpora.get("valid")

@@ -1,14 +1,8 @@
-"""Which scale and which positions a training step has.
+"""Draw the scale and the positions of each training step.
 
-Two independent choices. The scale: `uniform` over whole numbers, as CLEX; `gene`, as
-GeNE; `fixed`, that of the training length. The positions:
-
-    release     CLEX's: a sorted sample over the stretched length, neighbours far apart
-    dense       a sorted sample of whole positions over L0 * scale; a share of the steps
-                is plain: in rows of at most L0 tokens, at the scale of such texts
-    skips       one to four runs of neighbours with jumps between them, up to L0 * scale
-                (after PoSE, arXiv 2309.10400); a share may be plain, as under dense
-    contiguous  0, 1, 2, ..., as GeNE
+The two choices are independent; `SCALE_DRAWS` and `SAMPLINGS` say what they are. Skips are
+after PoSE (arXiv 2309.10400). Some of their steps may be plain: the rows are cut to at most
+L0 tokens, at the scale of texts of that length.
 
 Random numbers are NumPy's, whose state can be saved and restored exactly.
 
@@ -22,8 +16,18 @@ import numpy as np
 from ..errors import InputError
 from ..scaling import SCALINGS, Scaling
 
-SCALE_DRAWS = UNIFORM, GENE, FIXED = "uniform", "gene", "fixed"
-SAMPLINGS = RELEASE, DENSE, SKIPS, CONTIGUOUS = "release", "dense", "skips", "contiguous"
+UNIFORM, GENE, FIXED = "uniform", "gene", "fixed"
+SCALE_DRAWS = {
+    UNIFORM: "a whole number up to the largest scale, all equally likely, as CLEX",
+    GENE: "a multiple of length / trained length, the smallest and largest most often, as GeNE",
+    FIXED: "always the scale of the sequence's length",
+}
+RELEASE, SKIPS, CONTIGUOUS = "release", "skips", "contiguous"
+SAMPLINGS = {
+    RELEASE: "a sorted sample over the scaled length, neighbours far apart, as CLEX was published",
+    SKIPS: "one to four runs of neighbours with jumps between them, up to the scaled length",
+    CONTIGUOUS: "0, 1, 2, ..., as GeNE",
+}
 _MOST_RUNS = 4  # of `skips`
 _PLAIN = 0.25
 
@@ -34,7 +38,7 @@ class Procedure:
 
     scale_draw: str = FIXED  # one of SCALE_DRAWS
     sampling: str = CONTIGUOUS  # one of SAMPLINGS
-    plain_share: float | None = None  # of the steps, at scale 1; None: of dense `_PLAIN`, else 0
+    plain_share: float = 0.0  # share of plain steps among those of skips longer than L0
 
     def __post_init__(self) -> None:
         if self.scale_draw not in SCALE_DRAWS:
@@ -45,21 +49,16 @@ class Procedure:
             raise InputError(
                 f"--sampling must be one of {', '.join(SAMPLINGS)}, got {self.sampling!r}."
             )
-        share = self.plain_share
-        if share is not None and not (isinstance(share, int | float) and 0 <= share < 1):
-            raise InputError(f"--plain-share must be within 0..1, got {share!r}.")
+        if not 0 <= self.plain_share < 1:
+            raise InputError(f"--plain-share must be within 0..1, got {self.plain_share!r}.")
 
     def plain_share_at(self, length: int, trained: int) -> float:
-        """Of sequences of `length` tokens.
+        """Share of plain steps for sequences of this length, both lengths in tokens.
 
-        Skips have no sequences longer than L0 at scales below their own length's, which a
-        plain share gives back.
+        Skips in sequences longer than L0 never draw a scale below length / L0; plain steps
+        train those scales.
         """
-        if self.sampling == DENSE:
-            return _PLAIN if self.plain_share is None else self.plain_share
-        if self.sampling == SKIPS and length > trained:
-            return self.plain_share or 0.0
-        return 0.0
+        return self.plain_share if self.sampling == SKIPS and length > trained else 0.0
 
 
 # The papers' own; methods that are not listed have a scale for each length and no draw.
@@ -110,6 +109,15 @@ class Draws:
         self.procedure = procedure
         self.rng = rng
 
+    @property
+    def longest(self) -> int | None:
+        """The longest sequence that can be drawn for, in tokens; None where there is no limit."""
+        scaling = self.scaling
+        limits = [scaling.reach] if scaling.hard_reach and scaling.reach is not None else []
+        if self.procedure.scale_draw != FIXED:
+            limits.append(scaling.trained_length * int(self._largest))
+        return min(limits, default=None)
+
     def check(self, length: int) -> None:
         """Refuse a training length that cannot be drawn for.
 
@@ -117,31 +125,21 @@ class Draws:
             length: of the sequences, tokens.
 
         Raises:
-            InputError: it is too short, or beyond what the scaling is made for.
+            InputError: it is too short, or beyond `longest`.
         """
-        trained, largest = self.scaling.trained_length, self._largest
         if length < 4:
             raise InputError(f"--max-seq-length must be at least 4 tokens, got {length}.")
-        if self.procedure.scale_draw == GENE and largest // _steps(length, trained) < 1:
+        trained, longest = self.scaling.trained_length, self.longest
+        if longest is not None and length > longest:
             raise InputError(
-                f"--max-seq-length {length} is {_steps(length, trained)} times the trained "
-                f"length {trained}, and factor is {largest:g}: lower --max-seq-length to "
-                f"{int(largest) * trained} or raise --factor."
+                f"--max-seq-length {length} is beyond {longest} tokens (trained length {trained} "
+                f"x {longest // trained}), the longest that this scaling can be trained at: lower "
+                "it, or raise --max-factor or --factor."
             )
-        reach = self.scaling.reach if self.scaling.hard_reach else None
-        drawn_reach = trained * int(largest) if self.procedure.scale_draw == UNIFORM else None
-        for limit in (reach, drawn_reach):
-            if limit is not None and length > limit:
-                raise InputError(
-                    f"--max-seq-length {length} is beyond {limit} tokens (trained length "
-                    f"{trained} x {limit // trained}), the longest this scaling serves: lower "
-                    "it, or raise --max-factor or --factor."
-                )
 
     def draw(self, length: int) -> Draw:
-        """The next scale and positions, for sequences of `length` tokens."""
+        """Draw the next scale and positions, for sequences of `length` tokens."""
         procedure, trained = self.procedure, self.scaling.trained_length
-        dense = procedure.sampling == DENSE
         plain_share = procedure.plain_share_at(length, trained)
         if plain_share and self.rng.random() < plain_share:
             pieces = _steps(length, trained)
@@ -156,8 +154,7 @@ class Draws:
             sample = self.rng.choice(span, length - 2, replace=False, shuffle=False)
             return Draw(scale, release_positions(np.sort(sample), length, int(scale), trained))
         span = max(length, int(trained * scale))
-        sample = self._dense(length, span) if dense else self._skips(length, span)
-        return Draw(scale, sample.astype(np.float32))
+        return Draw(scale, self._skips(length, span).astype(np.float32))
 
     @property
     def _largest(self) -> float:
@@ -177,11 +174,6 @@ class Draws:
             chances = gene_chances(self._largest, length, trained)
             return float((1 + self.rng.choice(len(chances), p=chances)) * _steps(length, trained))
         return self.scaling.scale_at(length)
-
-    def _dense(self, length: int, span: int) -> np.ndarray:
-        """0, a sorted sample of whole positions, and span - 1."""
-        inner = self.rng.choice(span - 2, length - 2, replace=False, shuffle=False)
-        return np.concatenate([[0], np.sort(inner) + 1, [span - 1]])
 
     def _skips(self, length: int, span: int) -> np.ndarray:
         """Runs of neighbours, each further on than the one before, within the span."""
