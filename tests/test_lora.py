@@ -20,11 +20,13 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_clex import load, lora
 from mlx_clex.commands.run_command import run_command
 from mlx_clex.errors import InputError, RunError
-from mlx_clex.lora import build_parser
 from mlx_clex.scaling import build_scaling
 from mlx_clex.scaling.gene import GeneParam
+from mlx_clex.training import prepare
 from mlx_clex.training.draws import Draws, procedure_for
 from mlx_clex.training.log import Log, read_log
+from mlx_clex.training.option_fields import with_config
+from mlx_clex.training.options import TrainingOptions
 from mlx_clex.training.ranks import Ranks
 from mlx_clex.training.saves import Checkpoints
 from mlx_clex.training.setup import OPTIMIZERS, build_optimizer
@@ -76,19 +78,18 @@ def argv_for(model, texts, adapters, *more):
 
 def call(argv):
     return run_command(
-        lora.add_arguments,
-        lora.run,
-        prog="mlx_clex.lora",
-        description="",
-        argv=argv,
-        parents=[build_parser()],
+        lora.add_arguments, lora.run, prog="mlx_clex.lora", description="", argv=argv
     )
 
 
 def whole_parser():
-    parser = argparse.ArgumentParser(parents=[build_parser()], conflict_handler="resolve")
+    parser = argparse.ArgumentParser()
     lora.add_arguments(parser)
     return parser
+
+
+def parse(*argv):
+    return with_config(whole_parser().parse_args(list(argv)), TrainingOptions)
 
 
 def arrays(folder):
@@ -166,7 +167,7 @@ def test_resuming_is_bit_identical(more, name, converted, texts, tmp_path):
     config.write_text(yaml.safe_dump({"lora_parameters": rank, "save_every": 4}))
     more = f"{more} --iters 14 -c {config}"
     assert call(argv_for(model, texts, whole, more)) == 0
-    step = lora.TrainingStep.__call__
+    step = TrainingStep.__call__
     calls = []
 
     def interrupted(self, *args, **kwargs):
@@ -176,7 +177,7 @@ def test_resuming_is_bit_identical(more, name, converted, texts, tmp_path):
         return step(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(lora.TrainingStep, "__call__", interrupted)
+        patched.setattr(TrainingStep, "__call__", interrupted)
         assert call(argv_for(model, texts, parts, more)) == 130
     assert call(argv_for(model, texts, parts, more, "--resume")) == 0
     assert read_log(whole / "log.jsonl") == read_log(parts / "log.jsonl")
@@ -279,13 +280,38 @@ def test_nan_stops_and_keeps_the_last_good_save(base, texts, tmp_path, capsys):
     argv = argv_for(base, texts, adapters, "--iters 3")
     assert call(argv) == 0
     good = arrays(adapters)
-    huge = "--iters 9 --save-every 1 --learning-rate 1e30 --optimizer sgd"
+    huge = "--iters 9 --save-every 1 --learning-rate 1e30 --warmup 1 --optimizer sgd"
     assert call(argv_for(base, texts, tmp_path / "b", huge)) == 1
     assert "the loss is" in capsys.readouterr().err
     newest = Checkpoints(tmp_path / "b", keep=2).newest
     for weights in arrays(newest).values():
         assert all(mx.isfinite(value).all().item() for value in weights.values())
     assert equal(good, arrays(adapters))
+
+
+@pytest.mark.parametrize(
+    ("rate", "kept"),
+    [
+        ("learning_rate: .inf", None),
+        ("lr_schedule: {name: exponential_decay, arguments: [0.001, 1.0e40]}", "0000001"),
+        ("learning_rate: 1.0e30\nwarmup: 1\noptimizer: sgd", "0000001"),
+    ],
+)
+def test_a_save_follows_a_finite_forward_pass(base, texts, tmp_path, rate, kept, capsys):
+    """The last update of a run was saved whatever it did, and the run ended with status 0."""
+    adapters = tmp_path / "a"
+    (tmp_path / "c.yaml").write_text(f"{rate}\nsave_every: 1\niters: {2 if kept else 1}\n")
+    argv = argv_for(base, texts, adapters, f"-c {tmp_path / 'c.yaml'}")
+    at = argv.index("--learning-rate")
+    assert call(argv[:at] + argv[at + 2 :]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"Iteration {2 if kept else 1}: after its update " in error
+    newest = Checkpoints(adapters, keep=2).newest
+    assert (newest and newest.name) == kept
+    assert (f"the last good save is {newest}" if kept else "nothing was saved yet") in error
+    if kept:
+        model = load(base, adapter_path=adapters)[0]
+        assert mx.isfinite(model(mx.arange(40)[None])).all().item()
 
 
 def test_a_failure_of_mlx_is_one_line(base, texts, tmp_path, monkeypatch, capsys):
@@ -361,6 +387,39 @@ def test_adapters_without_a_trained_part_are_refused(base, texts, tmp_path, name
         load(base, adapter_path=adapters)
 
 
+def test_a_run_tells_its_plan_and_what_it_made(base, texts, tmp_path, capsys):
+    """The draw of scales and positions decided the result, and was not printed."""
+    adapters = tmp_path / "a"
+    more = "--iters 3 --grad-accumulation-steps 2 --max-seq-length 64 --eval-lengths 64"
+    assert call(argv_for(base, texts, adapters, more)) == 0
+    printed, progress = capsys.readouterr()
+    plan, _, end = printed.partition("Iter 0: ")
+    lines = dict(line.split(": ", 1) for line in plan.splitlines())
+    told = {name: text.strip() for name, text in lines.items()}
+    assert told["model"] == f"{base}: Clex, trained length 32 tokens, reach 256 tokens"
+    assert told["trained"].startswith("lora of the last 2 of 2 layers, the scaling: ")
+    assert told["scale"].startswith("uniform: ")
+    assert told["positions"].startswith("skips: ")
+    assert told["plain steps"] == "25% of the steps, in rows of at most 32 tokens"
+    assert "(valid), " in told["held out"]
+    assert told["tokens"].startswith("128 an iteration (2 x 64), 384 in all, ")
+    for text in ("Validating", "Perplexity at 64 tokens"):
+        assert f"{text}:   0%" in progress, "shown before the first of it is done"
+    assert f"the result is in {adapters}" in end
+    for command in ("generate", "fuse"):
+        assert f"mlx_clex {command} --model {base} --adapter-path {adapters} --" in end
+
+
+def test_the_default_length_is_one_that_can_be_trained(base, texts, tmp_path, capsys):
+    """The default of 2,048 tokens was refused by a scaling that reaches fewer."""
+    argv = argv_for(base, texts, tmp_path / "a", "--iters 1")
+    at = argv.index("--max-seq-length")
+    assert call([*argv[:at], *argv[at + 2 :], "--batch-size", "1"]) == 0
+    assert "--max-seq-length is 256 tokens" in capsys.readouterr().err
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["max_seq_length"] == 256
+
+
 def test_the_network_learns_at_its_own_rate(base, texts, tmp_path):
     """--scaling-learning-rate 0 leaves it as it was, and no file for it."""
     assert call(argv_for(base, texts, tmp_path / "a", "--iters 2 --scaling-learning-rate 0")) == 0
@@ -390,8 +449,8 @@ def test_the_network_learns_at_its_own_rate(base, texts, tmp_path):
         ("--plain-share 2", "--plain-share"),
         ("--plain-share 0.5 --sampling contiguous", "is for --sampling skips"),
         ("--num-layers 0", "--num-layers must be at least 1, or -1"),
-        ("--num-layers -2", "--num-layers must be at least -1"),
-        ("--val-batches -5", "--val-batches must be at least -1"),
+        ("--num-layers -2", "--num-layers must be at least 1, or -1 for all, got -2"),
+        ("--val-batches -5", "--val-batches must be at least 0, or -1 for all, got -5"),
         ("--test --test-batches 0", "--test-batches must be at least 1"),
         ("--resume-adapter-file nowhere.safetensors", "does not load"),
         ("--report-to nothing", "--report-to nothing"),
@@ -438,8 +497,8 @@ def test_bad_data_is_one_line(converted, tmp_path, model, train, more, match, ca
         ("eval_lengths: [64, true]", "in a YAML file [4096, 8192]"),
         ("lora_parameters: 8", "lora_parameters must be a block"),
         ("optimizer_config: 3", "optimizer_config must be a block"),
-        ("report_to: 3", "report_to must be text"),
-        ("project_name: 2025-11-27", "project_name must be text (in quotes)"),
+        ("report_to: 3", "--report-to must be text"),
+        ("project_name: 2025-11-27", "--project-name must be text (in quotes)"),
         ('mask_prompt: "no"', "--mask-prompt must be true or false, got 'no'"),
         ("warmup: 5\nlr_schedule: {name: cosine_decay, arguments: [1e-3, 9]}", "leave them out"),
     ],
@@ -458,8 +517,7 @@ def test_remote_code_may_be_trusted_in_yaml(tmp_path):
     file = tmp_path / "c.yaml"
     for value in (True, False):
         file.write_text(f"trust_remote_code: {str(value).lower()}\n")
-        args = lora.with_config(whole_parser().parse_args(["-c", str(file)]))
-        assert args.trust_remote_code is value
+        assert TrainingOptions.of(parse("-c", str(file))).trust_remote_code is value
 
 
 def test_a_scaling_with_nothing_to_learn_has_no_rate(converted, texts, tmp_path, capsys):
@@ -501,10 +559,11 @@ def test_nothing_given_is_one_line(capsys):
     ("text", "match"),
     [
         ("samplng: skips", "'samplng', which is none of"),
-        ("- a", "no list of"),
+        ("- a", "must be a list of"),
         ("a: [", "cannot be read"),
         ("sampling: skip", "release, skips, contiguous"),
         ("iters: many", "must be a whole number"),
+        ("scaling: clx", "--scaling must be one of none, linear, "),
         ("seed: -1", "--seed must be within 0..4294967295, got -1"),
         ("lora_parameters: {rank: 8, dropout: 0.0}", "lora_parameters cannot be used"),
         ("lora_parameters: {rank: 8, scale: 1.0, dropout: 0.5}\ngrad_checkpoint: true", "twice"),
@@ -523,19 +582,8 @@ def test_bad_yaml_is_one_line(base, texts, tmp_path, text, match, capsys):
 def test_options_come_before_yaml_and_yaml_before_defaults(tmp_path):
     """As in mlx_lm.lora."""
     (tmp_path / "c.yaml").write_text("iters: 7\nbatch_size: 3\nlearning_rate: 1e-4\n")
-    args = ["-c", str(tmp_path / "c.yaml"), "--iters", "5"]
-    args = lora.with_config(whole_parser().parse_args(args))
+    args = TrainingOptions.of(parse("-c", str(tmp_path / "c.yaml"), "--iters", "5"))
     assert (args.iters, args.batch_size, args.learning_rate, args.seed) == (5, 3, 1e-4, 0)
-
-
-def test_every_option_of_mlx_lm_is_taken():
-    """A script for mlx_lm.lora must run with the other name in front."""
-    ours, theirs = (
-        {option for action in parser._actions for option in action.option_strings}
-        for parser in (whole_parser(), build_parser())
-    )
-    assert theirs <= ours
-    assert {"--resume", "--keep", "--eval-lengths", "--scaling", "--max-grad-norm"} <= ours
 
 
 def test_the_root_changes_in_one_step(base, texts, tmp_path):
@@ -553,13 +601,13 @@ def test_the_root_changes_in_one_step(base, texts, tmp_path):
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_examples_are_read(file):
     """Every key is known, and the scaling can be trained at its length."""
-    args = lora.with_config(whole_parser().parse_args(["-c", str(file)]))
-    lora.check(args)
+    args = parse("-c", str(file))
+    options = TrainingOptions.of(args)
     shape = {"dims": 128, "base": 1e4, "trained_length": 4096}
     scaling = build_scaling(lora.scaling_from(args), **shape)
     draws = Draws(scaling, procedure_for(scaling), np.random.default_rng(0))
-    draws.check(args.max_seq_length)
-    assert draws.draw(args.max_seq_length).positions.max() < 16 * 4096
+    draws.check(options.max_seq_length)
+    assert draws.draw(options.max_seq_length).positions.max() < 16 * 4096
     for line in file.read_text().splitlines():
         assert "#" in line, f"{line} has no comment"
 
@@ -567,9 +615,9 @@ def test_the_examples_are_read(file):
 @pytest.mark.parametrize(("options", "share"), [("", 0.25), ("--plain-share 0", 0)])
 def test_a_plain_share_of_none_is_taken(base, options, share):
     """0 is a choice, not the lack of one."""
-    args = lora.with_config(whole_parser().parse_args(options.split()))
     model, _ = load(base)
-    assert lora._procedure(args, model).plain_share == share
+    draws = prepare._draws(TrainingOptions.of(parse(*options.split())), model)
+    assert draws.procedure.plain_share == share
 
 
 def test_a_run_from_adapters_resumes(base, texts, tmp_path, capsys):
@@ -712,7 +760,7 @@ def test_the_learning_rate_of_the_scaling(base, texts, tmp_path, monkeypatch, op
         seen.append(scaling_share)
         return build_optimizer(*args, scaling_share=scaling_share)
 
-    monkeypatch.setattr(lora, "build_optimizer", build)
+    monkeypatch.setattr(prepare, "build_optimizer", build)
     assert call(argv_for(base, texts, tmp_path / "a", f"--iters 1 {options}")) == 0
     assert seen == [pytest.approx(share)]
     assert GeneParam.learning_rate_share == 1

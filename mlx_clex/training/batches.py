@@ -38,8 +38,6 @@ class Batches:
         Raises:
             InputError: the corpus is too small for one row or batch.
         """
-        if packing not in PACKINGS:
-            raise InputError(f"--packing must be one of {', '.join(PACKINGS)}, got {packing!r}.")
         self.corpus = corpus
         self.length = length
         self.batch_size = batch_size
@@ -70,11 +68,14 @@ class Batches:
             return len(self._groups)
         return max(1, self._items // self.batch_size)
 
-    def some(self, count: int) -> Iterator[Batch]:
-        """So many batches, spread evenly over the corpus; all of it where it has fewer.
+    def chosen(self, count: int) -> list[np.ndarray]:
+        """Choose batches that are spread evenly over the corpus.
 
         Args:
-            count: batches; -1: all. Of all, one may have fewer rows than the others.
+            count: how many at most; -1: all. The last one of all may have fewer rows.
+
+        Returns:
+            Numbers of the rows of each batch.
         """
         if self._groups is None:
             every = np.split(
@@ -83,8 +84,11 @@ class Batches:
         else:
             every = ([self._left_over] if len(self._left_over) else []) + self._groups
         count = len(every) if count == -1 else min(count, len(every))
-        for index in np.linspace(0, len(every) - 1, count).round().astype(int):
-            yield self._make(every[index])
+        return [every[i] for i in np.linspace(0, len(every) - 1, count).round().astype(int)]
+
+    def some(self, count: int) -> Iterator[Batch]:
+        """Make the batches of `chosen`, each when it is asked for."""
+        return map(self._make, self.chosen(count))
 
     def next(self) -> Batch:
         """The next batch."""

@@ -19,14 +19,16 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from ..data.corpus import Corpus
 from ..errors import InputError, RunError
-from ..evaluation.perplexity import mean_loss, perplexity
+from ..evaluation.perplexity import mean_loss, score, windows_of
 from ..loading import ADAPTER_SCALING, EXTRA_WEIGHTS
 from ..scaling import PREFIX
+from .bars import Pace, with_bar
 from .batches import Batches
 from .draws import Draws
 from .log import LOG, Log
@@ -154,64 +156,62 @@ class Run:
                 ) from error
         log = Log(self.checkpoints.folder / LOG if self.ranks.first else None, progress.iteration)
         self.model.train()
-        started, timed_steps, timed_tokens = time.perf_counter(), 0, 0
         save_due = False
-        bar = tqdm(
-            total=options.iters,
-            initial=progress.iteration,
-            desc="Training",
-            leave=False,
-            disable=not self.ranks.first,
-        )
-        with self.ranks.running(), log, bar, _stop_request() as stop_asked:
+        with self.ranks.running(), log, _stop_request() as stop_asked:
             if progress.iteration == 0:
                 self._validate(log)
-                started = time.perf_counter()
-            while progress.iteration < options.iters:
-                iteration = progress.iteration + 1
-                update = (
-                    iteration % options.grad_accumulation_steps == 0 or iteration == options.iters
-                )
-                result, scale = self._iterate(iteration, update)
-                if mx.get_cache_memory() > options.clear_cache_threshold:
-                    mx.clear_cache()
-                loss = result.loss / max(result.tokens, 1)
-                self._check_finite(iteration, scale, loss, result.norm)
-                progress.iteration = iteration
-                progress.losses += result.loss
-                progress.tokens += result.tokens
-                progress.trained_tokens += result.tokens
-                log.write(
-                    {
-                        "iteration": iteration,
-                        "loss": loss,
-                        "scale": scale,
-                        "learning_rate": self._learning_rate,
-                        "tokens": progress.trained_tokens,
-                    }
-                )
-                timed_steps += 1
-                timed_tokens += result.tokens
-                bar.update()
-                if iteration % options.steps_per_report == 0 or iteration == options.iters:
-                    seconds = time.perf_counter() - started
-                    self._report(timed_steps / seconds, timed_tokens / seconds)
-                    started, timed_steps, timed_tokens = time.perf_counter(), 0, 0
-                if iteration % options.steps_per_eval == 0 or iteration == options.iters:
-                    before = time.perf_counter()
-                    self._validate(log)
-                    started += time.perf_counter() - before
-                save_due = save_due or iteration % options.save_every == 0
-                if not update:
-                    continue  # there is a half-made gradient
-                stop = any(self.ranks.each(stop_asked()))
-                if save_due or stop or iteration == options.iters:
-                    self._save(same)
-                    save_due = False
-                if stop:
-                    raise KeyboardInterrupt
+            with Pace(options.iters, progress.iteration, shown=self.ranks.first) as pace:
+                while progress.iteration < options.iters:
+                    update = self._iterate(log, pace)
+                    iteration = progress.iteration
+                    last = iteration == options.iters
+                    if last or iteration % options.steps_per_report == 0:
+                        self._report(*pace.rates())
+                    if last or iteration % options.steps_per_eval == 0:
+                        with pace.paused():
+                            self._check_weights()
+                            self._validate(log)
+                    save_due = save_due or iteration % options.save_every == 0
+                    if not update:
+                        continue  # there is a half-made gradient
+                    stop = any(self.ranks.each(stop_asked()))
+                    if save_due or stop or last:
+                        self._save(same)
+                        save_due = False
+                    if stop:
+                        raise KeyboardInterrupt
 
-    def _iterate(self, iteration: int, update: bool) -> tuple[Result, float]:
+    def _iterate(self, log: Log, pace: Pace) -> bool:
+        """Run one iteration; return whether it changed the weights."""
+        options, progress = self.options, self.progress
+        iteration = progress.iteration + 1
+        update = iteration % options.grad_accumulation_steps == 0 or iteration == options.iters
+        result, scale = self._step(iteration, update)
+        if mx.get_cache_memory() > options.clear_cache_threshold:
+            mx.clear_cache()
+        loss = result.loss / max(result.tokens, 1)
+        if not (math.isfinite(loss) and math.isfinite(result.norm)):
+            raise self._failure(
+                f"Iteration {iteration}, scale {scale:g}: the loss is {loss:g}, the gradient's "
+                f"norm {result.norm:g}"
+            )
+        progress.iteration = iteration
+        progress.losses += result.loss
+        progress.tokens += result.tokens
+        progress.trained_tokens += result.tokens
+        log.write(
+            {
+                "iteration": iteration,
+                "loss": loss,
+                "scale": scale,
+                "learning_rate": self._learning_rate,
+                "tokens": progress.trained_tokens,
+            }
+        )
+        pace.step(result.tokens)
+        return update
+
+    def _step(self, iteration: int, update: bool) -> tuple[Result, float]:
         batch = self.batches.next()
         draw = self.draws.draw(batch.tokens.shape[1])
         # Dropout of an iteration depends on nothing that came before it.
@@ -219,17 +219,36 @@ class Run:
         mx.random.seed((self.seed * 1_000_003 + iteration) * ranks.size + ranks.rank)
         return self.step(batch.rows(ranks.rank, ranks.size), draw, update=update), draw.scale
 
-    def _check_finite(self, iteration: int, scale: float, loss: float, norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
+    def _failure(self, what: str) -> RunError:
         newest = self.checkpoints.newest
         kept = f"the last good save is {newest}" if newest else "nothing was saved yet"
-        raise RunError(
-            f"Iteration {iteration}, scale {scale:g}: the loss is {loss:g}, the gradient's norm "
-            f"{norm:g}; {kept}. Begin a run with a lower --learning-rate or "
+        return RunError(
+            f"{what}; {kept}. Begin a run with a lower --learning-rate or "
             "--scaling-learning-rate, or with --max-grad-norm; --resume-adapter-file starts it "
             "from the adapters of a save."
         )
+
+    def _check_weights(self) -> None:
+        """Refuse to go on with weights that are not finite, or that give no finite loss.
+
+        The loss of an iteration is that of the weights before its update, so it does not show
+        what the update did to them.
+        """
+        weights: Any = tree_flatten(self.model.trainable_parameters())
+        finite: Any = mx.stack([mx.isfinite(value).all() for _, value in weights]).tolist()
+        broken = [name for (name, _), fine in zip(weights, finite, strict=True) if not fine]
+        loss = math.nan if broken else self._loss_of_a_row()
+        if any(self.ranks.each(bool(broken) or not math.isfinite(loss))):
+            what = f"{broken[0]} is not finite" if broken else f"the loss is {loss:g}"
+            raise self._failure(
+                f"Iteration {self.progress.iteration}: after its update {what}, so it is not saved"
+            )
+
+    def _loss_of_a_row(self) -> float:
+        row = next(self.batches.some(1)).rows(0, self.batches.batch_size)
+        # Every token counts, since all of a row may be a prompt.
+        with np.errstate(all="ignore"):
+            return mean_loss(self.model, [row._replace(weights=np.ones_like(row.weights))])
 
     @property
     def _learning_rate(self) -> float:
@@ -266,11 +285,10 @@ class Run:
         if self.valid is None or self.valid_corpus is None:
             return
         started = time.perf_counter()
-        loss = mean_loss(self.model, self.valid.some(options.val_batches))
-        found = {
-            n: perplexity(self.model, self.valid_corpus, n, options.eval_windows)
-            for n in options.eval_lengths
-        }
+        shown = self.ranks.first
+        batches = with_bar(self.valid, options.val_batches, "Validating", shown=shown)
+        loss = mean_loss(self.model, batches)
+        found = {n: self._perplexity(self.valid_corpus, n) for n in options.eval_lengths}
         seconds = time.perf_counter() - started
         text = f"Iter {self.progress.iteration}: Val loss {loss:.3f}, Val took {seconds:.3f}s"
         tqdm.write(text)
@@ -281,7 +299,16 @@ class Run:
         by_length = {f"perplexity_{n}": value for n, value in found.items()}
         self.on_validation(info | {"val_loss": loss, "val_time": seconds} | by_length)
 
+    def _perplexity(self, corpus: Corpus, length: int) -> float:
+        windows = self.options.eval_windows
+        total = len(windows_of(corpus, length, windows)) * (length - 1)
+        text = f"Perplexity at {length} tokens"
+        shown = self.ranks.first
+        with tqdm(total=total, desc=text, unit="token", leave=False, disable=not shown) as bar:
+            return score(self.model, corpus, length, windows, on_read=bar.update).perplexity
+
     def _save(self, same: Mapping[str, Any]) -> None:
+        self._check_weights()
         if self.ranks.first:
             self._write_save(same)
         self.ranks.each(0)  # nobody ends, and so ends the others, before it is written

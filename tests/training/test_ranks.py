@@ -165,11 +165,11 @@ def test_what_cannot_be_is_told_once(top):
 def test_nan_stops_both_with_one_line(top):
     """Neither waits for the other for ever, and the last good save still loads."""
     adapters = top / "nan"
-    options = "--learning-rate 1e30 --max-grad-norm 0 --save-every 2"
+    options = "--learning-rate 1e30 --warmup 1 --max-grad-norm 0 --save-every 2"
     first, second = ring(top, adapters, options, options)
     (_, (error,)), (_, quiet) = end(first), end(second)
     assert quiet == []
     assert (first.returncode, second.returncode) == (1, 1)
-    assert "Iteration 3, scale " in error
+    assert "Iteration 4: after its update " in error
     assert f"the last good save is {adapters / 'checkpoints' / '0000002'}" in error
     assert all(np.isfinite(value).all() for value in weights(adapters).values())
