@@ -20,12 +20,13 @@ from mlx.utils import tree_unflatten
 from mlx_lm.utils import dequantize_model, save_model
 
 from .checkpoint.config import normalise_config
+from .checkpoint.files import write_json
+from .checkpoint.folder import read_config
 from .commands.run_command import run_command
 from .convert import convert
-from .convert.write.output import check_target, write_json
-from .loading import load, read_config, resolve
+from .convert.write.output import check_target
+from .loading import load, resolve
 from .model.scaled_model import ScaledModel
-from .scaling import SCALINGS
 from .scaling.none import NoScaling
 
 _NOT_THE_TOKENIZER = (".safetensors", ".bin", ".gguf", ".py", ".md", ".index.json")
@@ -108,10 +109,9 @@ def _merged_config(base: Path, model: Any) -> dict[str, Any]:
     config = normalise_config(read_config(base))
     if isinstance(model, ScaledModel):
         scaling = model.scaling
-        (name,) = (name for name, kind in SCALINGS.items() if kind is type(scaling))
         plain = isinstance(scaling, NoScaling) and config.get("rope_scaling") is None
         if not plain:
-            config["rope_scaling"] = {"type": name, **vars(scaling.config)}
+            config["rope_scaling"] = scaling.entry()
             config["max_position_embeddings"] = scaling.trained_length
     return config
 

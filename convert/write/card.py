@@ -48,16 +48,6 @@ def write_card(
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def reach_of(scaling: Scaling) -> int:
-    """The longest sequence the scaling is made for, in tokens.
-
-    Where it grows without end, the length its config names: factor x trained length.
-    """
-    if scaling.reach is not None:
-        return scaling.reach
-    return int(getattr(scaling.config, "factor", 1) * scaling.trained_length)
-
-
 def scale_table(scaling: Scaling) -> list[tuple[int, int, float]]:
     """Ranges of lengths that share a scale.
 
@@ -65,7 +55,7 @@ def scale_table(scaling: Scaling) -> list[tuple[int, int, float]]:
         Rows of (first length, last length, scale), both in tokens, up to the reach; at
         most 16 of them, the first ones and the last.
     """
-    end = reach_of(scaling)
+    end = scaling.reach or scaling.trained_length
     rows: list[tuple[int, int, float]] = []
     start = 1
     while start <= end:
@@ -95,7 +85,7 @@ def _scaled_text(source: str, scaling: Scaling, method: str, model: str) -> list
         f"Converted to MLX from {source}, with {method} position scaling by mlx_clex.",
         "",
         f"Trained length: {scaling.trained_length:,} tokens. "
-        f"Reach: {reach_of(scaling):,} tokens. {end}",
+        f"Reach: {(scaling.reach or scaling.trained_length):,} tokens. {end}",
         "",
         "| length of the sequence, tokens | scale |",
         "|---|---|",

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from ..errors import InputError, RunError
+from ..errors import InputError, RunError, one_line
 
 _SEEDS = range(1 << 32)  # mlx takes 64 bits, and training multiplies them
 
@@ -52,14 +52,14 @@ def run_command(
         check_seed(getattr(args, "seed", None))
         run(args)
     except InputError as error:
-        print(f"{prog}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing to report to.
         sys.stderr.close()
         return 1
     except (RunError, OSError) as error:
-        print(f"{prog}: failed: {_one_line(error)}", file=sys.stderr)
+        print(f"{prog}: failed: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted", file=sys.stderr)
@@ -82,7 +82,3 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

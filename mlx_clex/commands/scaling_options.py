@@ -10,8 +10,8 @@ from dataclasses import MISSING, Field, fields
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from mlx_clex.errors import InputError
-from mlx_clex.scaling import SCALINGS
+from ..errors import InputError
+from ..scaling import SCALINGS
 
 
 def add_scaling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,12 +20,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import maybe_quantize_kv_cache
 
+from ..data.batch import Batch
 from ..data.corpus import Corpus
 from ..errors import InputError, generating
 from ..model.head import chunk_length, hidden_states, logits_of, summed_loss
 from ..model.plans import planned_caches
-from ..model.scaled_model import ScaledModel, check_length, make_prompt_cache
-from ..training.step import Batch
+from ..model.scaled_model import make_prompt_cache, scaled
 
 _STEP = 512  # tokens read at once, of all rows; attention scores are (H, _STEP, L)
 _BLOCK = 256  # tokens of the vocabulary that are added up one after the other
@@ -280,8 +280,7 @@ def check_lengths(model: nn.Module, corpus: Corpus, lengths: Sequence[int]) -> N
     for length in lengths:
         if length < 2:
             raise InputError(f"A length to evaluate at must be at least 2 tokens, got {length}.")
-        if isinstance(model, ScaledModel):
-            check_length(model, length)
+        scaled(model).check_length(length, "A sequence of --lengths")
         if length > there:
             fitting = ", ".join(str(n) for n in lengths if n <= there)
             raise InputError(

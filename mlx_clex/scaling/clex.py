@@ -22,7 +22,7 @@ Not covered: drawing scales and positions for training.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -33,6 +33,7 @@ import numpy as np
 from ..errors import InputError
 from .base import Scaling
 from .ode import solve
+from .procedure import PLAIN_SHARE, RELEASE, SKIPS, UNIFORM, Procedure
 
 # Published weights were trained with this base in ln n(t), whatever the model's
 # rope_theta is (Mixtral: 1e6).
@@ -88,12 +89,15 @@ class Clex(Scaling):
     beyond L0 * max_factor there is no answer.
     """
 
+    name: ClassVar[str] = "clex"
     Config: ClassVar[type] = ClexConfig
+    published: ClassVar[bool] = True
     hard_reach: ClassVar[bool] = True
     learned: ClassVar[tuple[str, ...]] = ("up_proj", "down_proj")
     untrained: ClassVar[str] = "NTK at 2t - 1"
     # All units add up along the whole curve: at 1 x Adam's small steps throw it about.
     learning_rate_share: ClassVar[float] = 0.01
+    released_procedure: ClassVar[Procedure] = Procedure(scale_draw=UNIFORM, sampling=RELEASE)
 
     def __init__(self, config: ClexConfig | None = None, **shape: Any) -> None:
         """See `Scaling`; the network starts with W_down = 0."""
@@ -117,8 +121,39 @@ class Clex(Scaling):
 
     @property
     def reach(self) -> int | None:
-        """L0 * max_factor."""
+        """L0 * max_factor. Longer sequences are refused."""
         return self.trained_length * self.config.max_factor
+
+    @property
+    def reach_reason(self) -> str:
+        """What `reach` follows from, in words."""
+        return f"trained length {self.trained_length} x max_factor {self.config.max_factor}"
+
+    @property
+    def largest_scale(self) -> float:
+        """max_factor."""
+        return float(self.config.max_factor)
+
+    @property
+    def procedure(self) -> Procedure:
+        """Skips, which measured better than the paper's procedure (docs/benchmarks.md)."""
+        return Procedure(scale_draw=UNIFORM, sampling=SKIPS, plain_share=PLAIN_SHARE)
+
+    @classmethod
+    def from_release(cls, entry: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+        """Spell out log_scale, act and time_dt.
+
+        Source: DAMO-NLP-SG/CLEX, configuration_clex.py `CLEXLlamaConfig` (log_scale is
+            true unless given); its Mixtral and Phi code never reads the key. Configs of
+            October 2023 have neither `act` nor `time_dt`.
+        """
+        family = config.get("model_type")
+        log_scale = config.pop("log_scale", None)
+        if family in ("mixtral", "phi"):
+            log_scale = False
+        elif log_scale is None:
+            log_scale = family == "llama"
+        return {"log_scale": log_scale, "act": "silu", "time_dt": 0.01, **entry}
 
     def check_scale(self, scale: float) -> float:
         """Any real number within 1..max_factor."""

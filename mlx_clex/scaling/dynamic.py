@@ -29,7 +29,14 @@ class Dynamic(Scaling):
     for every length.
     """
 
+    name: ClassVar[str] = "dynamic"
     Config: ClassVar[type] = DynamicConfig
+    in_transformers: ClassVar[bool] = True
+
+    @property
+    def largest_scale(self) -> float:
+        """The factor, up to which training draws; the scale itself follows any length."""
+        return self.config.factor
 
     def scale_at(self, length: int) -> float:
         """`length` in tokens, rounded up to a whole step, over L0; at least 1."""

@@ -35,5 +35,15 @@ class FactorScaling(Scaling):
 
     @property
     def reach(self) -> int | None:
-        """L0 * factor; it runs on past it, badly."""
+        """L0 * factor. Longer sequences run, with worse answers."""
         return int(self.trained_length * self.config.factor)
+
+    @property
+    def reach_reason(self) -> str:
+        """What `reach` follows from, in words."""
+        return f"trained length {self.trained_length} x factor {self.config.factor:g}"
+
+    @property
+    def largest_scale(self) -> float:
+        """The factor."""
+        return self.config.factor

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import InputError
 from .base import Scaling
+from .procedure import GENE, Procedure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class GeneScaling(Scaling):
     """What `gene` and `gene-param` share: all but the periods."""
 
     Config: ClassVar[type] = GeneConfig
+    published: ClassVar[bool] = True
+    released_procedure: ClassVar[Procedure] = Procedure(scale_draw=GENE)
 
     def __init__(self, config: GeneConfig | None = None, **shape: Any) -> None:
         """See `Scaling`.
@@ -59,8 +62,38 @@ class GeneScaling(Scaling):
         return {"factor": factor}
 
     def scale_at(self, length: int) -> float:
-        """max(factor, ceil(length / L0)): constant up to L0 * factor, then growing."""
+        """max(factor, ceil(length / L0)): constant up to L0 * factor, then growing.
+
+        Without `gene_random_scale` it is the factor at every length.
+        """
+        if not self.config.gene_random_scale:
+            return self.config.factor
         return max(self.config.factor, float(-(-length // self.trained_length)))
+
+    @property
+    def reach(self) -> int | None:
+        """L0 * factor. Longer sequences run, and the scale follows them."""
+        return int(self.trained_length * self.config.factor)
+
+    @property
+    def reach_reason(self) -> str:
+        """What `reach` follows from, in words."""
+        return f"trained length {self.trained_length} x factor {self.config.factor:g}"
+
+    @property
+    def grows(self) -> bool:
+        """Whether the scale follows sequences longer than `reach`."""
+        return self.config.gene_random_scale
+
+    @property
+    def largest_scale(self) -> float:
+        """The factor."""
+        return self.config.factor
+
+    @property
+    def procedure(self) -> Procedure:
+        """GeNE's own; without `gene_random_scale` nothing is drawn."""
+        return self.released_procedure if self.config.gene_random_scale else Procedure()
 
     @property
     def gain_follows(self) -> Literal["position"] | None:
@@ -102,6 +135,8 @@ class Gene(GeneScaling):
     ramp follows frequency and starts later; not `gene-param`.
     """
 
+    name: ClassVar[str] = "gene"
+
     def _solve(self, scale: float, layer: int) -> np.ndarray:
         """Source: GeNE, gene/gene_rope.py, `InverseAngularVelocity.forward`."""
         return self._base_inv_freq() * scale ** -self._ramp()
@@ -115,6 +150,7 @@ class GeneParam(GeneScaling):
     scale 1 is no longer the base model. Needs as many key heads as query heads.
     """
 
+    name: ClassVar[str] = "gene-param"
     by_layer: ClassVar[bool] = True
     learned: ClassVar[tuple[str, ...]] = ("base_coef", "specific_coef")
     untrained: ClassVar[str] = "gene"

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -33,7 +33,19 @@ class Yarn(FactorScaling):
     0.1 ln(scale) + 1 on their rotated dimensions. Trained in its paper, usable without.
     """
 
+    name: ClassVar[str] = "yarn"
     Config: ClassVar[type] = YarnConfig
+    in_transformers: ClassVar[bool] = True
+
+    def stock_entry(self, scale: float) -> dict[str, Any]:
+        """Return the entry of the same name."""
+        return {
+            "type": self.name,
+            "factor": scale,
+            "original_max_position_embeddings": self.trained_length,
+            "beta_fast": self.config.beta_fast,
+            "beta_slow": self.config.beta_slow,
+        }
 
     def rotary_gain(self, scale: float) -> float:
         """Source: arXiv 2309.00071, equation 22."""
