@@ -37,6 +37,8 @@ def run_command(
         0, 2 for bad input (one line on stderr), 1 for a run that failed (one line),
         130 for Ctrl-C. argparse itself exits with 2 for arguments it cannot parse.
     """
+    # Shown as the README writes it, however it was started.
+    prog = prog.replace(".", " ", 1)
     parser = _Parser(
         prog=prog,
         description=description,

@@ -259,7 +259,7 @@ def check_refused(argv: list[str], part: str, tmp_path: Path, capsys: Any) -> No
     )
 
     captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.startswith("mlx_clex.convert")]
+    lines = [line for line in captured.err.splitlines() if line.startswith("mlx_clex convert")]
     assert status == 2, captured.err
     assert len(lines) == 1
     assert part in lines[0]
