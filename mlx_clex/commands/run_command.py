@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from ..errors import InputError, RunError, one_line
+from .help import Formatter, group_options
 
 _SEEDS = range(1 << 32)  # mlx takes 64 bits, and training multiplies them
 
@@ -22,6 +23,7 @@ def run_command(
     description: str,
     argv: Sequence[str] | None = None,
     parents: Sequence[argparse.ArgumentParser] = (),
+    example: str = "",
 ) -> int:
     """Parse the arguments, run the command, and return its exit status.
 
@@ -32,6 +34,7 @@ def run_command(
         description: one sentence for --help.
         argv: the arguments; None takes those of the process.
         parents: parsers whose options the command also takes; its own win.
+        example: a command line for the end of --help.
 
     Returns:
         0, 2 for bad input (one line on stderr), 1 for a run that failed (one line),
@@ -45,8 +48,11 @@ def run_command(
         parents=list(parents),
         # mlx-lm's parsers, used as parents, bring their own -h.
         conflict_handler="resolve",
+        formatter_class=Formatter,
+        epilog=f"example:\n  {example}" if example else None,
     )
     add_arguments(parser)
+    group_options(parser)
     args = parser.parse_args(argv)
     # Of a warning the user needs the sentence, not our source line.
     warnings.formatwarning = lambda message, *_, **__: f"[mlx_clex] {message}\n"
