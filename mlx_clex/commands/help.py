@@ -51,6 +51,9 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 def group_options(parser: argparse.ArgumentParser) -> None:
     """Move the options of a parser into the groups above, in their order."""
+    words = [str(a.metavar or a.dest) for a in parser._positionals._group_actions]
+    # The options are listed below; a usage with all of them fills the screen.
+    parser.usage = " ".join(["%(prog)s", *words, "[options]"])
     # argparse has no public way to regroup options that a parent parser brought along.
     flat: list[Any] = parser._optionals._group_actions
     for title, names in GROUPS.items():
