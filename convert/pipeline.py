@@ -96,12 +96,23 @@ def convert(
     check_space(target, outcome.nbytes + source.spooled_bytes + _SMALL_FILES)
     with whole_or_nothing(target) as folder:
         _write(source, outcome, options, folder, upload_repo or target.name)
-    say(f"Wrote {target}.")
+    say(f"Wrote {target}: {_summary(outcome, options, target)}.")
     if upload_repo is not None:
         from .read.hub import upload
 
         say(f"Uploaded to {upload(target, upload_repo)}.")
     return target
+
+
+def _summary(outcome: Outcome, options: Options, target: Path) -> str:
+    """What was written, in a few words."""
+    parts = [f"reach {outcome.reach:,} tokens"]
+    if outcome.scaling is not None:
+        parts.insert(0, f"trained at {outcome.scaling.trained_length:,} tokens")
+        held = "" if options.freeze is None else f" at scale {options.freeze:g} for good"
+        parts.insert(0, outcome.method + held)
+    size = sum(file.stat().st_size for file in target.iterdir())
+    return ", ".join([*parts, f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"])
 
 
 class Source:

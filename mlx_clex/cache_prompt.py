@@ -165,6 +165,8 @@ def main() -> None:
             run,
             prog="mlx_clex.cache_prompt",
             description="Read a text once and save the caches for mlx_clex.generate.",
+            example="mlx_clex cache_prompt --model my-model --prompt-file book.txt "
+            "--prompt-cache-file book",
             parents=[setup_arg_parser()],
         )
     )

@@ -48,23 +48,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for which in "ab":
         parser.add_argument(
             f"--adapter-path-{which}",
-            help=f"A folder of adapters to put on top of {which.upper()}.",
+            help=f"A folder of adapters to put on top of {which.upper()}. Default: none.",
         )
     for which in "ab":
         parser.add_argument(
-            f"--scale-{which}", type=float, help=f"Hold {which.upper()} at this scale."
+            f"--scale-{which}",
+            type=float,
+            help=f"Hold {which.upper()} at this scale. Default: that of each length.",
         )
-    parser.add_argument("--data", help="As for mlx_clex.perplexity. Default: the bundled text.")
+    parser.add_argument(
+        "--data", help="A text as for mlx_clex perplexity. Default: the bundled text."
+    )
     parser.add_argument(
         "--split",
         default="train",
         choices=("train", "valid", "test"),
         help="Which part of a folder. Default: train, which is all of a folder of texts.",
     )
-    parser.add_argument("--length", type=int, help="In tokens. Default: A's trained length.")
     parser.add_argument(
-        "--windows", type=int, default=8, help="Texts of this length, at most. Default: 8."
+        "--length", type=int, help="Length of the windows, tokens. Default: A's trained length."
     )
+    parser.add_argument("--windows", type=int, default=8, help="Windows at most.")
     parser.add_argument(
         "--output", metavar="PREFIX", help="Write PREFIX.json, PREFIX.csv and PREFIX.png."
     )
@@ -209,6 +213,7 @@ def main() -> None:
             run,
             prog="mlx_clex.compare",
             description="How far two models differ on the same text, by position.",
+            example="mlx_clex compare my-model my-model-4bit --length 4096",
         )
     )
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from .checkpoint.fingerprint import fingerprint, short
 from .checkpoint.folder import read_config
+from .commands.help import point_elsewhere
 from .commands.options import scale_policy
 from .commands.run_command import run_command
 from .errors import InputError, say
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "infinitebench, niah_single_1, ...",
     )
     parser.add_argument(
-        "--include-path", type=Path, metavar="FOLDER", help="Task files of your own."
+        "--include-path", type=Path, metavar="FOLDER", help="Task files of your own. Default: none."
     )
     parser.add_argument(
         "--metadata",
@@ -52,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "RULER.",
     )
     parser.add_argument(
-        "--limit", type=int, help="Documents of each task, and of each of RULER's lengths, at most."
+        "--limit",
+        type=int,
+        help="Documents of each task, and of each of RULER's lengths, at most. Default: all.",
     )
     parser.add_argument(
         "--num-shots",
@@ -102,6 +105,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="Let the tokenizer run its own Python."
+    )
+    greedy = "Answers are greedy. Leave it out."
+    point_elsewhere(
+        parser,
+        {
+            "--output-dir": "Use --output PREFIX, for example --output DIR/scores.",
+            "--batch-size": "Requests are read one by one, each at its own scale. Leave it out.",
+            "--max-tokens": "Each task sets the length of its answers. Leave it out.",
+            "--fewshot-as-multiturn": "Examples stand in one message. Leave it out.",
+            **dict.fromkeys(("--seed", "--temp", "--top-p", "--top-k"), greedy),
+        },
     )
 
 
@@ -307,6 +321,7 @@ def main() -> None:
             run,
             prog="mlx_clex.evaluate",
             description="Score a model on LongBench, RULER, InfiniteBench and other tasks.",
+            example="mlx_clex evaluate --model my-model --tasks longbench --output scores",
         )
     )
 

@@ -22,6 +22,7 @@ from mlx_lm.utils import dequantize_model, save_model
 from .checkpoint.config import normalise_config
 from .checkpoint.files import write_json
 from .checkpoint.folder import read_config
+from .commands.help import point_elsewhere
 from .commands.run_command import run_command
 from .convert import convert
 from .convert.write.output import check_target
@@ -40,8 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save-path", default="fused_model", help="Folder to write; it must not exist."
     )
-    parser.add_argument("--adapter-path", default="adapters", help="The folder training wrote.")
-    parser.add_argument("--upload-repo", help="Hub id to publish the result under.")
+    parser.add_argument(
+        "--adapter-path", default="adapters", help="The folder that training wrote."
+    )
+    parser.add_argument("--upload-repo", help="Hub id to publish the result under. Default: none.")
     parser.add_argument(
         "-d", "--dequantize", action="store_true", help="Write an unquantised model."
     )
@@ -49,11 +52,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--freeze",
         type=float,
         metavar="SCALE",
-        help="Hold this scale for good, in a checkpoint that needs no mlx_clex.",
+        help="Hold this scale for good, in a checkpoint that needs no mlx_clex. Default: keep the "
+        "scaling.",
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="Let the tokenizer run its own Python."
     )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="Fuse adapters into another base than they were trained on.",
+    )
+    gguf = "Fuse first, then mlx_clex convert --freeze SCALE --for llama.cpp."
+    point_elsewhere(parser, {"--export-gguf": gguf, "--gguf-path": gguf})
 
 
 def run(args: argparse.Namespace) -> None:
@@ -124,6 +135,7 @@ def main() -> None:
             run,
             prog="mlx_clex.fuse",
             description="Merge adapters and their scaling into a complete checkpoint.",
+            example="mlx_clex fuse --model base-model --adapter-path adapters --save-path tuned",
         )
     )
 

@@ -316,6 +316,8 @@ def main() -> None:
             run,
             prog="mlx_clex.generate",
             description="Generate text from a prompt of any length up to the model's reach.",
+            example="mlx_clex generate --model my-model --prompt-file book.txt --prompt 'Who tells "
+            "it?'",
             parents=[setup_arg_parser()],
         )
     )

@@ -56,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="TOKENS",
-        help="Of prompt and answer together. Default: 1, 2 and 4 times the trained length; of the "
+        help="Tokens of prompt and answer together. Default: 1, 2 and 4 times the trained length; "
+        "of the "
         "bundled models, up to 16 times.",
     )
     parser.add_argument(
@@ -67,28 +68,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="Where the fact is, 0 (before the filler) to 1 (behind it). Default: five, evenly.",
     )
-    parser.add_argument(
-        "--trials", type=int, default=10, help="For each length and depth. Default: 10."
-    )
-    parser.add_argument("--seed", type=int, default=0, help="Of the facts. Default: 0.")
+    parser.add_argument("--trials", type=int, default=10, help="Trials at each length and depth.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the facts.")
     parser.add_argument(
         "--scale",
         type=scale_policy,
         default="prompt",
         metavar="prompt|grow|NUMBER",
-        help="As for mlx_clex.generate. Default: prompt.",
+        help="prompt: each prompt has the scale of its own length. grow: that of what has been "
+        "read "
+        "so far. NUMBER: fixed for good.",
     )
-    parser.add_argument("--prefill-step-size", type=int, default=2048, help="Default: 2048.")
-    parser.add_argument("--kv-bits", type=int, help="Quantise the KV cache to so many bits.")
-    parser.add_argument("--kv-group-size", type=int, default=64, help="Default: 64.")
+    parser.add_argument(
+        "--prefill-step-size", type=int, default=2048, help="Tokens read in one pass."
+    )
+    parser.add_argument("--kv-bits", type=int, help="Bits of the KV cache. Default: not quantised.")
+    parser.add_argument(
+        "--kv-group-size", type=int, default=64, help="Values of the KV cache that share a scale."
+    )
     parser.add_argument(
         "--quantized-kv-start",
         type=int,
         default=DEFAULT_QUANTIZED_KV_START,
         metavar="TOKENS",
-        help=f"Quantise from this length on. Default: {DEFAULT_QUANTIZED_KV_START}.",
+        help="Quantise the KV cache from this length on.",
     )
-    parser.add_argument("--max-kv-size", type=int, help="Refused: it would drop the long context.")
     parser.add_argument(
         "--output",
         metavar="PREFIX",
@@ -285,6 +289,7 @@ def main() -> None:
             run,
             prog="mlx_clex.passkey",
             description="Hide a fact in texts of chosen lengths, and see whether it is found.",
+            example="mlx_clex passkey --model my-model --lengths 4096 16384 --output passkey",
         )
     )
 

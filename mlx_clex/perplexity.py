@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .bundled import MODELS, PREFIX
 from .checkpoint.fingerprint import fingerprint, short
+from .commands.help import point_elsewhere
 from .commands.run_command import run_command
 from .data.corpus import Corpus
 from .errors import InputError
@@ -53,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter-path", help="A folder of adapters to put on top of the model.")
     parser.add_argument(
         "--data",
-        help="A .txt, .md or .jsonl file, or what mlx_clex.lora takes. Default: the bundled text.",
+        "--data-path",
+        help="A .txt, .md or .jsonl file, a folder of them, or OWNER/NAME of a data set on the "
+        "hub. "
+        "Default: the bundled text.",
     )
     parser.add_argument(
         "--split",
@@ -63,13 +67,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--lengths",
+        "--sequence-length",
         type=int,
         nargs="+",
         metavar="TOKENS",
-        help="Default: 1, 2 and 4 times the trained length; of the bundled models, up to 16 times.",
+        help="Lengths of the windows. Default: 1, 2 and 4 times the trained length; of the bundled "
+        "models, up to 16 times.",
     )
     parser.add_argument(
         "--windows",
+        "--num-samples",
         type=int,
         help=f"Windows of each length, at most. Default: {_WINDOWS}, and of short ones as many as "
         f"{_TOKENS} tokens make.",
@@ -83,12 +90,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "each whole. Default: whole.",
     )
     parser.add_argument(
-        "--chunk", type=int, metavar="TOKENS", help="For chunked. Default: the trained length."
+        "--chunk",
+        type=int,
+        metavar="TOKENS",
+        help="Tokens that are read at once, for chunked. Default: the trained length.",
     )
     parser.add_argument(
-        "--stride", type=int, metavar="TOKENS", help="For sliding. Default: a quarter of a window."
+        "--stride",
+        type=int,
+        metavar="TOKENS",
+        help="Tokens from one window to the next, for sliding. Default: a quarter of a window.",
     )
-    parser.add_argument("--scale", type=float, help="Hold the models at this scale.")
+    parser.add_argument(
+        "--scale", type=float, help="Hold the models at this scale. Default: that of each length."
+    )
     parser.add_argument(
         "--scalings",
         nargs="+",
@@ -100,16 +115,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--factor",
         type=float,
-        help="Of --scalings: longest length / trained length. Default: that of --lengths. none "
-        "and dynamic have no use for it.",
+        help="Longest length / trained length, for --scalings. Default: that of --lengths. It has "
+        "no "
+        "effect on none and dynamic.",
     )
     parser.add_argument(
         "--kv-bits",
         type=int,
         choices=(2, 3, 4, 5, 6, 8),
-        help="Quantise the KV cache to so many bits.",
+        help="Bits of the KV cache. Default: not quantised.",
     )
-    parser.add_argument("--kv-group-size", type=int, default=64, help="Default: 64.")
+    parser.add_argument(
+        "--kv-group-size", type=int, default=64, help="Values of the KV cache that share a scale."
+    )
     parser.add_argument(
         "--output",
         metavar="PREFIX",
@@ -119,6 +137,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="Let the tokenizer run its own Python."
+    )
+    point_elsewhere(
+        parser,
+        {
+            "--batch-size": "Rows are read together as far as memory allows. Leave it out.",
+            "--seed": "Windows are spread evenly over the text; nothing is drawn. Leave it out.",
+        },
     )
 
 
@@ -465,6 +490,7 @@ def main() -> None:
             run,
             prog="mlx_clex.perplexity",
             description="Perplexity of models on a text, by length.",
+            example="mlx_clex perplexity --model my-model --data book.txt --lengths 4096 16384",
         )
     )
 

@@ -43,10 +43,12 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
         default = action.default
-        told = "efault" in text or default in (None, argparse.SUPPRESS, "", (), [], "{}")
-        if told or isinstance(default, bool) or not action.option_strings:
+        told = "efault" in text or text.startswith("Refused") or default == argparse.SUPPRESS
+        flag = isinstance(default, bool) or action.nargs == 0
+        if told or flag or action.required or not action.option_strings:
             return text
-        return f"{text.rstrip('.')}. Default: %(default)s."
+        empty = default in (None, "", (), [], "{}")
+        return f"{text.rstrip('.')}. Default: {'none' if empty else '%(default)s'}."
 
 
 def group_options(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +58,7 @@ def group_options(parser: argparse.ArgumentParser) -> None:
     parser.usage = " ".join(["%(prog)s", *words, "[options]"])
     # argparse has no public way to regroup options that a parent parser brought along.
     flat: list[Any] = parser._optionals._group_actions
+    own = parser._action_groups[2:]  # after positional arguments and options
     for title, names in GROUPS.items():
         here = [action for name in names.split() for action in flat if action.dest == name]
         if here:
@@ -65,13 +68,16 @@ def group_options(parser: argparse.ArgumentParser) -> None:
             group._group_actions.extend(here)
             for action in here:
                 flat.remove(action)
+    rest = [group for group in own if group.title not in GROUPS]
+    parser._action_groups[:] = [g for g in parser._action_groups if g not in rest] + rest
 
 
 class _Elsewhere(argparse.Action):
     """An option of mlx-lm's command that has another name here."""
 
     def __init__(self, *args: Any, advice: str, **kwargs: Any) -> None:
-        super().__init__(*args, nargs="?", **kwargs)
+        kwargs["nargs"] = "?"
+        super().__init__(*args, **kwargs)
         self.advice = advice
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:

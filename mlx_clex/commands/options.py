@@ -44,7 +44,7 @@ def check_cache_options(args: argparse.Namespace) -> None:
     Raises:
         InputError: --max-kv-size, or a number out of range.
     """
-    if args.max_kv_size is not None:
+    if getattr(args, "max_kv_size", None) is not None:
         raise InputError(
             "--max-kv-size drops old text from the cache, which is the text a long-context "
             "model is for. To save memory use --kv-bits 8 or --kv-bits 4."

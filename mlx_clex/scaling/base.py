@@ -10,7 +10,7 @@ Not covered: rotation itself, caches, and which length a pass has.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, get_args, get_type_hints
 
@@ -22,6 +22,11 @@ from ..errors import InputError
 from .procedure import Procedure
 
 PREFIX = "scaling."  # of the learned tensors' names in a checkpoint
+
+
+def option(default: Any, text: str) -> Any:
+    """Return a dataclass field of a `Config`: its default, and a sentence for --help."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)

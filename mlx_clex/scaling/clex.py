@@ -31,7 +31,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import InputError
-from .base import Scaling
+from .base import Scaling, option
 from .ode import solve
 from .procedure import PLAIN_SHARE, RELEASE, SKIPS, UNIFORM, Procedure
 
@@ -55,12 +55,12 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 class ClexConfig:
     """The reach, the network, and the gain on queries."""
 
-    max_factor: int = 16  # longest length / trained length; there is none beyond
-    param_factor: int = 1  # hidden size of the network / D
-    act: str = "tanh"  # its activation, tanh or silu
-    factor: float = 1.0  # in every published config; it has no effect
-    time_dt: float = 0.01  # step of the original solver; ours is finer than it needs
-    log_scale: bool = False  # queries times ln(length) / ln(L0)
+    max_factor: int = option(16, "Longest length / trained length; longer texts are refused.")
+    param_factor: int = option(1, "Hidden size of the network / rotated dimensions.")
+    act: str = option("tanh", "Activation of the network, tanh or silu.")
+    factor: float = option(1.0, "Longest length / trained length (clex: no effect).")
+    time_dt: float = option(0.01, "Step of the released solver; no effect, ours is finer.")
+    log_scale: bool = option(False, "Raise attention with the logarithm of the length.")
 
     def __post_init__(self) -> None:
         if self.max_factor < 1:

@@ -6,14 +6,14 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import InputError
-from .base import Scaling
+from .base import Scaling, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicConfig:
     """How fast the base grows."""
 
-    factor: float = 4.0  # growth of the base's argument per trained length; 1 is NTK's own
+    factor: float = option(4.0, "Growth of the base per trained length; 1 is NTK's own.")
 
     def __post_init__(self) -> None:
         if not self.factor >= 1:

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import InputError
-from .base import Scaling
+from .base import Scaling, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class FactorConfig:
     """The one number there is to choose."""
 
-    factor: float = 4.0  # longest length / trained length
+    factor: float = option(4.0, "Longest length / trained length.")
 
     def __post_init__(self) -> None:
         if not self.factor >= 1:

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import InputError
-from .base import Scaling
+from .base import Scaling, option
 from .procedure import GENE, Procedure
 
 
@@ -16,11 +16,15 @@ from .procedure import GENE, Procedure
 class GeneConfig:
     """The longest length, where stretching begins, and how it was trained."""
 
-    factor: float = 16.0  # longest length / trained length
-    num_rotations: float = 3.0  # pairs with fewer turns within L0 are stretched in full
-    training_seq_len: int | None = None  # of fine-tuning, tokens; None takes L0
-    gene_random_scale: bool = True  # training draws a scale at each step
-    log_scale: bool = False  # queries grow with the logarithm of their position
+    factor: float = option(16.0, "Longest length / trained length.")
+    num_rotations: float = option(
+        3.0, "Pairs with fewer turns within the trained length are stretched in full."
+    )
+    training_seq_len: int | None = option(
+        None, "Length of the sequences of fine-tuning, tokens; none: the trained length."
+    )
+    gene_random_scale: bool = option(True, "Draw a scale at each step of training.")
+    log_scale: bool = option(False, "Raise attention with the logarithm of the position.")
 
     def __post_init__(self) -> None:
         if not self.factor >= 1:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import InputError
+from .base import option
 from .factor import FactorConfig, FactorScaling
 
 
@@ -14,8 +15,12 @@ from .factor import FactorConfig, FactorScaling
 class YarnConfig(FactorConfig):
     """Where interpolation begins and ends, and how far it goes."""
 
-    beta_fast: float = 32.0  # pairs with more turns within L0 stay as trained
-    beta_slow: float = 1.0  # pairs with fewer turns within L0 are interpolated in full
+    beta_fast: float = option(
+        32.0, "Pairs with more turns within the trained length stay as trained."
+    )
+    beta_slow: float = option(
+        1.0, "Pairs with fewer turns within the trained length are interpolated in full."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

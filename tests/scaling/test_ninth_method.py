@@ -28,7 +28,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_clex.scaling import SCALINGS
-from mlx_clex.scaling.base import Scaling
+from mlx_clex.scaling.base import Scaling, option
 from mlx_clex.scaling.procedure import SKIPS, UNIFORM, Procedure
 
 
@@ -36,7 +36,7 @@ from mlx_clex.scaling.procedure import SKIPS, UNIFORM, Procedure
 class RootConfig:
     """The reach."""
 
-    stretch: int = 8  # longest length / trained length
+    stretch: int = option(8, "Longest length / trained length.")
 
 
 class Root(Scaling):
