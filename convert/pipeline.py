@@ -21,7 +21,7 @@ from .outcome import Outcome, decide_outcome
 from .read import gguf_file, torch_bin
 from .read.source import Checkpoint
 from .resolve import find, is_local
-from .write.card import write_card
+from .write.card import licence_of, write_card
 from .write.output import check_space, check_target, whole_or_nothing, write_weights
 from .write.tokenizer import write_tokenizer
 
@@ -29,6 +29,7 @@ _SHIM_TEXT = """\
 # Lets mlx-lm load this checkpoint wherever mlx_clex is installed.
 from mlx_clex.model_file import Model, ModelArgs  # noqa: F401
 """
+_LIBRARIES = {"mlx-lm": "mlx", "llama.cpp": "gguf"}  # as the hub names them
 _SMALL_FILES = 64_000_000  # bytes; more than tokenizer, config and card ever need
 _MLX_TYPES = {
     "BOOL": mx.bool_,
@@ -53,6 +54,8 @@ def convert(
     revision: str | None = None,
     upload_repo: str | None = None,
     dry_run: bool = False,
+    origin: str | None = None,
+    licence: str | None = None,
     **fields: Any,
 ) -> Path | None:
     """Convert a checkpoint to MLX, streaming.
@@ -64,6 +67,8 @@ def convert(
         upload_repo: hub id to publish the result under.
         dry_run: say what would happen, and write nothing; of a hub id, say what would be
             downloaded.
+        origin: what the card names as the source; None: the name of the source.
+        licence: of the source, as the hub spells it; None: that in its own card.
         fields: those of `Options`, `quantize=True` and the like.
 
     Returns:
@@ -95,7 +100,12 @@ def convert(
         return None
     check_space(target, outcome.nbytes + source.spooled_bytes + _SMALL_FILES)
     with whole_or_nothing(target) as folder:
-        _write(source, outcome, options, folder, upload_repo or target.name)
+        card = {
+            "name": upload_repo or target.name,
+            "source": origin or source.checkpoint.name,
+            "licence": licence or licence_of(source.checkpoint.folder),
+        }
+        _write(source, outcome, options, folder, card)
     say(f"Wrote {target}: {_summary(outcome, options, target)}.")
     if upload_repo is not None:
         from .read.hub import upload
@@ -185,7 +195,9 @@ class Source:
         return weights
 
 
-def _write(source: Source, outcome: Outcome, options: Options, folder: Path, name: str) -> None:
+def _write(
+    source: Source, outcome: Outcome, options: Options, folder: Path, card: dict[str, Any]
+) -> None:
     checkpoint = source.checkpoint
     scratch = folder / "scratch"
     scratch.mkdir()
@@ -201,20 +213,24 @@ def _write(source: Source, outcome: Outcome, options: Options, folder: Path, nam
         if options.for_llama_cpp:
             file = folder / gguf_export.FILE
             gguf_export.write(
-                file, outcome.config, outcome.tensors, tokenizer, name=name, advance=bar.update
+                file,
+                outcome.config,
+                outcome.tensors,
+                tokenizer,
+                name=card["name"],
+                advance=bar.update,
             )
         else:
             _write_checkpoint(source, outcome, folder, bar.update)
     shutil.rmtree(scratch)
     write_card(
         folder,
-        name=name,
-        source=checkpoint.name,
         base_model=checkpoint.repo,
         scaling=outcome.scaling,
         method=outcome.method,
         frozen=options.freeze,
-        library={"mlx-lm": "mlx", "llama.cpp": "gguf"}.get(options.freeze_for, options.freeze_for),
+        library=_LIBRARIES.get(options.freeze_for, options.freeze_for),
+        **card,
     )
     if not options.for_llama_cpp:
         # Last: it makes a checkpoint of it.

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .checkpoint.files import read_json
 from .checkpoint.fingerprint import fingerprint, short
 from .checkpoint.folder import read_config
 from .commands.help import point_elsewhere
@@ -270,7 +271,7 @@ def _tokenizer_of(folder: Path, args: argparse.Namespace) -> dict[str, str]:
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     file = folder / "tokenizer_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _print_table(rows: Sequence[dict[str, Any]], *, first: bool) -> None:

@@ -19,13 +19,16 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import dequantize_model, save_model
 
+from .checkpoint.adapters import other_base
 from .checkpoint.config import normalise_config
 from .checkpoint.files import write_json
-from .checkpoint.folder import read_config
+from .checkpoint.folder import files_of, read_config
 from .commands.help import point_elsewhere
 from .commands.run_command import run_command
 from .convert import convert
+from .convert.write.card import licence_of
 from .convert.write.output import check_target
+from .errors import InputError, say
 from .loading import load, resolve
 from .model.scaled_model import ScaledModel
 from .scaling.none import NoScaling
@@ -76,6 +79,9 @@ def run(args: argparse.Namespace) -> None:
     target = Path(args.save_path).expanduser()
     check_target(target)
     base = resolve(args.model)
+    message = other_base(base, Path(args.adapter_path))
+    if message is not None and not args.force:
+        raise InputError(f"{message} To fuse them all the same, add --force.")
     model, _ = load(
         args.model, adapter_path=args.adapter_path, trust_remote_code=args.trust_remote_code
     )
@@ -89,11 +95,19 @@ def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         merged = Path(scratch) / target.name
         save_model(merged, model, donate_model=True)
-        for file in base.iterdir():
-            if file.is_file() and not file.name.endswith(_NOT_THE_TOKENIZER):
+        for file in files_of(base):
+            if not file.name.endswith(_NOT_THE_TOKENIZER):
                 shutil.copyfile(file, merged / file.name)
         write_json(merged / "config.json", config)
-        convert(merged, target, freeze=args.freeze, upload_repo=args.upload_repo)
+        convert(
+            merged,
+            target,
+            origin=f"{args.model}, with the adapters {Path(args.adapter_path).resolve().name}",
+            licence=licence_of(base),
+            freeze=args.freeze,
+            upload_repo=args.upload_repo,
+        )
+    say(f"Next: mlx_clex generate --model {target} --prompt hello --max-tokens 50")
 
 
 def merge(model: nn.Module, *, dequantize: bool = False) -> None:

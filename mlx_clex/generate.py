@@ -305,7 +305,10 @@ def _final_scale(model: Any, caches: list[Any]) -> float:
 
 
 def _reach(model: Any) -> str:
-    return "no limit" if model.reach is None else f"{model.reach} tokens"
+    if model.reach is None:
+        return "any length"
+    grows = model.scaling.grows and model.fixed_scale is None
+    return f"{model.reach} tokens{', past which the scale grows' if grows else ''}"
 
 
 def main() -> None:

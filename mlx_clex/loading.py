@@ -19,9 +19,9 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.utils import load_model, load_tokenizer
 
 from . import bundled
-from .checkpoint.adapters import add_adapters, check_base
+from .checkpoint.adapters import add_adapters, other_base
 from .checkpoint.digest import state_digest
-from .checkpoint.folder import SHIM, check_hub_id, needs_conversion, read_config
+from .checkpoint.folder import SHIM, check_hub_id, files_of, needs_conversion, read_config
 from .errors import InputError, RunError, one_line, say
 from .model.scaled_model import scaled
 from .model.sharding import share_out, wait_for_all
@@ -94,10 +94,10 @@ def load(
             f"{path_or_hub_id} was not converted with mlx_clex, so --scale {scale:g} has no "
             "effect. Convert it with --scaling NAME first."
         )
-    _fit_to_cpu(model)
     if folder.parent == bundled.FOLDER:
         # Kept in half precision for the size of the package; a CPU is far faster so.
         model.set_dtype(mx.float32)
+    _fit_to_cpu(model)
     if group is not None:
         share_out(model, group, pipeline=pipeline)
     # Nothing lazy may be left: it would belong to the streams of this thread, and a server
@@ -176,7 +176,8 @@ def _load_model(
         raise InputError(f"{folder} does not load: {one_line(error)}") from error
     if adapter_path is not None:
         add_adapters(model, Path(adapter_path), scale)
-        check_base(folder, Path(adapter_path))
+        if message := other_base(folder, Path(adapter_path)):
+            say(message)
     return model, config
 
 
@@ -198,7 +199,7 @@ def resolve(
     if path.suffix == ".gguf" and path.is_file():
         return _converted(str(path), cache / f"{path.stem}@{state_digest([path])}-{CONVERSION}")
     if path.is_dir() and str(path_or_hub_id):
-        files = sorted(file for file in path.iterdir() if file.is_file())
+        files = files_of(path)
         names = [file.name for file in files]
         if names and all(name.endswith(".gguf") for name in names):
             published = True
@@ -262,9 +263,15 @@ def _converted(source: str, target: Path, *, revision: str | None = None) -> Pat
 
 
 def _fit_to_cpu(model: nn.Module) -> None:
-    """Hold experts in float32 where MLX multiplies gathered matrices in nothing else."""
+    """Warn of slow types on a CPU, and hold experts in float32, the only type MLX takes there."""
     if mx.default_device() != mx.cpu:
         return
+    types = {module.weight.dtype for module in model.modules() if type(module) is nn.Linear}
+    if types & {mx.bfloat16, mx.float16}:
+        say(
+            "This model is in half precision, in which a CPU is up to 30 times slower than in "
+            "float32: convert it with --dtype float32."
+        )
     for module in model.modules():
         if type(module) is SwitchLinear and module.weight.dtype != mx.float32:
             module.weight = module.weight.astype(mx.float32)

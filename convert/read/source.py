@@ -6,16 +6,17 @@ are never read or copied. Not covered: what is inside the weight files.
 
 import fnmatch
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_clex.checkpoint.files import read_json
+from mlx_clex.checkpoint.folder import files_of
 from mlx_clex.errors import InputError
 
-CONFIG_FILES = ("config.json", "generation_config.json")
+CONFIG_FILES = ("config.json", "generation_config.json", "README.md")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -100,18 +101,6 @@ def choose_weights(
     )
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-        InputError: it is no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not readable as JSON: {error}.") from error
-
-
 def read_folder(folder: Path, repo: str | None = None) -> Checkpoint:
     """Choose the weight files of a folder and read its config.json.
 
@@ -122,7 +111,7 @@ def read_folder(folder: Path, repo: str | None = None) -> Checkpoint:
     Raises:
         InputError: it has no weights or no config.json, or lacks a shard.
     """
-    names = [entry.name for entry in folder.iterdir() if entry.is_file()]
+    names = [file.name for file in files_of(folder)]
     if not names:
         raise InputError(f"The folder {folder} is empty: there is no checkpoint in it.")
     kind, chosen = choose_weights(names, lambda n: read_json(folder / n), str(folder))

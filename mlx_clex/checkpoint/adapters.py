@@ -6,7 +6,6 @@ trained, norms and embeddings.
 Not covered: writing them (`training/saves.py`).
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_adapters
 
-from ..errors import InputError, one_line, say
+from ..errors import InputError, one_line
 from ..model.scaled_model import ScaledModel, attach
 from .digest import weights_digest
+from .files import read_json
 
 ADAPTER_SCALING = "scaling.safetensors"  # the scaling's tensors, where they were trained
 EXTRA_WEIGHTS = "norms_embeddings.safetensors"  # norms and embeddings, likewise
@@ -42,7 +42,7 @@ def adapter_files(folder: Path) -> Path:
 def add_adapters(model: nn.Module, folder: Path, scale: float | None) -> None:
     folder = adapter_files(folder)
     try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        settings = read_json(folder / "adapter_config.json")
         for setting, name in (("scaling", ADAPTER_SCALING), ("extra", EXTRA_WEIGHTS)):
             if settings.get(f"trained_{setting}") and not (folder / name).is_file():
                 raise InputError(
@@ -102,15 +102,20 @@ def _check_adapters(model: nn.Module, file: Path) -> None:
         )
 
 
-def check_base(folder: Path, adapters: Path) -> None:
-    """Say where adapters are put on other weights than they were trained on.
+def other_base(folder: Path, adapters: Path) -> str | None:
+    """Say that adapters were trained on other weights; None where they were not.
 
     That may be meant: adapters trained on a quantised model serve the whole one.
+
+    Args:
+        folder: of the model.
+        adapters: a folder of adapters.
     """
-    config = json.loads((adapter_files(adapters) / "adapter_config.json").read_text("utf-8"))
+    config = read_json(adapter_files(adapters) / "adapter_config.json")
     trained_on = config.get("base_weights")
-    if trained_on is not None and trained_on != weights_digest(folder):
-        say(
-            f"The adapters in {adapters} were trained on other weights than {folder} has, those of "
-            f"{config.get('model')}: on any but a quantised or whole copy of these they are wrong."
-        )
+    if trained_on is None or trained_on == weights_digest(folder):
+        return None
+    return (
+        f"The adapters in {adapters} were trained on {config.get('model')}, whose weights are not "
+        f"those of {folder}. On any model but a quantised or whole copy of it they are wrong."
+    )

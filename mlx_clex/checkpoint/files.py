@@ -9,10 +9,15 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ..errors import InputError, one_line
+
+_LARGEST_JSON = 200_000_000  # bytes; the largest tokenizer.json has 40 million
 
 
 @contextmanager
@@ -81,6 +86,27 @@ def write_json(target: Path, value: Any) -> None:
         OSError: it cannot be written.
     """
     write_text(target, json.dumps(value, indent=4) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file that may come from a stranger.
+
+    Raises:
+        InputError: it is missing, no regular file, too large, or no JSON.
+    """
+    try:
+        # A pipe or a device would never end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{path} is no regular file. Copy the checkpoint again.")
+        if path.stat().st_size > _LARGEST_JSON:
+            raise InputError(f"{path} has more than {_LARGEST_JSON} bytes, too many for JSON.")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"There is no file {path}.") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{path} is no readable JSON: {one_line(error)}") from error
 
 
 def delete_leftovers(target: Path) -> None:

@@ -17,6 +17,7 @@ from ..model.scaled_model import scaled
 from .adapters import EXTRA_WEIGHTS, adapter_files
 from .config import normalise_config
 from .digest import digest_of, weights_digest, weights_samples
+from .files import read_json
 from .folder import read_config
 
 Fingerprint = dict[str, str]
@@ -108,7 +109,7 @@ def _adapter(path: str | Path | None) -> str:
     if path is None:
         return "none"
     folder = adapter_files(Path(path))
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = read_json(folder / "adapter_config.json")
     what = {key: settings.get(key) for key in ("fine_tune_type", "lora_parameters", "num_layers")}
     files = [folder / "adapters.safetensors", folder / EXTRA_WEIGHTS]
     return digest_of(

@@ -4,7 +4,6 @@ Not covered: what the settings in config.json mean (`config.py`).
 """
 
 import difflib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from ..bundled import MODELS
 from ..errors import InputError
 from ..scaling import SCALINGS
 from .config import normalise_config
+from .files import read_json
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SHIM = "mlx_clex_model.py"  # the model_file of converted checkpoints
@@ -48,20 +48,34 @@ def _nearest(name: str) -> str | None:
     return next(iter(difflib.get_close_matches(str(path), known, n=1)), None)
 
 
+def files_of(folder: Path) -> list[Path]:
+    """List the regular files of a checkpoint folder, without hidden ones, by name.
+
+    Raises:
+        InputError: one is a link to a file outside the folder, which is not followed.
+    """
+    files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
+    inside = folder.resolve()
+    # In the hub's cache the files of a snapshot are links to blobs two folders up.
+    allowed = (inside, inside.parent.parent / "blobs")
+    for file in files:
+        if file.is_symlink() and not any(file.resolve().is_relative_to(top) for top in allowed):
+            raise InputError(
+                f"{file} is a link to a file outside its folder, which is not followed. Copy the "
+                "file there."
+            )
+    return files
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Parse config.json of a folder.
 
     Raises:
         InputError: it is missing or no JSON object.
     """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{folder} has no config.json. Give the folder of a model, or a hub id."
-        ) from error
-    except (ValueError, OSError) as error:
-        raise InputError(f"{folder / 'config.json'} is no readable JSON: {error}") from error
+    if not (folder / "config.json").exists():
+        raise InputError(f"{folder} has no config.json. Give the folder of a model, or a hub id.")
+    config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise InputError(f"{folder / 'config.json'} is no JSON object.")
     return config

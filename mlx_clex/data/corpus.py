@@ -167,7 +167,9 @@ def find_files(path: Path) -> dict[str, list[Path]]:
 
 
 def _texts(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in _TEXT)
+    files = (file for file in folder.rglob("*") if file.is_file() and file.suffix in _TEXT)
+    # macOS leaves `._name.txt` beside files of other file systems.
+    return sorted(file for file in files if not file.name.startswith("."))
 
 
 def _write(target: Path, name: str, texts: Documents) -> None:

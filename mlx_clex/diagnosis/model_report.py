@@ -6,7 +6,6 @@ lazy: its weights are neither read nor made up, so a model of any size takes sec
 Not covered: whether the weights fit the config, which loading checks.
 """
 
-import json
 import logging
 import math
 from collections.abc import Iterator
@@ -20,7 +19,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from ..checkpoint.config import normalise_config
-from ..checkpoint.folder import SHIM, check_hub_id, needs_conversion, read_config
+from ..checkpoint.files import read_json
+from ..checkpoint.folder import SHIM, check_hub_id, files_of, needs_conversion, read_config
 from ..errors import InputError, one_line
 from ..model.find_ropes import Site, find_sites
 from ..model.plans import single_caches
@@ -92,7 +92,7 @@ def _find(path_or_hub_id: str) -> tuple[dict[str, Any], list[Row]]:
 
 
 def _files(folder: Path, config: dict[str, Any]) -> Iterator[Row]:
-    names = [file.name for file in folder.iterdir()]
+    names = [file.name for file in files_of(folder)]
     weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
     try:
         published = needs_conversion(names, config, folder)
@@ -108,8 +108,8 @@ def _files(folder: Path, config: dict[str, Any]) -> Iterator[Row]:
     yield "weights", f"{_size(size)} in {len(weights)} files, {kind}"
     for index in sorted(folder.glob("*.index.json")):
         try:
-            wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError):
+            wanted = set(read_json(index)["weight_map"].values())
+        except (InputError, KeyError, AttributeError, TypeError):
             yield _PROBLEM, f"{index.name} is no readable index of weights."
             continue
         for name in sorted(wanted - set(names)):
