@@ -16,26 +16,14 @@ from mlx_lm.utils import maybe_set_recommended_wired_limit
 from .commands.run_command import check_seed, run_command
 from .commands.scaling_options import add_scaling_arguments, scaling_from
 from .model.sharding import one_voice
-from .training.option_fields import add_options, with_config, yaml_only_help
+from .training.option_fields import add_options, with_config
 from .training.options import TrainingOptions
 from .training.prepare import prepare
 from .training.ranks import Ranks
 
-_END = """\
-keys of a YAML file that are no option here:
-{keys}
-
-example:
-  mlx_clex lora --train --model bundled:base --scaling clex --data texts --iters 200 \\
-      --eval-lengths 64 256 1024
-"""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options: those of mlx_lm.lora under the same names, and ours."""
-    parser.usage = "%(prog)s --train --model MODEL --data DATA [option ...]"
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _END.format(keys=yaml_only_help(TrainingOptions))
     add_options(parser, TrainingOptions)
     add_scaling_arguments(parser)
 
@@ -68,6 +56,8 @@ def main() -> None:
             run,
             prog="mlx_clex.lora",
             description="Fine-tune a model for texts longer than it was trained on.",
+            example="mlx_clex lora --train --model bundled:base --scaling clex --data texts "
+            "--iters 200 --eval-lengths 64 256 1024",
         )
     )
 

@@ -33,13 +33,13 @@ from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 from mlx_lm.models.cache import LRUPromptCache
 
+from .commands.options import scale_policy
 from .commands.run_command import run_command
 from .errors import InputError, RunError
-from .generate import scale_policy
 from .loading import load
-from .model.find_ropes import config_value, stock_caches
 from .model.plans import plan_at, plan_of, planned_caches
-from .model.scaled_model import ScaledModel, make_prompt_cache
+from .model.scaled_model import make_prompt_cache, scaled
+from .model.stock import config_value, stock_caches
 
 # Of numbers in a request; beyond them MLX fails while it samples.
 _BOUNDS: dict[str, float] = {
@@ -135,7 +135,7 @@ class ScaledModelProvider(stock.ModelProvider):
         )
         self.model, self.tokenizer, self.draft_model = model, tokenizer, draft
         if (model_path, adapter_path) == (self.cli_args.model, self.cli_args.adapter_path):
-            self.reach = model.reach if isinstance(model, ScaledModel) else None
+            self.reach = scaled(model).reach
         self.loads += 1
         self.model_key = (model_path, adapter_path, draft_model_path)
 
@@ -253,7 +253,7 @@ class PlanningResponseGenerator(stock.ResponseGenerator):
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         tokenized = super()._tokenize(tokenizer, request, args)
         model = self.model_provider.model
-        reach = model.reach if isinstance(model, ScaledModel) and model.scaling.hard_reach else None
+        reach = scaled(model).limit if model is not None else None
         if reach is not None:
             room = reach - len(tokenized[0])
             if room < 1:

@@ -9,9 +9,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mlx_clex.checkpoint.files import read_json
 from mlx_clex.errors import InputError, RunError
 
-from .source import CONFIG_FILES, TOKENIZER_FILES, choose_weights, read_json
+from .source import CONFIG_FILES, TOKENIZER_FILES, choose_weights
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 
 from tqdm import tqdm
 
+from ..data.batch import Batch
 from .batches import Batches
-from .step import Batch
 
 
 class Pace:

@@ -1,10 +1,7 @@
 """Draw the scale and the positions of each training step.
 
-The two choices are independent; `SCALE_DRAWS` and `SAMPLINGS` say what they are. Skips are
-after PoSE (arXiv 2309.10400). Some of their steps may be plain: the rows are cut to at most
-L0 tokens, at the scale of texts of that length.
-
-Random numbers are NumPy's, whose state can be saved and restored exactly.
+`scaling/procedure.py` lists the ways to draw, and each scaling has its own procedure. Random
+numbers are NumPy's, whose state can be saved and restored exactly.
 
 Not covered: which tokens a step has.
 """
@@ -14,67 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import InputError
-from ..scaling import SCALINGS, Scaling
+from ..scaling import Scaling
+from ..scaling.procedure import CONTIGUOUS, FIXED, GENE, RELEASE, UNIFORM, Procedure
 
-UNIFORM, GENE, FIXED = "uniform", "gene", "fixed"
-SCALE_DRAWS = {
-    UNIFORM: "a whole number up to the largest scale, all equally likely, as CLEX",
-    GENE: "a multiple of length / trained length, the smallest and largest most often, as GeNE",
-    FIXED: "always the scale of the sequence's length",
-}
-RELEASE, SKIPS, CONTIGUOUS = "release", "skips", "contiguous"
-SAMPLINGS = {
-    RELEASE: "a sorted sample over the scaled length, neighbours far apart, as CLEX was published",
-    SKIPS: "one to four runs of neighbours with jumps between them, up to the scaled length",
-    CONTIGUOUS: "0, 1, 2, ..., as GeNE",
-}
 _MOST_RUNS = 4  # of `skips`
-_PLAIN = 0.25
-
-
-@dataclass(frozen=True, kw_only=True)
-class Procedure:
-    """How scales and positions are drawn."""
-
-    scale_draw: str = FIXED  # one of SCALE_DRAWS
-    sampling: str = CONTIGUOUS  # one of SAMPLINGS
-    plain_share: float = 0.0  # share of plain steps among those of skips longer than L0
-
-    def __post_init__(self) -> None:
-        if self.scale_draw not in SCALE_DRAWS:
-            raise InputError(
-                f"--scale-draw must be one of {', '.join(SCALE_DRAWS)}, got {self.scale_draw!r}."
-            )
-        if self.sampling not in SAMPLINGS:
-            raise InputError(
-                f"--sampling must be one of {', '.join(SAMPLINGS)}, got {self.sampling!r}."
-            )
-        if not 0 <= self.plain_share < 1:
-            raise InputError(f"--plain-share must be within 0..1, got {self.plain_share!r}.")
-
-    def plain_share_at(self, length: int, trained: int) -> float:
-        """Share of plain steps for sequences of this length, both lengths in tokens.
-
-        Skips in sequences longer than L0 never draw a scale below length / L0; plain steps
-        train those scales.
-        """
-        return self.plain_share if self.sampling == SKIPS and length > trained else 0.0
-
-
-# The papers' own; methods that are not listed have a scale for each length and no draw.
-RELEASED = {
-    "clex": Procedure(scale_draw=UNIFORM, sampling=RELEASE),
-    "gene": Procedure(scale_draw=GENE),
-    "gene-param": Procedure(scale_draw=GENE),
-}
-# Where another procedure measured better than the paper's (benchmarks/README.md).
-PREFERRED = RELEASED | {"clex": Procedure(scale_draw=UNIFORM, sampling=SKIPS, plain_share=_PLAIN)}
 
 
 def procedure_for(scaling: Scaling, *, released: bool = False) -> Procedure:
-    """The default procedure of a method, or that of its paper."""
-    (name,) = (name for name, kind in SCALINGS.items() if kind is type(scaling))
-    return (RELEASED if released else PREFERRED).get(name, Procedure())
+    """Return the default procedure of a method, or that of its paper."""
+    return scaling.released_procedure if released else scaling.procedure
 
 
 @dataclass(frozen=True)
@@ -103,7 +48,7 @@ class Draws:
         if scaling.static and procedure.scale_draw != FIXED:
             raise InputError(
                 f"--scale-draw {procedure.scale_draw} needs a scaling whose scale can change; "
-                f"{type(scaling).__name__} has one for all lengths. Use --scale-draw fixed."
+                f"{scaling.name} has one for all lengths. Use --scale-draw fixed."
             )
         self.scaling = scaling
         self.procedure = procedure
@@ -115,7 +60,7 @@ class Draws:
         scaling = self.scaling
         limits = [scaling.reach] if scaling.hard_reach and scaling.reach is not None else []
         if self.procedure.scale_draw != FIXED:
-            limits.append(scaling.trained_length * int(self._largest))
+            limits.append(scaling.trained_length * int(self.scaling.largest_scale))
         return min(limits, default=None)
 
     def check(self, length: int) -> None:
@@ -156,22 +101,16 @@ class Draws:
         span = max(length, int(trained * scale))
         return Draw(scale, self._skips(length, span).astype(np.float32))
 
-    @property
-    def _largest(self) -> float:
-        """The largest scale there is to draw."""
-        config = self.scaling.config
-        return float(getattr(config, "max_factor", getattr(config, "factor", 1)))
-
     def _scale(self, length: int) -> float:
-        trained, config = self.scaling.trained_length, self.scaling.config
+        trained = self.scaling.trained_length
         if self.procedure.scale_draw == UNIFORM:
             # Positions cannot lie as near as those of a text shorter than this one,
             # except under `release`, which divides them.
             released = self.procedure.sampling == RELEASE
             least = 1 if released else _steps(length, trained)
-            return float(self.rng.integers(least, int(self._largest) + 1))
-        if self.procedure.scale_draw == GENE and getattr(config, "gene_random_scale", True):
-            chances = gene_chances(self._largest, length, trained)
+            return float(self.rng.integers(least, int(self.scaling.largest_scale) + 1))
+        if self.procedure.scale_draw == GENE:
+            chances = gene_chances(self.scaling.largest_scale, length, trained)
             return float((1 + self.rng.choice(len(chances), p=chances)) * _steps(length, trained))
         return self.scaling.scale_at(length)
 

@@ -14,9 +14,9 @@ from mlx_lm.utils import get_total_parameters
 from ..data.corpus import Corpus
 from ..evaluation.perplexity import mean_loss
 from ..scaling import PREFIX
+from ..scaling.procedure import SAMPLINGS, SCALE_DRAWS
 from .bars import with_bar
 from .batches import Batches
-from .draws import SAMPLINGS, SCALE_DRAWS
 from .loop import Run
 from .options import TrainingOptions
 from .ranks import Ranks
@@ -73,7 +73,7 @@ class Job:
         tokens = options.batch_size * length
         iterations = options.iters - first + 1
         lines = {
-            "model": f"{options.model}: {type(scaling).__name__}, trained length "
+            "model": f"{options.model}: {scaling.name}, trained length "
             f"{scaling.trained_length:,} tokens, reach {reach}",
             "trained": self._trained(),
             "scale": f"{procedure.scale_draw}: {SCALE_DRAWS[procedure.scale_draw]}",

@@ -23,10 +23,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
+from ..checkpoint.adapters import ADAPTER_SCALING, EXTRA_WEIGHTS
 from ..data.corpus import Corpus
 from ..errors import InputError, RunError
 from ..evaluation.perplexity import mean_loss, score, windows_of
-from ..loading import ADAPTER_SCALING, EXTRA_WEIGHTS
 from ..scaling import PREFIX
 from .bars import Pace, with_bar
 from .batches import Batches

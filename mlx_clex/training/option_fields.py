@@ -124,7 +124,13 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
     groups: dict[str, Any] = {}
     for item in options_of(kind):
         spec = item.spec
+        if spec.group not in groups:
+            groups[spec.group] = parser.add_argument_group(spec.group)
+        group = groups[spec.group]
         if spec.only_yaml:
+            line = f"{item.name}: {item.help}"
+            wrapped = textwrap.fill(line, 90, initial_indent="  ", subsequent_indent="      ")
+            group.description = f"{group.description or 'in a YAML file only:'}\n{wrapped}"
             continue
         settings: dict[str, Any] = {"help": item.help, "default": None}
         if item.kind is bool:
@@ -136,24 +142,11 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
         else:
             settings["type"] = spec.parse or item.kind
             settings["metavar"] = {int: "N", float: "X"}.get(item.kind)
-        if spec.group not in groups:
-            groups[spec.group] = parser.add_argument_group(spec.group)
-        groups[spec.group].add_argument(item.flag, **settings)
+        group.add_argument(item.flag, **settings)
     parser.add_argument(
         "-c",
         "--config",
         help="A YAML file of options, such as those of mlx_lm.lora; arguments win over it.",
-    )
-
-
-def yaml_only_help(kind: type) -> str:
-    """A paragraph for each key of a YAML file that is no argument."""
-    return "\n".join(
-        textwrap.fill(
-            f"{item.name}: {item.help}", 96, initial_indent="  ", subsequent_indent="    "
-        )
-        for item in options_of(kind)
-        if item.spec.only_yaml
     )
 
 

@@ -17,9 +17,9 @@ from typing import Any
 from mlx_lm.utils import _parse_size
 
 from ..errors import InputError
-from ..scaling.clex import Clex
+from ..scaling import SCALINGS
+from ..scaling.procedure import SAMPLINGS, SCALE_DRAWS
 from .batches import PACKINGS
-from .draws import SAMPLINGS, SCALE_DRAWS
 from .option_fields import option, options_of
 from .setup import FINE_TUNE_TYPES, OPTIMIZERS
 
@@ -33,6 +33,12 @@ _UPDATES = "steps and learning rate"
 _MEASURED = "validation and test"
 _SAVED = "saves and reports"
 _MEMORY = "memory"
+# Scalings whose tensors train at another learning rate than the model.
+_SHARES = "".join(
+    f", times {kind.learning_rate_share:g} for {name}"
+    for name, kind in SCALINGS.items()
+    if kind.learning_rate_share != 1
+)
 
 
 def _size(text: str) -> int:
@@ -164,7 +170,7 @@ class TrainingOptions:
         "rows are cut to the trained length and have positions 0, 1, 2, ...",
         least=0,
         below=1,
-        default_text="0.25 for clex, else 0",
+        default_text="what measured best for the scaling",
     )
     release_recipe: bool = option(
         False,
@@ -189,8 +195,8 @@ class TrainingOptions:
         _UPDATES,
         "The learning rate of the scaling's own tensors; 0 leaves them as they are.",
         least=0,
-        default_text=f"--learning-rate, times {Clex.learning_rate_share:g} for clex unless "
-        "--release-recipe or --fine-tune-type scaling is given",
+        default_text=f"--learning-rate{_SHARES} unless --release-recipe or --fine-tune-type "
+        "scaling is given",
     )
     warmup: int = option(
         0, _UPDATES, "Let the learning rate grow from 0 at the start.", unit="updates", least=0

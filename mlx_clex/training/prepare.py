@@ -14,19 +14,20 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.tuner.callbacks import get_reporting_callbacks
 
-from ..checkpoint.fingerprint import weights_digest
+from ..checkpoint.digest import weights_digest
 from ..data.corpus import Corpus, load_corpora
-from ..errors import InputError
+from ..errors import InputError, say
 from ..evaluation.perplexity import check_lengths
 from ..loading import DEFAULT_CACHE, load, resolve
 from ..model.scaled_model import ScaledModel, attach
+from ..scaling.procedure import SKIPS, Procedure
 from .batches import Batches
-from .draws import SKIPS, Draws, Procedure, procedure_for
+from .draws import Draws, procedure_for
 from .job import Job
 from .loop import LoopOptions, Run
 from .options import DEFAULT_LENGTH, TrainingOptions
 from .ranks import Ranks
-from .resume import go_on, load_adapters, open_folder, say, settings_to_keep
+from .resume import go_on, load_adapters, open_folder, settings_to_keep
 from .saves import Checkpoints
 from .setup import build_optimizer, choose_trained, learning_rate_schedule
 from .step import TrainingStep
@@ -250,8 +251,7 @@ def _scaling_share(options: TrainingOptions, model: Any) -> float:
         return 0.0
     if not model.scaling.learned:
         raise InputError(
-            f"--scaling-learning-rate: {type(model.scaling).__name__} has nothing to learn. Leave "
-            "it out."
+            f"--scaling-learning-rate: {model.scaling.name} has nothing to learn. Leave it out."
         )
     rate = options.learning_rate
     if options.lr_schedule:

@@ -5,7 +5,6 @@ Not covered: what a save holds (`saves.py`), and restoring it (`loop.py`).
 
 import hashlib
 import json
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,12 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..checkpoint.fingerprint import weights_digest
+from ..checkpoint.adapters import ADAPTER_SCALING, EXTRA_WEIGHTS
+from ..checkpoint.digest import weights_digest
+from ..checkpoint.folder import read_config
 from ..data.corpus import Corpus
-from ..errors import InputError
-from ..loading import ADAPTER_SCALING, EXTRA_WEIGHTS, read_config, resolve
+from ..errors import InputError, say
+from ..loading import resolve
 from .loop import Run
 from .options import TrainingOptions
 from .saves import ADAPTERS, Checkpoints
@@ -103,8 +104,3 @@ def go_on(options: TrainingOptions, training: Run, same: dict[str, Any]) -> bool
         return False
     say(f"Going on after iteration {iteration}.")
     return True
-
-
-def say(text: str) -> None:
-    """Print a line about the run on stderr."""
-    print(f"[mlx_clex] {text}", file=sys.stderr)

@@ -84,7 +84,7 @@ def choose_trained(
     after = set(dict(tree_flatten(model.trainable_parameters())))
     if not after:
         raise InputError(
-            f"--fine-tune-type {fine_tune_type} trains nothing: {type(model.scaling).__name__} has "
+            f"--fine-tune-type {fine_tune_type} trains nothing: {model.scaling.name} has "
             "no tensors of its own, or --scaling-learning-rate is 0. Use lora, dora or full."
         )
     return frozenset(after - before)

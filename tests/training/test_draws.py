@@ -175,7 +175,8 @@ def test_gene_draws_follow_its_chances(length, step):
 
 def test_gene_without_random_scale_stays_at_factor():
     """gene_random_scale false: r = factor always."""
-    draws = make("gene", draw="gene", sampling="contiguous", factor=8.0, gene_random_scale=False)
+    scaling = make("gene", draw="fixed", gene_random_scale=False, factor=8.0).scaling
+    draws = Draws(scaling, procedure_for(scaling), np.random.default_rng(0))
     assert {draws.draw(L0).scale for _ in range(20)} == {8.0}
 
 

@@ -92,11 +92,22 @@ def test_every_option_tells_its_meaning_and_default():
         meaning, _, default = item.help.partition(" Default: ")
         assert meaning.endswith("."), item.name
         assert default not in ("", ".", "None."), item.name
-    text = parser().format_help()
+
+
+def test_the_help_has_groups_keys_of_yaml_and_an_example(monkeypatch, capsys):
+    """59 options in one list, and no word of the keys that only a YAML file has."""
+    monkeypatch.setattr("sys.argv", ["mlx_clex lora", "--help"])
+    with pytest.raises(SystemExit):
+        lora.main()
+    text = capsys.readouterr().out
     assert "SUPPRESS" not in text
-    assert text.startswith("usage: ")
-    assert len(text.split("\n\n")[0].splitlines()) == 1
-    assert "example:\n  mlx_clex lora --train" in text
+    assert text.startswith("usage: mlx_clex lora [options]\n\n")
+    titles = [line for line in text.splitlines() if line.endswith(":") and line[0] != " "]
+    assert titles[0] == "options:"
+    assert titles[-1] == "example:"
+    assert len(titles) > 9
+    for name in ("lora_parameters", "lr_schedule", "optimizer_config", "hf_dataset"):
+        assert f"    {name}: " in text
 
 
 def test_no_option_of_training_is_one_of_a_scaling():
