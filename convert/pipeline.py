@@ -87,9 +87,9 @@ def convert(
 
         check_upload(upload_repo)
     if dry_run and not is_local(hf_path):
-        from .read.hub import needed_files
+        from .read.hub import look_up
 
-        print(describe_download(needed_files(check_hub_id(hf_path), revision)))
+        print(describe_download(look_up(check_hub_id(hf_path), revision).sizes))
         return None
     source = Source(find(hf_path, revision))
     outcome = decide_outcome(source.config, source.weights(), options)

@@ -22,7 +22,7 @@ from . import bundled
 from .checkpoint.adapters import add_adapters, other_base
 from .checkpoint.digest import state_digest
 from .checkpoint.folder import SHIM, check_hub_id, files_of, needs_conversion, read_config
-from .errors import InputError, RunError, one_line, say
+from .errors import InputError, one_line, say
 from .model.scaled_model import scaled
 from .model.sharding import share_out, wait_for_all
 from .model_file import Model, ModelArgs
@@ -214,41 +214,28 @@ def resolve(
 
 def _from_hub(hub_id: str, revision: str | None, cache: Path) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-    from .convert.read.hub import guarded, needed_files
+    from .convert.read.hub import guarded, look_up
 
-    try:
-        config_file = Path(
-            guarded(
-                hub_id, revision, lambda: hf_hub_download(hub_id, "config.json", revision=revision)
-            )
-        )
-        commit = config_file.parent.name
-        target = cache / f"{hub_id.replace('/', '--')}@{commit[:12]}-{CONVERSION}"
-        if target.is_dir():
-            return target
-        try:
-            sizes = needed_files(hub_id, commit)
-        except (OfflineModeIsEnabled, RunError):
-            # What is in the hub's own cache on this machine decides.
-            sizes = {file.name: file.stat().st_size for file in config_file.parent.iterdir()}
-        published = needs_conversion(list(sizes), read_config(config_file.parent), hub_id)
-        if not published:
-            patterns = DEFAULT_ALLOW_PATTERNS
-            return guarded(
-                hub_id,
-                commit,
-                lambda: Path(snapshot_download(hub_id, revision=commit, allow_patterns=patterns)),
-            )
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, RunError) as error:
-        raise InputError(
-            f"There is no folder {hub_id}, and it was not found on the hub: {one_line(error)}"
-        ) from error
-    weights = sum(size for name, size in sizes.items() if name.endswith((".safetensors", ".bin")))
-    say(f"{hub_id} is a published checkpoint ({weights / 1e9:.1f} GB of weights).")
-    return _converted(hub_id, target, revision=commit)
+    listing = look_up(hub_id, revision)
+    target = cache / f"{hub_id.replace('/', '--')}@{listing.commit[:12]}-{CONVERSION}"
+    if target.is_dir():
+        return target
+
+    def config_file() -> Path:
+        return Path(hf_hub_download(hub_id, "config.json", revision=listing.commit))
+
+    def snapshot() -> Path:
+        patterns = DEFAULT_ALLOW_PATTERNS
+        return Path(snapshot_download(hub_id, revision=listing.commit, allow_patterns=patterns))
+
+    config = listing.config or guarded(hub_id, revision, config_file)
+    if not needs_conversion(list(listing.sizes), read_config(config.parent), hub_id):
+        return config.parent if listing.config else guarded(hub_id, revision, snapshot)
+    weights = (n for name, n in listing.sizes.items() if name.endswith((".safetensors", ".bin")))
+    say(f"{hub_id} is a published checkpoint ({sum(weights) / 1e9:.1f} GB of weights).")
+    return _converted(hub_id, target, revision=listing.commit)
 
 
 def _converted(source: str, target: Path, *, revision: str | None = None) -> Path:

@@ -196,7 +196,7 @@ def test_neither_a_folder_nor_an_id(tmp_path):
     for name in (str(tmp_path / "nothing"), "./nothing", "a/b/c/d", ""):
         with pytest.raises(InputError, match="There is no folder or file"):
             load(name)
-    with pytest.raises(InputError, match=r"no folder owner/model.* it was not found on the hub"):
+    with pytest.raises(InputError, match=r"no folder owner/model.* the hub did not answer"):
         load("owner/model-that-is-not-there", cache_dir=tmp_path)
 
 

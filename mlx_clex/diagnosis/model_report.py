@@ -82,13 +82,16 @@ def _find(path_or_hub_id: str) -> tuple[dict[str, Any], list[Row]]:
         return config, [("model", str(path)), *_files(path, config)]
     path_or_hub_id = check_hub_id(path_or_hub_id)
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
-        file = hf_hub_download(path_or_hub_id, "config.json")
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"{path_or_hub_id} was not found: {one_line(error)}") from error
-    return read_config(Path(file).parent), [("model", f"{path_or_hub_id} (on the hub)")]
+    from ..convert.read.hub import guarded, look_up
+
+    listing = look_up(path_or_hub_id)
+    file = listing.config or guarded(
+        path_or_hub_id, None, lambda: Path(hf_hub_download(path_or_hub_id, "config.json"))
+    )
+    size = _size(sum(listing.sizes.values()))
+    rows = [("model", f"{path_or_hub_id} (on the hub)"), ("download", size)]
+    return read_config(file.parent), rows
 
 
 def _files(folder: Path, config: dict[str, Any]) -> Iterator[Row]:

@@ -233,7 +233,7 @@ def test_refusals():
         evaluation.check_lengths(tiny_llama(), corpus(300), [16, 400, 300])
     with pytest.raises(InputError, match="at least 2 tokens, got 1"):
         score(tiny_llama(), corpus(300), 1, 1)
-    with pytest.raises(InputError, match="beyond the reach"):
+    with pytest.raises(InputError, match="this model reaches"):
         score(scaled_llama("clex"), corpus(900), 20 * L0 + 1, 1)
     with pytest.raises(InputError, match="--chunk must be at least 2 tokens, got 1"):
         Protocol(chunk=1)
