@@ -1,10 +1,10 @@
-"""The training loop: steps, reports, evaluations, saves, and going on from one.
+"""The training loop: steps, reports, validations, saves, and resuming from a save.
 
-What decides the next step is saved in full: weights, optimizer, generator of the draws,
-place in the data, iteration. A resumed run on the CPU is bit-identical to one that was
+A save holds everything that decides the next step: weights, optimizer, random state of the
+draws, place in the data, iteration. A resumed run on the CPU is bit-identical to one that was
 never stopped.
 
-Not covered: what is trained and with which optimizer (`setup.py`).
+Not covered: what is trained, and with which optimizer (`setup.py`).
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from .step import Result, TrainingStep
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """When to do what, in iterations; one iteration is one micro-batch."""
+    """When to do what, in iterations; an iteration is one batch."""
 
     iters: int
     grad_accumulation_steps: int = 1
@@ -54,7 +54,7 @@ class LoopOptions:
 
 @dataclass
 class Progress:
-    """What is counted on the way."""
+    """Counters of a run."""
 
     iteration: int = 0
     trained_tokens: int = 0
@@ -88,16 +88,16 @@ class Run:
         return self.step.model
 
     def resume(self, same: Mapping[str, Any]) -> bool:
-        """Go on from the newest save.
+        """Restore the newest save, so that the run goes on from it.
 
         Args:
-            same: settings that must be as they were.
+            same: settings that must be the same as when the save was written.
 
         Returns:
-            Whether there was one.
+            Whether there was a save.
 
         Raises:
-            InputError: it is of another run; the message says what differs.
+            InputError: the save is damaged, or of another run; the message says what differs.
         """
         newest = self.checkpoints.newest
         if newest is None:
@@ -135,14 +135,14 @@ class Run:
         return True
 
     def train(self, same: Mapping[str, Any]) -> None:
-        """Run to the last iteration, saving as it goes and at the end.
+        """Run to the last iteration, with saves on the way and at the end.
 
         Args:
-            same: settings that a later resume must have as well.
+            same: settings that a resumed run must have in common with this one.
 
         Raises:
             InputError: the folder for saves cannot be made.
-            RunError: the loss is no longer a number, or MLX failed; the last save stays.
+            RunError: the loss or the weights are not finite, or MLX failed; the last save stays.
             KeyboardInterrupt: Ctrl-C, after a save.
         """
         options, progress = self.options, self.progress
@@ -173,7 +173,7 @@ class Run:
                             self._validate(log)
                     save_due = save_due or iteration % options.save_every == 0
                     if not update:
-                        continue  # there is a half-made gradient
+                        continue  # the gradient of this update is not complete
                     stop = any(self.ranks.each(stop_asked()))
                     if save_due or stop or last:
                         self._save(same)
@@ -214,7 +214,7 @@ class Run:
     def _step(self, iteration: int, update: bool) -> tuple[Result, float]:
         batch = self.batches.next()
         draw = self.draws.draw(batch.tokens.shape[1])
-        # Dropout of an iteration depends on nothing that came before it.
+        # A seed for each iteration, so that dropout is the same after a resume.
         ranks = self.ranks
         mx.random.seed((self.seed * 1_000_003 + iteration) * ranks.size + ranks.rank)
         return self.step(batch.rows(ranks.rank, ranks.size), draw, update=update), draw.scale
@@ -252,7 +252,7 @@ class Run:
 
     @property
     def _learning_rate(self) -> float:
-        # Of several optimizers the last is the model's.
+        # The last of several optimizers is the model's; see `build_optimizer`.
         optimizer = getattr(self.step.optimizer, "optimizers", [self.step.optimizer])[-1]
         rate: Any = mx.array(optimizer.learning_rate).item()
         return rate
@@ -311,7 +311,8 @@ class Run:
         self._check_weights()
         if self.ranks.first:
             self._write_save(same)
-        self.ranks.each(0)  # nobody ends, and so ends the others, before it is written
+        # Wait for the first: a process that ends now would make mlx.launch end it too.
+        self.ranks.each(0)
 
     def _write_save(self, same: Mapping[str, Any]) -> None:
         trained = dict(tree_flatten(self.model.trainable_parameters()))
@@ -344,7 +345,7 @@ def _as_json(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _stop_request() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C be asked for, and the second stop at once."""
+    """Yield a function that tells whether Ctrl-C was pressed; a second one stops at once."""
     asked: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -355,7 +356,7 @@ def _stop_request() -> Iterator[Callable[[], bool]]:
 
     try:
         before = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not in the main thread, where no signal comes
+    except ValueError:  # only the main thread gets signals
         yield lambda: False
         return
     try:
