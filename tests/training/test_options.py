@@ -1,14 +1,14 @@
 """Options of training: one table behind the command line, YAML files and the checks."""
 
-import argparse
-
 import pytest
 from mlx_lm.lora import CONFIG_DEFAULTS, build_parser
 
 from mlx_clex import lora
 from mlx_clex.errors import InputError
-from mlx_clex.training.option_fields import options_of, with_config
+from mlx_clex.training.option_fields import options_of
 from mlx_clex.training.options import TrainingOptions
+
+from .commands import options, whole_parser
 
 # The keys of mlx_lm/examples/lora_config.yaml.
 EXAMPLE = """
@@ -48,16 +48,6 @@ hf_dataset:
 """
 
 
-def parser():
-    made = argparse.ArgumentParser()
-    lora.add_arguments(made)
-    return made
-
-
-def parse(*argv):
-    return TrainingOptions.of(with_config(parser().parse_args(list(argv)), TrainingOptions))
-
-
 def test_defaults_are_those_of_mlx_lm():
     """A default that mlx_lm.lora changes must be changed here too."""
     ours = {item.name: item.default for item in options_of(TrainingOptions)}
@@ -72,7 +62,7 @@ def test_every_option_of_mlx_lm_is_taken():
     """A script for mlx_lm.lora must run with the other name in front."""
     ours, theirs = (
         {option for action in made._actions for option in action.option_strings}
-        for made in (parser(), build_parser())
+        for made in (whole_parser(), build_parser())
     )
     assert theirs <= ours
 
@@ -80,10 +70,10 @@ def test_every_option_of_mlx_lm_is_taken():
 def test_the_example_of_mlx_lm_is_taken(tmp_path):
     """Every key, and the values that its loader for YAML gives them."""
     (tmp_path / "c.yaml").write_text(EXAMPLE)
-    options = parse("-c", str(tmp_path / "c.yaml"))
-    assert options.learning_rate == 1e-5
-    assert options.lr_schedule["arguments"] == [1e-5, 1000, 1e-7]
-    assert options.test_batches == 100
+    found = options("-c", str(tmp_path / "c.yaml"))
+    assert found.learning_rate == 1e-5
+    assert found.lr_schedule["arguments"] == [1e-5, 1000, 1e-7]
+    assert found.test_batches == 100
 
 
 def test_every_option_tells_its_meaning_and_default():
@@ -112,7 +102,7 @@ def test_the_help_has_groups_keys_of_yaml_and_an_example(monkeypatch, capsys):
 
 def test_no_option_of_training_is_one_of_a_scaling():
     """Both are keys of the same YAML file."""
-    names = [action.dest for action in parser()._actions]
+    names = [action.dest for action in whole_parser()._actions]
     assert len(names) == len(set(names))
 
 
@@ -141,10 +131,10 @@ def test_values_that_cannot_be_are_refused(value, match):
 
 def test_memory_sizes_are_read_or_refused(capsys):
     """mlx_lm's reader of sizes ends in a KeyError."""
-    assert parse("--clear-cache-threshold", "1.5GB").clear_cache_threshold == 1_500_000_000
+    assert options("--clear-cache-threshold", "1.5GB").clear_cache_threshold == 1_500_000_000
     for text in ("4TB", "much", ""):
         with pytest.raises(SystemExit):
-            parse("--clear-cache-threshold", text)
+            options("--clear-cache-threshold", text)
         assert "must be a size such as 4GB" in capsys.readouterr().err
 
 
