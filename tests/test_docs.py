@@ -140,24 +140,25 @@ class Reader:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.ports[port] = probe.getsockname()[1]
-        log = (self.folder / "server.log").open("w")
-        process = subprocess.Popen(
-            self.shell(f"exec {code} --port {self.ports[port]}"),
-            cwd=self.folder,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        log = self.folder / "server.log"
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                self.shell(f"exec {code} --port {self.ports[port]}"),
+                cwd=self.folder,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
         self.started.append(process)
         for _ in range(1200):
-            assert process.poll() is None, (self.folder / "server.log").read_text()
+            assert process.poll() is None, f"{code}\n{log.read_text()}"
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", self.ports[port]), timeout=1).close()
                 return
             time.sleep(0.1)
-        raise AssertionError(f"{code}\ndid not listen: {(self.folder / 'server.log').read_text()}")
+        raise AssertionError(f"{code}\ndid not listen\n{log.read_text()}")
 
     def leave(self) -> None:
         """End the servers."""
@@ -168,6 +169,7 @@ class Reader:
                 process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
 
 
 @pytest.fixture
@@ -233,8 +235,9 @@ def _headings(page: Path) -> set[str]:
 
 def test_each_page_is_linked_from_the_readme():
     """A page could be found by its file name only."""
-    targets = {(ROOT / link.partition("#")[0]).resolve() for link in LINK.findall(README.read_text())}
-    assert set(PAGES) - targets == {README}
+    links = LINK.findall(README.read_text())
+    linked = {(ROOT / link.partition("#")[0]).resolve() for link in links}
+    assert set(PAGES) - linked == {README}
 
 
 def _make_base_model(folder: Path) -> None:
