@@ -14,7 +14,7 @@ from mlx_lm.utils import get_total_parameters
 from ..data.corpus import Corpus
 from ..evaluation.perplexity import mean_loss
 from ..scaling import PREFIX
-from ..scaling.procedure import SAMPLINGS, SCALE_DRAWS
+from ..scaling.procedure import FIXED, SAMPLINGS, SCALE_DRAWS
 from .bars import with_bar
 from .batches import Batches
 from .loop import Run
@@ -69,22 +69,24 @@ class Job:
         plain = f"{share:.0%} of the steps, in rows of at most {scaling.trained_length:,} tokens"
         held_out = training.valid_corpus if training.valid or options.eval_lengths else None
         first = training.progress.iteration + 1
-        most = "" if options.packing == "concat" else "at most "
+        most = "" if procedure.scale_draw == FIXED else f", at most {scaling.largest_scale:g}"
+        upto = "" if options.packing == "concat" else "at most "
+        every = options.grad_accumulation_steps
         tokens = options.batch_size * length
         iterations = options.iters - first + 1
         lines = {
             "model": f"{options.model}: {scaling.name}, trained length "
             f"{scaling.trained_length:,} tokens, reach {reach}",
             "trained": self._trained(),
-            "scale": f"{procedure.scale_draw}: {SCALE_DRAWS[procedure.scale_draw]}",
+            "scale": f"{procedure.scale_draw}{most}: {SCALE_DRAWS[procedure.scale_draw]}",
             "positions": f"{procedure.sampling}: {SAMPLINGS[procedure.sampling]}",
             "plain steps": plain if share else "none",
             "data": _sized(self.corpus),
             "held out": _sized(held_out) if held_out else "nothing",
             "steps": f"iterations {first:,} to {options.iters:,}, an update every "
-            f"{options.grad_accumulation_steps:,}",
-            "tokens": f"{most}{tokens:,} an iteration ({options.batch_size} x {length:,}), "
-            f"{most}{iterations * tokens:,} in all, {iterations / batches.per_epoch:.2g} times "
+            f"{'iteration' if every == 1 else f'{every:,} iterations'}",
+            "tokens": f"{upto}{tokens:,} an iteration ({options.batch_size} x {length:,}), "
+            f"{upto}{iterations * tokens:,} in all, {iterations / batches.per_epoch:.2g} times "
             "the data",
             "saves": f"every {options.save_every:,} iterations into {options.adapter_path}",
         }
@@ -110,13 +112,14 @@ class Job:
         parts = []
         if options.fine_tune_type != "scaling":
             kind = "weights" if options.fine_tune_type == "full" else options.fine_tune_type
-            parts.append(f"{kind} of the last {last} of {layers} layers")
+            which = f"all {layers}" if last == layers else f"the last {last} of {layers}"
+            parts.append(f"{kind} of {which} layers")
         if any(name.startswith(PREFIX) for name in parameters):
             parts.append("the scaling")
         if training.extra:
             parts.append("norms and embeddings")
         count, total = sum(p.size for p in parameters.values()), get_total_parameters(self.model)
-        return f"{', '.join(parts)}: {count:,} of {total:,} parameters ({count / total:.2%})"
+        return f"{' and '.join(parts)}: {count:,} of {total:,} parameters ({count / total:.2%})"
 
 
 def _sized(corpus: Corpus) -> str:

@@ -51,8 +51,8 @@ def test_a_run_tells_its_plan_and_what_it_made(base, texts, tmp_path, capsys):
     lines = dict(line.split(": ", 1) for line in plan.splitlines())
     told = {name: text.strip() for name, text in lines.items()}
     assert told["model"] == f"{base}: clex, trained length 32 tokens, reach 256 tokens"
-    assert told["trained"].startswith("lora of the last 2 of 2 layers, the scaling: ")
-    assert told["scale"].startswith("uniform: ")
+    assert told["trained"].startswith("lora of all 2 layers and the scaling: ")
+    assert told["scale"].startswith("uniform, at most 8: ")
     assert told["positions"].startswith("skips: ")
     assert told["plain steps"] == "25% of the steps, in rows of at most 32 tokens"
     assert "(valid), " in told["held out"]
