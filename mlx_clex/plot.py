@@ -14,7 +14,10 @@ from .commands.run_command import run_command
 from .errors import InputError
 from .evaluation.results import Results, read_results
 from .loading import load_scaling
-from .pictures.drawing import check_path, draw, draw_frequencies, draw_training
+from .pictures.draw import draw
+from .pictures.frequencies import draw_frequencies
+from .pictures.style import check_path
+from .pictures.training import draw_training
 from .training.log import LOG, read_log
 
 # Pictures of result files: the kind of the results, and what --help says.
