@@ -100,7 +100,6 @@ TRIED = {
     "clex, skips, reach of 64 x, no plain steps": [*_FAR, *_SKIPS, *_NO_PLAIN],
     "clex, skips, network 0 x": [*_CLEX, *_SKIPS, *_network(0)],
     "clex, skips, network 0.1 x": [*_CLEX, *_SKIPS, *_network(0.1)],
-    "clex, dense": [*_CLEX, "--sampling", "dense"],
     "clex, release, network 0.01 x": [*_CLEX, "--release-recipe", *_network(0.01)],
 }
 # The mark is for three seeds.
