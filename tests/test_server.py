@@ -1,6 +1,8 @@
 """The server as a client sees it: the real openai package over a real socket."""
 
+import argparse
 import concurrent.futures
+import contextlib
 import http.client
 import json
 import shutil
@@ -8,19 +10,17 @@ import socket
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
+from unittest import mock
 
-import mlx.core as mx
+import mlx_lm.server
 import pytest
 from mlx_clex.convert import convert
 
 from mlx_clex import load
-from mlx_clex.errors import RunError
-from mlx_clex.model.plans import plan_of
 from mlx_clex.model.scaled_model import make_prompt_cache
-from mlx_clex.server import PlannedPromptCache, PlanningResponseGenerator
+from mlx_clex.server import add_arguments
 
-from .conftest import GOLDEN, random_adapters, scaled_llama, stock_folder
+from .conftest import GOLDEN, random_adapters, stock_folder
 
 openai = pytest.importorskip("openai")
 
@@ -247,29 +247,6 @@ def test_a_client_that_hangs_up_frees_its_place(server, alone):
     assert server.raw("GET", "/health")[0] == 200
 
 
-def test_a_request_that_breaks_generation_fails_alone():
-    """An error while tokens are made killed the thread that answers everybody."""
-
-    class Generator(PlanningResponseGenerator):
-        runs = 0
-
-        def _generate(self):
-            self.runs += 1
-            while not self._stop:
-                if self._next_request(timeout=0.05) is not None and self.runs == 1:
-                    raise ZeroDivisionError("the first request")
-
-    provider = SimpleNamespace(model=object())
-    generator = Generator(provider, PlannedPromptCache(provider, 1))
-    try:
-        with pytest.raises(RunError, match="the first request"):
-            generator.generate(object(), None)
-        assert generator.generation_available()
-        assert generator.runs == 2
-    finally:
-        generator.stop_and_join()
-
-
 def test_adapters_of_the_server_and_of_a_request(model, wide, tmp_path):
     """Each answers as `generate` with it does, whatever was served before by another.
 
@@ -367,38 +344,25 @@ def test_a_server_that_ends_is_not_aborted(model):
     assert [end.returncode for end in ends] == [2] * 4, errors
 
 
-class Provider:
-    loads = 0
+def test_the_options_are_those_of_mlx_lm():
+    """A list of our own goes stale when mlx-lm adds an option or changes a default."""
 
-    def __init__(self, *models):
-        self.models = list(models)
+    def options_of(parser):
+        return {
+            action.dest: (action.option_strings, action.default, action.nargs, action.choices)
+            for action in parser._actions
+        }
 
+    built = []
+    with (
+        mock.patch.object(argparse.ArgumentParser, "parse_args", lambda p: built.append(p)),
+        # What is parsed is None then, which has no `log_level`.
+        contextlib.suppress(AttributeError),
+    ):
+        mlx_lm.server.main()
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
 
-@pytest.mark.parametrize(
-    ("name", "log_scale", "read", "kept"),
-    [
-        ("clex", False, 60, True),
-        ("clex", False, 70, False),  # past the plan, at another scale
-        ("clex", True, 60, False),  # the gain of one length serves no other
-        ("gene", False, 60, True),
-        ("gene", True, 62, True),  # its gain belongs to positions
-        ("linear", False, 300, True),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:.*past the.*that this model's scaling")
-def test_only_prefixes_of_one_plan_are_kept(name, log_scale, read, kept, tokens):
-    """A cache of mixed scales answers like no single pass over any prompt."""
-    model = scaled_llama(name, log_scale=log_scale)
-    cache = make_prompt_cache(model, 61)
-    model(tokens[:1, :60], cache=cache)
-    for i in range(60, read):
-        model(tokens[:1, i : i + 1], cache=cache)
-    assert log_scale or (plan_of(model, cache) is not None) == kept
-
-    prompts = PlannedPromptCache(Provider(model), 10)
-    ids = tokens[0, :read].tolist()
-    prompts.insert_cache("m", ids, cache)
-    reused, rest = prompts.fetch_nearest_cache("m", [*ids, 1])
-    assert len(prompts) == kept
-    assert rest == ([1] if kept else [*ids, 1])
-    assert mx.array(reused[0].offset).item() == (read if rest == [1] else 0)
+    theirs, ours = options_of(*built), options_of(parser)
+    assert ours.keys() - theirs.keys() == {"scale"}
+    assert {name: ours.get(name) for name in theirs} == theirs

@@ -1,5 +1,6 @@
 """Two processes of mlx.launch give the tokens of one."""
 
+import argparse
 import concurrent.futures
 import http.client
 import json
@@ -245,7 +246,9 @@ def hang_up(port, **body):
 )
 def test_options_that_several_processes_cannot_have(options, words):
     """They would answer out of step, or not at all."""
-    args = server.stock_parser().parse_args(options)
+    parser = argparse.ArgumentParser()
+    server.add_arguments(parser)
+    args = parser.parse_args(options)
     with pytest.raises(InputError) as error:
         server.check_processes(args, 2)
     assert all(word in str(error.value) for word in words)
