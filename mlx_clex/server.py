@@ -15,6 +15,7 @@ Not covered: other models, adapters and draft models over several processes.
 import argparse
 import json
 import logging
+import os
 import sys
 
 import mlx.core as mx
@@ -25,8 +26,10 @@ from mlx_lm.utils import _parse_size
 from .commands.run_command import run_command
 from .errors import InputError
 from .generate import scale_policy
+from .serving.access import Access
 from .serving.generation import ScaledModelProvider
 from .serving.http import serve
+from .serving.requests import Served, read_request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,16 +88,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--port", type=int, default=8080, help="port to listen on (default: %(default)s)"
     )
     address.add_argument(
-        "--allowed-origins",
-        type=lambda text: text.split(","),
-        default="*",
-        help="origins of web pages that may ask, with commas between them (default: all)",
-    )
-    address.add_argument(
         "--log-level",
         default="INFO",
         choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
         help="what is logged (default: %(default)s)",
+    )
+
+    access = parser.add_argument_group("access", "What clients may do.")
+    access.add_argument(
+        "--allow-model",
+        action="append",
+        default=[],
+        metavar="DIR_OR_ID",
+        help="another model that a request may name, exactly so; may be given several times",
+    )
+    access.add_argument(
+        "--allow-adapters",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="adapters that a request may name, exactly so; may be given several times",
+    )
+    access.add_argument(
+        "--allowed-origins",
+        type=lambda text: text.split(","),
+        default=[],
+        help="origins whose web pages may ask, with commas between them, or * for all "
+        "(default: pages of this machine)",
+    )
+    access.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="the key that clients must send (default: MLX_CLEX_API_KEY, or none)",
     )
 
     sampling = parser.add_argument_group("sampling", "Values for requests that give none.")
@@ -181,6 +206,17 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("--scale grow would let an answer depend on how its prompt arrives.")
     if not 0 <= args.port < 1 << 16:
         raise InputError(f"--port must be within 0..65535, got {args.port}.")
+    if args.model is None and not args.allow_model:
+        raise InputError("Nothing is to be served: give --model, or --allow-model.")
+    if not isinstance(args.chat_template_args, dict):
+        raise InputError("--chat-template-args must be a JSON object.")
+    served = Served(
+        args.model, args.adapter_path, args.draft_model, args.allow_model, args.allow_adapters
+    )
+    # The values for requests that give none are held to the same ranges.
+    body = json.dumps({"prompt": "", "model": args.model or args.allow_model[0]}).encode()
+    read_request(body, chat=False, served=served, defaults=args)
+    key = args.api_key or os.environ.get("MLX_CLEX_API_KEY")
     group = mx.distributed.init()
     check_processes(args, group.size())
     maybe_set_recommended_wired_limit()
@@ -190,7 +226,7 @@ def run(args: argparse.Namespace) -> None:
     )
     provider = ScaledModelProvider(args)
     provider.scale = args.scale if isinstance(args.scale, float) else None
-    serve(args.host, args.port, provider)
+    serve(args.port, provider, Access(args.host, args.allowed_origins, key or None), served)
 
 
 def check_processes(args: argparse.Namespace, size: int) -> None:
@@ -203,6 +239,10 @@ def check_processes(args: argparse.Namespace, size: int) -> None:
         return
     if args.model is None:
         raise InputError(f"mlx.launch started {size} processes: give their model as --model.")
+    if args.allow_model or args.allow_adapters:
+        raise InputError(
+            f"--allow-model and --allow-adapters are for one process; mlx.launch started {size}."
+        )
     if args.draft_model is not None:
         raise InputError(f"--draft-model is for one process; mlx.launch started {size}.")
     if args.pipeline and args.prompt_cache_bytes is not None:

@@ -164,7 +164,8 @@ def serving(*options):
 
         def ask(path="/v1/completions", method="POST", **body):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            connection.request(method, path, json.dumps(body) if body else None)
+            headers = {"Content-Type": "application/json"}
+            connection.request(method, path, json.dumps(body) if body else None, headers)
             answer = connection.getresponse()
             return answer.status, answer.read().decode()
 
@@ -231,7 +232,8 @@ def hang_up(port, **body):
     """Send a request, and leave when the answer begins."""
     data = json.dumps(body)
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
-        head = f"POST /v1/completions HTTP/1.1\r\nContent-Length: {len(data)}\r\n\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(data)}\r\n\r\n"
         connection.sendall((head + data).encode())
         connection.recv(200)
 
@@ -241,6 +243,7 @@ def hang_up(port, **body):
     [
         ((), ["--model"]),
         (("--model", "x", "--draft-model", "x"), ["--draft-model", "one process"]),
+        (("--model", "x", "--allow-model", "y"), ["--allow-model", "one process"]),
         (("--model", "x", "--pipeline", "--prompt-cache-bytes", "1GB"), ["--prompt-cache-bytes"]),
     ],
 )

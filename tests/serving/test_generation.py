@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_clex.errors import RunError
-from mlx_clex.serving.generation import PlanningResponseGenerator
+from mlx_clex.serving.generation import Jobs, PlanningResponseGenerator
 from mlx_clex.serving.prompt_caches import PlannedPromptCache
 
 
@@ -25,7 +25,7 @@ def test_a_request_that_breaks_generation_fails_alone():
     generator = Generator(provider, PlannedPromptCache(provider, 1))
     try:
         with pytest.raises(RunError, match="the first request"):
-            generator.generate(object(), None)
+            Jobs(generator, [(object(), None)]).contexts()
         assert generator.generation_available()
         assert generator.runs == 2
     finally:
