@@ -3,12 +3,14 @@
 import argparse
 import concurrent.futures
 import contextlib
+import functools
 import http.client
 import json
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from unittest import mock
 
@@ -21,6 +23,7 @@ from mlx_clex.model.scaled_model import make_prompt_cache
 from mlx_clex.server import add_arguments
 
 from .conftest import GOLDEN, random_adapters, stock_folder
+from .serving.test_requests import CHATS, COMPLETIONS
 
 openai = pytest.importorskip("openai")
 
@@ -96,6 +99,12 @@ def server(model):
     server = Server(model, "--prefill-step-size", "32")
     yield server
     server.stop()
+
+
+def complete(server, **options):
+    """A completion by the openai client; greedy, and of 20 tokens, unless told otherwise."""
+    options = {"model": "default_model", "temperature": 0, "max_tokens": 20, **options}
+    return server.client.completions.create(**options)
 
 
 def answers_of(model, adapters=None):
@@ -196,6 +205,185 @@ GOOD = {"model": "default_model", "prompt": "hi", "max_tokens": 2}
 
 def chat(content="hi", **fields):
     return {"messages": [{"role": "user", "content": content}], "max_tokens": 2, **fields}
+
+
+@pytest.mark.parametrize("more", [{}, {"seed": 1}], ids=["in a batch", "alone"])
+def test_stop_strings(more, server, alone):
+    """A stop string inside a token was deleted from the text, and the text went on."""
+    whole = alone(SENTENCE)
+    for start in range(0, len(whole) - 3, 5):
+        stop = whole[start : start + 3]
+        expected = whole[: whole.index(stop)]
+        done = complete(server, prompt=SENTENCE, stop=["\x00", stop], **more)
+        (choice,) = done.choices
+        assert (choice.text, choice.finish_reason) == (expected, "stop"), repr(stop)
+        assert done.usage.completion_tokens <= 20
+        stream = complete(server, prompt=SENTENCE, stop=stop, stream=True, **more)
+        events = [event.choices[0] for event in stream]
+        assert "".join(event.text for event in events) == expected
+        assert [event.finish_reason for event in events if event.finish_reason] == ["stop"]
+
+
+def test_an_answer_cut_at_a_stop_string_is_not_read_again(server, alone):
+    """Agents stop at a string, and send everything again with more behind it."""
+    prompt = "Once more. " + SENTENCE
+    whole = alone(prompt)
+    stop = whole[8:12]
+    cut = complete(server, prompt=prompt, stop=stop).choices[0].text
+    done = complete(server, prompt=prompt + cut)
+    assert done.choices[0].text == alone(prompt + cut)
+    assert done.usage.prompt_tokens_details.cached_tokens >= len(prompt) // 8
+
+
+def test_every_kind_of_prompt(server, alone, model):
+    """Lists, token ids, nothing at all, and several answers to each."""
+    _, tokenizer = load(model)
+    prompts = [SENTENCE, SENTENCE + "And", "A"]
+    done = complete(server, prompt=prompts, n=2)
+    texts = [choice.text for choice in sorted(done.choices, key=lambda choice: choice.index)]
+    assert texts == [alone(prompt) for prompt in prompts for _ in "12"]
+    assert done.usage.prompt_tokens == sum(len(tokenizer.encode(prompt)) for prompt in prompts)
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    assert [choice.text for choice in complete(server, prompt=ids).choices] == texts[::2]
+    assert complete(server, prompt=ids[0]).choices[0].text == texts[0]
+    assert complete(server, prompt="").choices[0].text == alone("")
+
+
+def test_answers_with_a_seed_differ_and_come_again(server):
+    """n answers with one seed were n times the same."""
+    options = {"prompt": SENTENCE, "temperature": 2, "max_tokens": 12}
+    both = [choice.text for choice in complete(server, n=2, seed=7, **options).choices]
+    assert both[0] != both[1]
+    assert both == [complete(server, seed=s, **options).choices[0].text for s in (7, 8)]
+
+
+def test_log_probabilities(server):
+    """Of each token, the same in a stream, the likeliest first."""
+    done = complete(server, prompt=SENTENCE, max_tokens=6, logprobs=3).choices[0].logprobs
+    assert len(done.tokens) == len(done.token_logprobs) == 6
+    for token, own, top in zip(done.tokens, done.token_logprobs, done.top_logprobs, strict=True):
+        assert len(top) == 3
+        assert max(top.values()) == top[token] == own < 0, "greedy"
+    stream = complete(server, prompt=SENTENCE, max_tokens=6, logprobs=3, stream=True)
+    parts = [event.choices[0].logprobs for event in stream]
+    assert [token for part in parts if part for token in part.tokens] == done.tokens
+
+    options = chat(model="default_model", temperature=1, seed=3, logprobs=True)
+    ask = functools.partial(server.client.chat.completions.create, **options | {"max_tokens": 6})
+    content = ask().choices[0].logprobs.content
+    assert [bool(each.top_logprobs) for each in content] == [False] * 6
+    streamed = [
+        each
+        for event in ask(stream=True, top_logprobs=2)
+        for each in (event.choices[0].logprobs.content if event.choices[0].logprobs else ())
+    ]
+    assert [(each.token, each.logprob) for each in streamed] == [
+        (each.token, each.logprob) for each in content
+    ]
+    assert all(
+        len(each.top_logprobs) == 2 and each.top_logprobs[0].logprob >= each.logprob
+        for each in streamed
+    )
+
+
+def test_a_prompt_far_beyond_the_reach_is_not_tokenised(server):
+    """60 MB of prompt took 10 GB and five minutes before they were refused."""
+    for path, body in [
+        ("/v1/completions", GOOD | {"prompt": "na " * 2_500_000}),
+        ("/v1/chat/completions", chat("na " * 2_500_000)),
+    ]:
+        started = time.monotonic()
+        status, text = server.raw("POST", path, json.dumps(body))
+        error = json.loads(text)["error"]
+        assert (status, error["code"]) == (400, "context_length_exceeded")
+        assert "bytes" in error["message"]
+        assert time.monotonic() - started < 10
+
+
+# What only the loaded model can tell.
+OF_THE_MODEL = {
+    "a bias for no token": GOOD | {"logit_bias": {"512": 1}},
+    "more than all tokens": GOOD | {"top_k": 512, "temperature": 1},
+    "an id that does not exist": GOOD | {"prompt": [1, 512]},
+    "a prompt beyond the reach": GOOD | {"prompt": [1] * 256},
+    "a role that the template refuses": {"messages": [{"role": "wizard", "content": "hi"}]},
+    "messages that break the template": {"messages": [{"role": "breaking", "content": "hi"}]},
+}
+# Odd, but to be answered: how many answers.
+ANSWERED = [
+    (GOOD | {"prompt": ""}, 1),
+    (GOOD | {"prompt": ["a", "b"], "n": 2}, 4),
+    (GOOD | {"prompt": [[1], [2, 3]]}, 2),
+    (GOOD | {"temperature": 100, "max_tokens": 50, "stop": ["e", "\ud83d\ude00"]}, 1),
+    (GOOD | {"logit_bias": {"5": -1e6}, "top_logprobs": 20, "stop": "\n"}, 1),
+    (GOOD | {"max_tokens": 2**31, "repetition_penalty": 1e6, "presence_penalty": -1e6}, 1),
+    (GOOD | {"xtc_probability": 1, "xtc_threshold": 0, "min_p": 1, "temperature": 1}, 1),
+    (chat([{"type": "text", "text": "\u0000"}], tools=[{"function": {"name": "f"}}]), 1),
+    (chat("hi", chat_template_kwargs={"enable_thinking": {"a": []}}), 1),
+]
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'wizard' %}{{ raise_exception('no magic') }}"
+    "{% elif m.role == 'breaking' %}{{ m.content + 5 }}{% endif %}{{ m.content }}{% endfor %}"
+)
+
+
+def test_hostile_requests_beside_good_streams(model, alone):
+    """Each of them ended the answers under way; now every good answer is the one given alone."""
+    server = Server(model, "--prefill-step-size", "32", "--chat-template", TEMPLATE)
+    prompts = [f"{i} " + SENTENCE * (1 + i % 4) for i in range(6)]
+    expected = [alone(prompt, 40) for prompt in prompts]
+    over = threading.Event()
+    wrong = {
+        kind: body if isinstance(body, bytes) or "prompt" in body else {"prompt": "a", **body}
+        for kind, (body, _) in COMPLETIONS.items()
+        if kind != "no prompt"
+    }
+    wrong |= {kind: body for kind, (body, _) in CHATS.items()} | OF_THE_MODEL
+
+    def good(i):
+        answers = 0
+        while not over.is_set() or not answers:
+            stream = complete(server, prompt=prompts[i], max_tokens=40, stream=True)
+            events = [event.choices[0] for event in stream]
+            assert "".join(event.text for event in events) == expected[i]
+            assert events[-1].finish_reason == "length"
+            answers += 1
+        return answers
+
+    def send(body):
+        is_chat = isinstance(body, dict) and "prompt" not in body
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return server.raw("POST", f"/v1/{'chat/' if is_chat else ''}completions", data)
+
+    def hang_up():
+        body = json.dumps(GOOD | {"max_tokens": 200, "stream": True}).encode()
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+            connection.sendall(HEAD % len(body) + body)
+            connection.recv(200)
+
+    half = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(20)]
+    try:
+        for connection in half:
+            connection.sendall(HEAD % 100 + b"{")
+        with concurrent.futures.ThreadPoolExecutor(6) as clients:
+            good_clients = [clients.submit(good, i) for i in range(len(prompts))]
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                refusals = dict(zip(wrong, pool.map(send, wrong.values()), strict=True))
+                answers = list(pool.map(send, [body for body, _ in ANSWERED]))
+                for each in [pool.submit(hang_up) for _ in range(5)]:
+                    each.result()
+            over.set()
+            assert all(client.result() for client in good_clients)
+        for kind, (status, text) in refusals.items():
+            assert status == 400, (kind, text)
+            assert json.loads(text)["error"]["message"], kind
+        for (body, count), (status, text) in zip(ANSWERED, answers, strict=True):
+            assert status == 200, (body, text)
+            assert len(json.loads(text)["choices"]) == count
+    finally:
+        for connection in half:
+            connection.close()
+        server.stop()
 
 
 def test_a_client_that_hangs_up_frees_its_place(server, alone):

@@ -32,7 +32,7 @@ from .fields import (
 )
 from .messages import check_message, check_tools
 
-BODY_LIMIT = 16_000_000  # bytes of a request; a million tokens are about 5 MB of text
+BODY_LIMIT = 8_000_000  # bytes of a request; a million tokens are about 5 MB of text
 _VARIABLES_LENGTH = 4000  # characters of a chat template's variables, as JSON
 _STOPS, _STOP_LENGTH = 32, 256  # stop strings of a request, and characters of one
 
