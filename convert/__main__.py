@@ -8,6 +8,7 @@ from mlx_lm.convert import QUANT_RECIPES
 
 from mlx_clex.commands.run_command import run_command
 from mlx_clex.commands.scaling_options import add_scaling_arguments, scaling_from
+from mlx_clex.errors import say
 
 from .options import DTYPES, PROGRAMS, Options
 from .pipeline import convert
@@ -21,33 +22,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hf-path",
         "--model",
         required=True,
-        help="A folder, a .gguf file, or a Hugging Face hub id.",
+        help="The source: a folder, a .gguf file, or OWNER/NAME on the Hugging Face hub.",
     )
     parser.add_argument(
         "--mlx-path", default="mlx_model", help="Folder to write; it must not exist."
     )
-    parser.add_argument("--revision", help="Branch, tag or commit of a hub id.")
-    parser.add_argument("-q", "--quantize", action="store_true", help="Generate a quantized model.")
-    parser.add_argument("--q-group-size", type=int, help="Group size for quantization.")
-    parser.add_argument("--q-bits", type=int, help="Bits per weight for quantization.")
+    parser.add_argument("--revision", help="Branch, tag or commit on the hub. Default: main.")
+    parser.add_argument("-q", "--quantize", action="store_true", help="Quantise the weights.")
+    parser.add_argument(
+        "--q-group-size",
+        type=int,
+        help="Weights that share a scale. Default: 64, or that of --q-mode.",
+    )
+    parser.add_argument(
+        "--q-bits", type=int, help="Bits per weight. Default: 4, or those of --q-mode."
+    )
     parser.add_argument(
         "--q-mode",
         default=_DEFAULTS["q_mode"],
         choices=["affine", "mxfp4", "nvfp4", "mxfp8"],
-        help="The quantization mode.",
+        help="How weights are quantised.",
     )
     parser.add_argument(
-        "--quant-predicate", choices=QUANT_RECIPES, help="Mixed-bit quantization recipe."
+        "--quant-predicate",
+        choices=QUANT_RECIPES,
+        help="A recipe of mixed bits. Default: the same bits everywhere.",
     )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="Type of what is not quantized. Default: config.json's torch_dtype.",
+        help="Type of what is not quantised. Default: torch_dtype in config.json.",
     )
     parser.add_argument(
-        "-d", "--dequantize", action="store_true", help="Dequantize a quantized model."
+        "-d", "--dequantize", action="store_true", help="Write an unquantised model."
     )
-    parser.add_argument("--upload-repo", help="Hub id to publish the result under.")
+    parser.add_argument("--upload-repo", help="Hub id to publish the result under. Default: none.")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="Let the tokenizer run its own Python. A model's Python is never run.",
+    )
     parser.add_argument(
         "--trained-length",
         type=int,
@@ -57,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--freeze",
         type=float,
         metavar="SCALE",
-        help="Hold this scale for good, in a checkpoint that needs no mlx_clex.",
+        help="Hold this scale for good, in a checkpoint that needs no mlx_clex. Default: keep the "
+        "scaling.",
     )
     parser.add_argument(
         "--for",
@@ -78,7 +93,11 @@ def run(args: argparse.Namespace) -> None:
         name: getattr(args, name)
         for name in _DEFAULTS.keys() - {"scaling"} | {"revision", "upload_repo", "dry_run"}
     }
-    convert(args.hf_path, args.mlx_path, scaling=scaling_from(args), **named)
+    target = convert(args.hf_path, args.mlx_path, scaling=scaling_from(args), **named)
+    if target is not None and args.freeze is None:
+        say(f"Next: mlx_clex generate --model {target} --prompt hello --max-tokens 50")
+    elif target is not None and args.freeze_for == PROGRAMS[0]:
+        say(f"Next: python -m mlx_lm generate --model {target} --prompt hello")
 
 
 def main() -> None:
@@ -88,7 +107,8 @@ def main() -> None:
             add_arguments,
             run,
             prog="mlx_clex.convert",
-            description="Convert a CLEX, GeNE or base checkpoint to MLX.",
+            description="Convert a CLEX, GeNE or base checkpoint to MLX, or freeze one scale.",
+            example="mlx_clex convert --hf-path DAMO-NLP-SG/CLEX-7B-16K --mlx-path clex-7b -q",
         )
     )
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from mlx_clex.checkpoint.safetensors_file import TensorInfo, info_of
 from mlx_clex.scaling import PREFIX
 
-from .outcome import Plan
+from .outcome import Outcome
 from .read.source import Checkpoint
 
 
 def describe(
     checkpoint: Checkpoint,
     headers: Mapping[Path, Mapping[str, TensorInfo]],
-    plan: Plan,
+    outcome: Outcome,
     target: Path,
 ) -> str:
     """Text for --dry-run.
@@ -25,7 +25,7 @@ def describe(
     Args:
         checkpoint: the source.
         headers: names, types and shapes in each of its files.
-        plan: what would be written.
+        outcome: what would be written.
         target: the folder that would be made.
 
     Returns:
@@ -35,26 +35,26 @@ def describe(
     lines = [f"read {checkpoint.folder} ({checkpoint.kind})"]
     for file, header in headers.items():
         lines.append(f"  {file.name}: {len(header)} tensors, {file.stat().st_size:,} bytes")
-    renaming = plan.renaming
+    renaming = outcome.renaming
     lines.append(f"rename (names of: {renaming.naming.name})")
     for ours, theirs in renaming.scaling.items():
         lines.append(f"  {_grouped(theirs)[0]} -> {ours}, float32")
-    moved = _grouped(name for name in renaming.kept if name not in plan.tensors)
-    made = _grouped(name for name in plan.tensors if name not in infos and _is_mapped(name))
+    moved = _grouped(name for name in renaming.kept if name not in outcome.tensors)
+    made = _grouped(name for name in outcome.tensors if name not in infos and _is_mapped(name))
     if made:
         lines += [f"  {', '.join(moved)}", f"    -> {', '.join(made)}"]
     lines.append("drop")
     dropped = _grouped(renaming.dropped) + ([] if made else moved)
     lines += [f"  {name}" for name in dropped] or ["  nothing"]
-    total = sum(info_of(array).nbytes for array in plan.tensors.values())
-    lines.append(f"write {target}: {len(plan.tensors)} tensors, {total:,} bytes")
+    total = sum(info_of(array).nbytes for array in outcome.tensors.values())
+    lines.append(f"write {target}: {len(outcome.tensors)} tensors, {total:,} bytes")
     rows: dict[str, list[str]] = {}
-    for name, array in plan.tensors.items():
+    for name, array in outcome.tensors.items():
         info = info_of(array)
         key = f"{_pattern(name)} {info.dtype} {list(info.shape)}"
         rows.setdefault(key, []).append(name)
     lines += [f"  {key}" + (f" x {len(n)}" if len(n) > 1 else "") for key, n in rows.items()]
-    lines.append(f"rope_scaling {plan.config.get('rope_scaling')}, reach {plan.reach} tokens")
+    lines.append(f"rope_scaling {outcome.config.get('rope_scaling')}, reach {outcome.reach} tokens")
     return "\n".join(lines)
 
 

@@ -24,6 +24,7 @@ class Options:
     quant_predicate: str | None = None  # a recipe of mlx_lm.convert
     dtype: str | None = None  # of what is not quantised
     dequantize: bool = False
+    trust_remote_code: bool = False  # let the tokenizer run Python of the source
     scaling: Mapping[str, Any] | None = None  # a rope_scaling entry to switch on
     trained_length: int | None = None  # tokens; None takes max_position_embeddings
     freeze: float | None = None  # the scale to hold for good
@@ -32,6 +33,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.quantize and self.dequantize:
             raise InputError("Choose either -q (quantize) or -d (dequantize), not both.")
+        if not self.quantize and (self.q_bits or self.q_group_size):
+            raise InputError("--q-bits and --q-group-size need -q, which is missing.")
         if self.quant_predicate and (not self.quantize or self.q_mode != "affine"):
             raise InputError("--quant-predicate needs -q and --q-mode affine.")
         if self.dtype is not None and self.dtype not in DTYPES:

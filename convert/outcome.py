@@ -15,21 +15,20 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_clex.checkpoint.config import normalise_config
+from mlx_clex.checkpoint.folder import SHIM
 from mlx_clex.checkpoint.names import CONVERTED, Renaming, rename
 from mlx_clex.errors import InputError
-from mlx_clex.loading import SHIM
 from mlx_clex.model_file import Model, ModelArgs
 from mlx_clex.scaling import PREFIX, SCALINGS, Scaling
 from mlx_clex.scaling.base import parse_config
 
 from .freeze.stock_rope import check_names, frozen_config
 from .options import DTYPES, Options
-from .write.card import reach_of
 from .write.precision import cast_and_quantize, quantize_like_source
 
 
 @dataclass
-class Plan:
+class Outcome:
     """The folder that is going to be written."""
 
     config: dict[str, Any]
@@ -47,7 +46,9 @@ class Plan:
         return sum(array.nbytes for array in self.tensors.values())
 
 
-def make_plan(config: dict[str, Any], weights: dict[str, mx.array], options: Options) -> Plan:
+def decide_outcome(
+    config: dict[str, Any], weights: dict[str, mx.array], options: Options
+) -> Outcome:
     """Decide names, types and config of the converted checkpoint.
 
     Args:
@@ -80,13 +81,13 @@ def make_plan(config: dict[str, Any], weights: dict[str, mx.array], options: Opt
     model.load_weights(list(rest.items()), strict=False)
     config = cast_and_quantize(model, config, options, notes)
     method = (config.get("rope_scaling") or {"type": "none"})["type"]
-    reach = reach_of(scaling) if scaling else config["max_position_embeddings"]
+    reach = (scaling and scaling.reach) or config["max_position_embeddings"]
     if options.freeze is not None:
         if scaling is None:
             raise InputError("--freeze: the checkpoint has no scaling of ours; add --scaling.")
         config, reach = frozen_config(config, scaling, options.freeze, options.freeze_for)
     elif scaling is not None:
-        config["rope_scaling"] = {"type": method, **asdict(scaling.config)}
+        config["rope_scaling"] = scaling.entry()
         config["model_file"] = SHIM
     tensors = _in_source_order(model, list(rest))
     if options.freeze is not None:
@@ -98,7 +99,7 @@ def make_plan(config: dict[str, Any], weights: dict[str, mx.array], options: Opt
     del model, rest, published, weights
     gc.collect()
     file_format = "pt" if options.for_transformers else "mlx"
-    return Plan(config, tensors, scaling, method, reach, renaming, notes, file_format)
+    return Outcome(config, tensors, scaling, method, reach, renaming, notes, file_format)
 
 
 def _config(

@@ -1,7 +1,6 @@
 """The conversion from source to finished folder."""
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,18 @@ from mlx_lm.utils import MAX_FILE_SIZE_GB, save_config
 from tqdm import tqdm
 
 from mlx_clex.checkpoint import safetensors_file
+from mlx_clex.checkpoint.folder import SHIM, check_hub_id
 from mlx_clex.checkpoint.safetensors_file import TensorInfo
-from mlx_clex.errors import InputError
-from mlx_clex.loading import SHIM
+from mlx_clex.errors import InputError, say
 
 from .dry_run import describe, describe_download
 from .freeze import gguf_export
 from .options import Options
-from .outcome import Plan, make_plan
+from .outcome import Outcome, decide_outcome
 from .read import gguf_file, torch_bin
-from .read.source import Checkpoint, check_hub_id, find, is_local
-from .write.card import write_card
+from .read.source import Checkpoint
+from .resolve import find, is_local
+from .write.card import licence_of, write_card
 from .write.output import check_space, check_target, whole_or_nothing, write_weights
 from .write.tokenizer import write_tokenizer
 
@@ -29,6 +29,7 @@ _SHIM_TEXT = """\
 # Lets mlx-lm load this checkpoint wherever mlx_clex is installed.
 from mlx_clex.model_file import Model, ModelArgs  # noqa: F401
 """
+_LIBRARIES = {"mlx-lm": "mlx", "llama.cpp": "gguf"}  # as the hub names them
 _SMALL_FILES = 64_000_000  # bytes; more than tokenizer, config and card ever need
 _MLX_TYPES = {
     "BOOL": mx.bool_,
@@ -53,6 +54,8 @@ def convert(
     revision: str | None = None,
     upload_repo: str | None = None,
     dry_run: bool = False,
+    origin: str | None = None,
+    licence: str | None = None,
     **fields: Any,
 ) -> Path | None:
     """Convert a checkpoint to MLX, streaming.
@@ -64,6 +67,8 @@ def convert(
         upload_repo: hub id to publish the result under.
         dry_run: say what would happen, and write nothing; of a hub id, say what would be
             downloaded.
+        origin: what the card names as the source; None: the name of the source.
+        licence: of the source, as the hub spells it; None: that in its own card.
         fields: those of `Options`, `quantize=True` and the like.
 
     Returns:
@@ -82,26 +87,42 @@ def convert(
 
         check_upload(upload_repo)
     if dry_run and not is_local(hf_path):
-        from .read.hub import needed_files
+        from .read.hub import look_up
 
-        print(describe_download(needed_files(check_hub_id(hf_path), revision)))
+        print(describe_download(look_up(check_hub_id(hf_path), revision).sizes))
         return None
     source = Source(find(hf_path, revision))
-    plan = make_plan(source.config, source.weights(), options)
-    for note in plan.notes:
-        _say(note)
+    outcome = decide_outcome(source.config, source.weights(), options)
+    for note in outcome.notes:
+        say(note)
     if dry_run:
-        print(describe(source.checkpoint, source.headers, plan, target))
+        print(describe(source.checkpoint, source.headers, outcome, target))
         return None
-    check_space(target, plan.nbytes + source.spooled_bytes + _SMALL_FILES)
+    check_space(target, outcome.nbytes + source.spooled_bytes + _SMALL_FILES)
     with whole_or_nothing(target) as folder:
-        _write(source, plan, options, folder, upload_repo or target.name)
-    _say(f"Wrote {target}.")
+        card = {
+            "name": upload_repo or target.name,
+            "source": origin or source.checkpoint.name,
+            "licence": licence or licence_of(source.checkpoint.folder),
+        }
+        _write(source, outcome, options, folder, card)
+    say(f"Wrote {target}: {_summary(outcome, options, target)}.")
     if upload_repo is not None:
         from .read.hub import upload
 
-        _say(f"Uploaded to {upload(target, upload_repo)}.")
+        say(f"Uploaded to {upload(target, upload_repo)}.")
     return target
+
+
+def _summary(outcome: Outcome, options: Options, target: Path) -> str:
+    """What was written, in a few words."""
+    parts = [f"reach {outcome.reach:,} tokens"]
+    if outcome.scaling is not None:
+        parts.insert(0, f"trained at {outcome.scaling.trained_length:,} tokens")
+        held = "" if options.freeze is None else f" at scale {options.freeze:g} for good"
+        parts.insert(0, outcome.method + held)
+    size = sum(file.stat().st_size for file in target.iterdir())
+    return ", ".join([*parts, f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"])
 
 
 class Source:
@@ -174,66 +195,68 @@ class Source:
         return weights
 
 
-def _write(source: Source, plan: Plan, options: Options, folder: Path, name: str) -> None:
+def _write(
+    source: Source, outcome: Outcome, options: Options, folder: Path, card: dict[str, Any]
+) -> None:
     checkpoint = source.checkpoint
     scratch = folder / "scratch"
     scratch.mkdir()
     # First, since it may still be found broken.
     words = scratch if options.for_llama_cpp else folder
-    missing = write_tokenizer(checkpoint, words, plan.reach, source.gguf)
+    missing = write_tokenizer(checkpoint, words, outcome.reach, source.gguf)
     if missing:
-        _say(missing)
-    tokenizer = _gguf_tokenizer(source, plan, words) if options.for_llama_cpp else {}
+        say(missing)
+    tokenizer = _gguf_tokenizer(source, outcome, words) if options.for_llama_cpp else {}
     if not source.is_lazy:
-        plan = make_plan(source.config, source.rewrite(scratch), options)
-    with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="Writing") as bar:
+        outcome = decide_outcome(source.config, source.rewrite(scratch), options)
+    with tqdm(total=outcome.nbytes, unit="B", unit_scale=True, desc="Writing") as bar:
         if options.for_llama_cpp:
             file = folder / gguf_export.FILE
             gguf_export.write(
-                file, plan.config, plan.tensors, tokenizer, name=name, advance=bar.update
+                file,
+                outcome.config,
+                outcome.tensors,
+                tokenizer,
+                name=card["name"],
+                advance=bar.update,
             )
         else:
-            _write_checkpoint(source, plan, folder, bar.update)
+            _write_checkpoint(source, outcome, folder, bar.update)
     shutil.rmtree(scratch)
     write_card(
         folder,
-        name=name,
-        source=checkpoint.name,
         base_model=checkpoint.repo,
-        scaling=plan.scaling,
-        method=plan.method,
+        scaling=outcome.scaling,
+        method=outcome.method,
         frozen=options.freeze,
-        library={"mlx-lm": "mlx", "llama.cpp": "gguf"}.get(options.freeze_for, options.freeze_for),
+        library=_LIBRARIES.get(options.freeze_for, options.freeze_for),
+        **card,
     )
     if not options.for_llama_cpp:
         # Last: it makes a checkpoint of it.
-        save_config(plan.config, folder / "config.json")
+        save_config(outcome.config, folder / "config.json")
 
 
 def _write_checkpoint(
-    source: Source, plan: Plan, folder: Path, advance: Callable[[int], object]
+    source: Source, outcome: Outcome, folder: Path, advance: Callable[[int], object]
 ) -> None:
     largest = max(file.stat().st_size for file in source.checkpoint.files)
     write_weights(
         folder,
-        plan.tensors,
+        outcome.tensors,
         shard_bytes=min(MAX_FILE_SIZE_GB << 30, max(largest, 1 << 30)),
-        file_format=plan.file_format,
+        file_format=outcome.file_format,
         advance=advance,
     )
     generation = source.checkpoint.folder / "generation_config.json"
     if generation.exists() and source.gguf is None:
         shutil.copyfile(generation, folder / generation.name)
-    if plan.config.get("model_file") == SHIM:
+    if outcome.config.get("model_file") == SHIM:
         (folder / SHIM).write_text(_SHIM_TEXT, encoding="utf-8")
 
 
-def _gguf_tokenizer(source: Source, plan: Plan, folder: Path) -> dict[str, Any]:
+def _gguf_tokenizer(source: Source, outcome: Outcome, folder: Path) -> dict[str, Any]:
     if source.gguf is not None:
         metadata = source.gguf.metadata
         return {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
-    return gguf_export.tokenizer_of(folder, plan.tensors["model.embed_tokens.weight"].shape[0])
-
-
-def _say(line: str) -> None:
-    print(f"[mlx_clex] {line}", file=sys.stderr)
+    return gguf_export.tokenizer_of(folder, outcome.tensors["model.embed_tokens.weight"].shape[0])

@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -22,11 +23,12 @@ from tqdm import tqdm
 
 from .checkpoint.fingerprint import fingerprint
 from .checkpoint.prompt_cache import file_for, save_cache
+from .commands.options import check_cache_options, scale_policy
 from .commands.run_command import run_command
 from .errors import InputError, generating
-from .generate import check_cache_options, prompt_text, scale_policy
 from .loading import load, resolve
-from .model.scaled_model import ScaledModel, check_length, make_prompt_cache
+from .model.scaled_model import make_prompt_cache, scaled
+from .serving.prompt import prompt_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,11 +99,13 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     _read(args, model, tokens, caches)
     seconds = time.perf_counter() - start
-    metadata = {"model": args.model, "tokenizer_config": json.dumps(tokenizer_config)}
+    # `generate` finds the model there, from whatever folder it runs in.
+    name = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
+    metadata = {"model": name, "tokenizer_config": json.dumps(tokenizer_config)}
     save_cache(file, caches, fingerprint(model, folder, args.adapter_path), metadata)
     print(f"Prompt: {len(tokens)} tokens, {len(tokens) / seconds:.3f} tokens-per-sec")
     print(f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB")
-    if isinstance(model, ScaledModel):
+    if scaled(model).scaling is not None:
         planned = expected or len(tokens)
         print(f"Scale: {model.scale_at(planned):g}, that of {planned} tokens")
     print(f"Saved: {file}, {file.stat().st_size / 1e6:.1f} MB")
@@ -125,9 +129,7 @@ def _encode(tokenizer: Any, text: str, *, templated: bool) -> list[int]:
 
 def _expected_length(args: argparse.Namespace, model: nn.Module, length: int) -> int | None:
     """The length the caches are planned for, in tokens; None for that of what is read."""
-    if not isinstance(model, ScaledModel):
-        return None
-    check_length(model, length)
+    scaled(model).check_length(length, "The text")
     if args.scale != "prompt":
         return None
     if args.expected_length is not None and args.expected_length < length:
@@ -163,6 +165,8 @@ def main() -> None:
             run,
             prog="mlx_clex.cache_prompt",
             description="Read a text once and save the caches for mlx_clex.generate.",
+            example="mlx_clex cache_prompt --model my-model --prompt-file book.txt "
+            "--prompt-cache-file book",
             parents=[setup_arg_parser()],
         )
     )

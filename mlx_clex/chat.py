@@ -13,19 +13,15 @@ import contextlib
 import importlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import mlx.core as mx
 from mlx_lm.chat import setup_arg_parser
-from mlx_lm.sample_utils import make_sampler
 from tqdm import tqdm
 
-from .checkpoint.fingerprint import fingerprint
+from .commands.chat_options import add_chat_arguments, check_chat_options, load_conversation
 from .commands.run_command import run_command
 from .errors import InputError, RunError
-from .generate import check_ranges, scale_policy
-from .loading import load, resolve
 from .serving.conversation import Conversation, Progress, Stopped, read_text
 
 COMMANDS = {
@@ -39,90 +35,14 @@ COMMANDS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `mlx_lm.chat` does not have, or has otherwise."""
-    parser.add_argument(
-        "--model", default=None, help="A folder with a model, a .gguf file, or a Hugging Face id."
-    )
-    parser.add_argument(
-        "--scale",
-        type=scale_policy,
-        default="prompt",
-        metavar="prompt|grow|NUMBER",
-        help="prompt (default): each turn has the scale of the whole conversation from its first "
-        "chunk on, then growing with the answer. grow: that of what has been read so far. "
-        "NUMBER: fixed for good.",
-    )
-    parser.add_argument(
-        "--max-kv-size", type=int, default=None, help="Refused: it would drop the long context."
-    )
-    parser.add_argument("--pipeline", action="store_true", help="Refused: for one machine only.")
-
-
-def check(args: argparse.Namespace) -> None:
-    """Refuse options before anything is loaded.
-
-    Raises:
-        InputError: an option that cannot be used.
-    """
-    if args.model is None:
-        raise InputError("No model: give a folder, a .gguf file or a Hugging Face id as --model.")
-    if args.max_kv_size is not None:
-        raise InputError(
-            "--max-kv-size drops old text from the cache, which is the text a long-context "
-            "model is for. Leave it out."
-        )
-    if args.pipeline:
-        raise InputError("--pipeline is for several machines, and this runs on one. Leave it out.")
-    check_ranges(args)
-
-
-def loaded(args: argparse.Namespace) -> Callable[[], Conversation]:
-    """Load the model; the result starts a conversation with it.
-
-    Raises:
-        InputError: the model cannot be loaded.
-    """
-    mx.random.seed(args.seed)
-    folder = resolve(args.model)
-    model, tokenizer = load(
-        folder,
-        scale=args.scale if isinstance(args.scale, float) else None,
-        adapter_path=args.adapter_path,
-        trust_remote_code=args.trust_remote_code,
-    )
-    identity = fingerprint(model, folder, args.adapter_path)
-    sampler = make_sampler(
-        args.temp,
-        args.top_p,
-        xtc_probability=args.xtc_probability,
-        xtc_threshold=args.xtc_threshold,
-        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
-    )
-
-    def start() -> Conversation:
-        return Conversation(
-            model,
-            tokenizer,
-            identity=identity,
-            policy=args.scale,
-            system_prompt=args.system_prompt,
-            max_tokens=args.max_tokens,
-            prefill_step_size=args.prefill_step_size,
-            sampler=sampler,
-        )
-
-    return start
-
-
 def run(args: argparse.Namespace) -> None:
     """Talk until the user leaves.
 
     Raises:
         InputError: an option or the model cannot be used.
     """
-    check(args)
-    conversation = loaded(args)()
+    check_chat_options(args)
+    conversation = load_conversation(args)()
     with contextlib.suppress(ImportError):
         importlib.import_module("readline")  # input() then edits lines and has a history
     print(f"{args.model}: {conversation.context()}")
@@ -237,7 +157,7 @@ def main() -> None:
     """Run the command and exit with its status."""
     sys.exit(
         run_command(
-            add_arguments,
+            add_chat_arguments,
             run,
             prog="mlx_clex.chat",
             description="Talk with a model in the terminal, long documents included.",

@@ -11,29 +11,27 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
-from .checkpoint.fingerprint import digest, fingerprint
+from .checkpoint.fingerprint import fingerprint, short
 from .commands.run_command import run_command
 from .data.corpus import Corpus
 from .errors import InputError
+from .evaluation.corpus import corpus_of
+from .evaluation.divergence import differences
 from .evaluation.perplexity import (
     check_lengths,
     exp,
-    log_sum_exp,
-    logits_of_text,
     windows_of,
 )
 from .evaluation.results import Results, open_results
 from .loading import load, resolve
-from .model.head import chunk_length
-from .perplexity import corpus_of, digest_of, trained_length_of
+from .model.scaled_model import scaled
 from .pictures.drawing import picture
 
 _FIRST = 16  # positions below are one bucket; the others begin at powers of two
@@ -50,23 +48,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for which in "ab":
         parser.add_argument(
             f"--adapter-path-{which}",
-            help=f"A folder of adapters to put on top of {which.upper()}.",
+            help=f"A folder of adapters to put on top of {which.upper()}. Default: none.",
         )
     for which in "ab":
         parser.add_argument(
-            f"--scale-{which}", type=float, help=f"Hold {which.upper()} at this scale."
+            f"--scale-{which}",
+            type=float,
+            help=f"Hold {which.upper()} at this scale. Default: that of each length.",
         )
-    parser.add_argument("--data", help="As for mlx_clex.perplexity. Default: the bundled text.")
+    parser.add_argument(
+        "--data", help="A text as for mlx_clex perplexity. Default: the bundled text."
+    )
     parser.add_argument(
         "--split",
         default="train",
         choices=("train", "valid", "test"),
         help="Which part of a folder. Default: train, which is all of a folder of texts.",
     )
-    parser.add_argument("--length", type=int, help="In tokens. Default: A's trained length.")
     parser.add_argument(
-        "--windows", type=int, default=8, help="Texts of this length, at most. Default: 8."
+        "--length", type=int, help="Length of the windows, tokens. Default: A's trained length."
     )
+    parser.add_argument("--windows", type=int, default=8, help="Windows at most.")
     parser.add_argument(
         "--output", metavar="PREFIX", help="Write PREFIX.json, PREFIX.csv and PREFIX.png."
     )
@@ -87,12 +89,12 @@ def run(args: argparse.Namespace) -> None:
     a, tokenizer = _load(args, "a")
     corpus = corpus_of(args.data, args.split, tokenizer)
     b, tokenizer = _load(args, "b")
-    if digest_of(corpus_of(args.data, args.split, tokenizer)) != digest_of(corpus):
+    if corpus_of(args.data, args.split, tokenizer).digest != corpus.digest:
         raise InputError(
             f"{args.a} and {args.b} read the text as different tokens, so there is nothing to hold "
             "against each other."
         )
-    length = trained_length_of(a) if args.length is None else args.length
+    length = scaled(a).trained_length if args.length is None else args.length
     if length is None:
         raise InputError(f"{args.a} does not say its trained length: give --length.")
     for model in (a, b):
@@ -101,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
         **{
             f"weights_{which}": _digest(args, which, model) for which, model in (("a", a), ("b", b))
         },
-        "tokens": digest_of(corpus),
+        "tokens": corpus.digest,
         "length": length,
         "windows": args.windows,
     }
@@ -127,7 +129,7 @@ def _load(args: argparse.Namespace, which: str) -> tuple[nn.Module, Any]:
 
 def _digest(args: argparse.Namespace, which: str, model: nn.Module) -> str:
     folder = resolve(getattr(args, which))
-    return digest(fingerprint(model, folder, getattr(args, f"adapter_path_{which}")))
+    return short(fingerprint(model, folder, getattr(args, f"adapter_path_{which}")))
 
 
 def _measure(
@@ -161,53 +163,6 @@ def _measure(
                 "model_b": args.b,
             }
         )
-
-
-def differences(
-    a: nn.Module,
-    b: nn.Module,
-    ids: np.ndarray,
-    on_read: Callable[[int], Any] = lambda tokens: None,
-) -> np.ndarray:
-    """What lies between two models at each token of a text but the first.
-
-    Args:
-        a: the model that is held against.
-        b: the other one.
-        ids: the text, (L,).
-        on_read: is told how many more tokens both have read.
-
-    Returns:
-        For every token, float64, (L - 1, 4): the divergence KL(A || B) of what the models
-        expect there, nats; 1 where their first choices differ, else 0; and the loss of the
-        token in A and in B, nats.
-
-    Raises:
-        InputError: they are not over the same vocabulary, or the text is beyond a reach.
-    """
-    chunk = min(chunk_length(getattr(model.args, "vocab_size", 32_000)) for model in (a, b))
-    found = []
-    both = zip(
-        logits_of_text(a, ids[None], head_chunk=chunk),
-        logits_of_text(b, ids[None], head_chunk=chunk, on_read=on_read),
-        strict=True,
-    )
-    for (start, of_a), (_, of_b) in both:
-        if of_a.shape != of_b.shape:
-            raise InputError(
-                f"A answers over {of_a.shape[-1]} tokens and B over {of_b.shape[-1]}: there is no "
-                "divergence between them."
-            )
-        following = ids[None, start + 1 : start + 1 + of_a.shape[1], None]
-        targets = mx.array(following.astype(np.int32))
-        log_a, log_b = (x - log_sum_exp(x)[..., None] for x in (of_a, of_b))
-        columns = [
-            (mx.exp(log_a) * (log_a - log_b)).sum(axis=-1),
-            of_a.argmax(axis=-1) != of_b.argmax(axis=-1),
-            *(-mx.take_along_axis(x, targets, axis=-1)[..., 0] for x in (log_a, log_b)),
-        ]
-        found.append(np.array(mx.stack([x[0].astype(mx.float32) for x in columns], axis=-1)))
-    return np.concatenate(found).astype(np.float64)
 
 
 def buckets(length: int) -> list[tuple[int, int]]:
@@ -258,6 +213,7 @@ def main() -> None:
             run,
             prog="mlx_clex.compare",
             description="How far two models differ on the same text, by position.",
+            example="mlx_clex compare my-model my-model-4bit --length 4096",
         )
     )
 

@@ -260,12 +260,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model",
         nargs="?",
         default=None,
-        help="Also look at this model: a folder, a .gguf file or a hub id; reads no weights",
+        help="Also look at this model: a folder, a .gguf file or a hub id. Its weights are not "
+        "read.",
     )
     parser.add_argument(
         "--self-test",
         action="store_true",
-        help="Also check golden logits, moved keys, rotations, gradients and decoding speed",
+        help="Also check golden logits, moved keys, rotations, gradients and decoding speed: a "
+        "minute.",
     )
 
 
@@ -299,6 +301,7 @@ def main() -> None:
             run,
             prog="mlx_clex.doctor",
             description="Print versions and device, look at a model, check this machine.",
+            example="mlx_clex doctor my-model",
         )
     )
 

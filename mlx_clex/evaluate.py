@@ -11,23 +11,23 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.fingerprint import digest, fingerprint
+from .checkpoint.files import read_json
+from .checkpoint.fingerprint import fingerprint, short
+from .checkpoint.folder import read_config
+from .commands.help import point_elsewhere
+from .commands.options import scale_policy
 from .commands.run_command import run_command
-from .errors import InputError
+from .errors import InputError, say
 from .evaluation.results import Results, open_results, read_results
-from .generate import scale_policy
-from .loading import load, read_config, resolve
-from .model.scaled_model import ScaledModel
+from .evaluation.ruler import RULER_THRESHOLD, effective_length, ruler_tasks
+from .loading import load, resolve
+from .model.scaled_model import scaled
 
-# RULER (arXiv 2404.06654) calls a length effective where a model does better than
-# Llama-2-7B does at 4,096 tokens.
-RULER_THRESHOLD = 0.856
 _RULER_TASKS = 13
 
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "infinitebench, niah_single_1, ...",
     )
     parser.add_argument(
-        "--include-path", type=Path, metavar="FOLDER", help="Task files of your own."
+        "--include-path", type=Path, metavar="FOLDER", help="Task files of your own. Default: none."
     )
     parser.add_argument(
         "--metadata",
@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "RULER.",
     )
     parser.add_argument(
-        "--limit", type=int, help="Documents of each task, and of each of RULER's lengths, at most."
+        "--limit",
+        type=int,
+        help="Documents of each task, and of each of RULER's lengths, at most. Default: all.",
     )
     parser.add_argument(
         "--num-shots",
@@ -104,6 +106,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="Let the tokenizer run its own Python."
+    )
+    greedy = "Answers are greedy. Leave it out."
+    point_elsewhere(
+        parser,
+        {
+            "--output-dir": "Use --output PREFIX, for example --output DIR/scores.",
+            "--batch-size": "Requests are read one by one, each at its own scale. Leave it out.",
+            "--max-tokens": "Each task sets the length of its answers. Leave it out.",
+            "--fewshot-as-multiturn": "Examples stand in one message. Leave it out.",
+            **dict.fromkeys(("--seed", "--temp", "--top-p", "--top-k"), greedy),
+        },
     )
 
 
@@ -172,10 +185,8 @@ def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
         templated = tokenizer.has_chat_template
     elif templated and not tokenizer.has_chat_template:
         raise InputError(f"{args.model} has no chat template: leave --apply-chat-template out.")
-    reach = model.reach if isinstance(model, ScaledModel) and model.scaling.hard_reach else None
-    max_length = args.max_length or reach
-    if reach and args.max_length and args.max_length > reach:
-        raise InputError(f"--max-length {max_length} is beyond the reach, {reach} tokens.")
+    max_length = args.max_length or scaled(model).limit
+    scaled(model).check_length(args.max_length or 0, "--max-length")
     _check_made_lengths(metadata.get("max_seq_lengths"), max_length)
     results = open_results(
         args.output,
@@ -196,7 +207,7 @@ def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
     label = Path(args.model).name or args.model
     if args.adapter_path:
         label = f"{label} + {Path(args.adapter_path).name}"
-    same = {"label": label, "model": digest(fingerprint(model, folder, args.adapter_path))}
+    same = {"label": label, "model": short(fingerprint(model, folder, args.adapter_path))}
     results.check_model(label, same["model"])
     lm = PlannedLM(
         model,
@@ -205,7 +216,7 @@ def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
         chat_template_args=_json_object(args, "chat_template_args"),
         max_length=max_length,
     )
-    answers = results.path(f".answers-{digest({**same, **results.settings})[:8]}")
+    answers = results.path(f".answers-{short({**same, **results.settings})[:8]}")
     for name in args.tasks:
         rows = run_tasks(
             lm,
@@ -219,10 +230,9 @@ def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
             results.add({**same, **row})
         _print_table(rows, first=name == args.tasks[0])
     if lm.cut:
-        print(
-            f"[mlx_clex] {lm.cut} of {lm.prompts} prompts had no room in {max_length} tokens and "
-            "lost their middle (--max-length).",
-            file=sys.stderr,
+        say(
+            f"{lm.cut} of {lm.prompts} prompts had no room in {max_length} tokens and lost their "
+            "middle (--max-length)."
         )
     return results
 
@@ -261,7 +271,7 @@ def _tokenizer_of(folder: Path, args: argparse.Namespace) -> dict[str, str]:
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     file = folder / "tokenizer_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _print_table(rows: Sequence[dict[str, Any]], *, first: bool) -> None:
@@ -274,39 +284,6 @@ def _print_table(rows: Sequence[dict[str, Any]], *, first: bool) -> None:
             f"{row['task']:<36} {row['metric']:<20} {row['value']:>8.4f} {stderr:>8} {samples:>8}",
             flush=True,
         )
-
-
-def effective_length(results: Results, label: str) -> tuple[dict[int, float], int | None]:
-    """RULER's effective context length of a model.
-
-    Args:
-        results: of the kind evaluate; of their rows, those with a length count.
-        label: the model.
-
-    Returns:
-        The mean over the tasks that have all of the lengths, by length, and the longest
-        length at which it is above RULER_THRESHOLD, as at all shorter ones; None where it is
-        at none.
-    """
-    tasks = ruler_tasks(results, label)
-    lengths = sorted({length for scores in tasks.values() for length in scores})
-    whole = [scores for scores in tasks.values() if len(scores) == len(lengths)]
-    means = {n: sum(scores[n] for scores in whole) / len(whole) for n in lengths if whole}
-    effective = None
-    for length, mean in means.items():
-        if mean <= RULER_THRESHOLD:
-            break
-        effective = length
-    return means, effective
-
-
-def ruler_tasks(results: Results, label: str) -> dict[str, dict[int, float]]:
-    """A model's scores by task and length, of the tasks that have several lengths."""
-    scores: dict[str, dict[int, float]] = defaultdict(dict)
-    for row in results.rows:
-        if row["label"] == label and row["length"] is not None:
-            scores[row["task"]][row["length"]] = row["value"]
-    return scores
 
 
 def _report_effective_length(results: Results) -> None:
@@ -345,6 +322,7 @@ def main() -> None:
             run,
             prog="mlx_clex.evaluate",
             description="Score a model on LongBench, RULER, InfiniteBench and other tasks.",
+            example="mlx_clex evaluate --model my-model --tasks longbench --output scores",
         )
     )
 

@@ -19,13 +19,18 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import dequantize_model, save_model
 
+from .checkpoint.adapters import other_base
 from .checkpoint.config import normalise_config
+from .checkpoint.files import write_json
+from .checkpoint.folder import files_of, read_config
+from .commands.help import point_elsewhere
 from .commands.run_command import run_command
 from .convert import convert
-from .convert.write.output import check_target, write_json
-from .loading import load, read_config, resolve
+from .convert.write.card import licence_of
+from .convert.write.output import check_target
+from .errors import InputError, say
+from .loading import load, resolve
 from .model.scaled_model import ScaledModel
-from .scaling import SCALINGS
 from .scaling.none import NoScaling
 
 _NOT_THE_TOKENIZER = (".safetensors", ".bin", ".gguf", ".py", ".md", ".index.json")
@@ -39,8 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save-path", default="fused_model", help="Folder to write; it must not exist."
     )
-    parser.add_argument("--adapter-path", default="adapters", help="The folder training wrote.")
-    parser.add_argument("--upload-repo", help="Hub id to publish the result under.")
+    parser.add_argument(
+        "--adapter-path", default="adapters", help="The folder that training wrote."
+    )
+    parser.add_argument("--upload-repo", help="Hub id to publish the result under. Default: none.")
     parser.add_argument(
         "-d", "--dequantize", action="store_true", help="Write an unquantised model."
     )
@@ -48,11 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--freeze",
         type=float,
         metavar="SCALE",
-        help="Hold this scale for good, in a checkpoint that needs no mlx_clex.",
+        help="Hold this scale for good, in a checkpoint that needs no mlx_clex. Default: keep the "
+        "scaling.",
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="Let the tokenizer run its own Python."
     )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="Fuse adapters into another base than they were trained on.",
+    )
+    gguf = "Fuse first, then mlx_clex convert --freeze SCALE --for llama.cpp."
+    point_elsewhere(parser, {"--export-gguf": gguf, "--gguf-path": gguf})
 
 
 def run(args: argparse.Namespace) -> None:
@@ -64,6 +79,9 @@ def run(args: argparse.Namespace) -> None:
     target = Path(args.save_path).expanduser()
     check_target(target)
     base = resolve(args.model)
+    message = other_base(base, Path(args.adapter_path))
+    if message is not None and not args.force:
+        raise InputError(f"{message} To fuse them all the same, add --force.")
     model, _ = load(
         args.model, adapter_path=args.adapter_path, trust_remote_code=args.trust_remote_code
     )
@@ -77,11 +95,19 @@ def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         merged = Path(scratch) / target.name
         save_model(merged, model, donate_model=True)
-        for file in base.iterdir():
-            if file.is_file() and not file.name.endswith(_NOT_THE_TOKENIZER):
+        for file in files_of(base):
+            if not file.name.endswith(_NOT_THE_TOKENIZER):
                 shutil.copyfile(file, merged / file.name)
         write_json(merged / "config.json", config)
-        convert(merged, target, freeze=args.freeze, upload_repo=args.upload_repo)
+        convert(
+            merged,
+            target,
+            origin=f"{args.model}, with the adapters {Path(args.adapter_path).resolve().name}",
+            licence=licence_of(base),
+            freeze=args.freeze,
+            upload_repo=args.upload_repo,
+        )
+    say(f"Next: mlx_clex generate --model {target} --prompt hello --max-tokens 50")
 
 
 def merge(model: nn.Module, *, dequantize: bool = False) -> None:
@@ -108,10 +134,9 @@ def _merged_config(base: Path, model: Any) -> dict[str, Any]:
     config = normalise_config(read_config(base))
     if isinstance(model, ScaledModel):
         scaling = model.scaling
-        (name,) = (name for name, kind in SCALINGS.items() if kind is type(scaling))
         plain = isinstance(scaling, NoScaling) and config.get("rope_scaling") is None
         if not plain:
-            config["rope_scaling"] = {"type": name, **vars(scaling.config)}
+            config["rope_scaling"] = scaling.entry()
             config["max_position_embeddings"] = scaling.trained_length
     return config
 
@@ -124,6 +149,7 @@ def main() -> None:
             run,
             prog="mlx_clex.fuse",
             description="Merge adapters and their scaling into a complete checkpoint.",
+            example="mlx_clex fuse --model base-model --adapter-path adapters --save-path tuned",
         )
     )
 

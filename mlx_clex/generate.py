@@ -9,8 +9,6 @@ is there to reach.
 
 import argparse
 import contextlib
-import json
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,48 +20,34 @@ from mlx_lm.generate import DEFAULT_PROMPT, setup_arg_parser, stream_generate
 from mlx_lm.sample_utils import make_sampler
 from tqdm import tqdm
 
-from .bundled import MODELS
+from .bundled import DEFAULT, OPENING
 from .checkpoint.fingerprint import fingerprint
-from .checkpoint.prompt_cache import is_ours, load_cache, quantised
+from .checkpoint.prompt_cache import is_ours, load_cache, metadata_of, quantised
+from .commands.options import check_cache_options, check_ranges, scale_policy
 from .commands.run_command import run_command
-from .errors import InputError, generating
+from .errors import InputError, generating, say
 from .loading import load, resolve
 from .model.plans import plan_at, plan_of, planned_caches, single_caches
-from .model.scaled_model import ScaledModel, make_prompt_cache
+from .model.scaled_model import make_prompt_cache, scaled
 from .model.sharding import one_voice, shared_seed
-
-_DEFAULT_MODEL = MODELS["clex"]
-_OPENING = "And it came to pass"  # a text that model can go on with
-
-# Of options that mlx-lm checks late, inside a compiled function, or not at all.
-_RANGES = (
-    ("prefill_step_size", 1, math.inf),
-    ("temp", 0, math.inf),
-    ("top_p", 0, 1),
-    ("min_p", 0, 1),
-    ("top_k", 0, math.inf),
-    ("min_tokens_to_keep", 1, math.inf),
-    ("xtc_probability", 0, 1),
-    ("xtc_threshold", 0, 0.5),
-    ("num_draft_tokens", 1, math.inf),
-)
+from .serving.prompt import cap_max_tokens, encode_prompt, template_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `mlx_lm.generate` does not have, or has otherwise."""
     parser.add_argument(
         "--model",
-        default=_DEFAULT_MODEL,
+        default=None,
         help="A folder with a model, a .gguf file, or a Hugging Face id. Published CLEX and "
-        "GeNE checkpoints are converted on the fly, once. Default: %(default)s, a tiny one that "
-        "comes with the package.",
+        "GeNE checkpoints are converted on the fly, once. Default: the model of "
+        f"--prompt-cache-file, else {DEFAULT}, a tiny one that comes with the package.",
     )
     parser.add_argument(
         "--prompt",
         "-p",
         default=None,
         help=f"Message to be processed by the model ('-' reads from stdin; default: "
-        f"{DEFAULT_PROMPT!r}, or for the default model {_OPENING!r}). With --prompt-file it "
+        f"{DEFAULT_PROMPT!r}, or for the default model {OPENING!r}). With --prompt-file it "
         "follows the file's text.",
     )
     parser.add_argument(
@@ -90,22 +74,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def scale_policy(text: str) -> str | float:
-    """Parse --scale: "prompt", "grow", or a number of at least 1."""
-    if text in ("prompt", "grow"):
-        return text
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = 0.0
-    if not 1 <= scale < float("inf"):
-        raise argparse.ArgumentTypeError(
-            f"must be prompt, grow, or a number of at least 1 (target length / trained "
-            f"length), got {text!r}"
-        )
-    return scale
-
-
 def run(args: argparse.Namespace) -> None:
     """Generate, streaming the text to stdout.
 
@@ -128,6 +96,8 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
         mx.random.seed(args.seed)
     elif group.size() > 1:
         mx.random.seed(shared_seed(group))
+    if args.model is None:
+        args.model = _default_model(args)
     source = resolve(args.model) if args.prompt_cache_file else args.model
     model, tokenizer = load(
         source,
@@ -174,105 +144,27 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
     _stream(args, model, tokenizer, prompt, options)
 
 
-def encode_prompt(args: argparse.Namespace, tokenizer: Any, *, continues: bool) -> list[int]:
-    """The tokens of the prompt that the options describe.
-
-    Args:
-        args: the parsed options.
-        tokenizer: mlx-lm's wrapper.
-        continues: a saved cache holds the beginning of the conversation.
-
-    Raises:
-        InputError: no text, or a file that cannot be read.
-    """
-    text = prompt_text(args)
-    if not text.strip():
-        raise InputError("The prompt is empty; give a text with --prompt or --prompt-file.")
-    templated = not args.ignore_chat_template and tokenizer.has_chat_template
-    if templated:
-        text = _apply_template(args, tokenizer, text, continues)
-    tokens = tokenizer.encode(text, add_special_tokens=not (templated or continues))
-    if not tokens:
-        raise InputError(
-            "The tokenizer makes no tokens of the prompt: are its files missing in the model's "
-            "folder?"
-        )
-    return tokens
-
-
-def cap_max_tokens(model: nn.Module, prompt_length: int, max_tokens: int) -> int:
-    """The tokens that can be generated without crossing a hard reach.
-
-    Args:
-        model: from `load`.
-        prompt_length: of the text before them, tokens.
-        max_tokens: how many are wanted, -1 for no limit.
-
-    Raises:
-        InputError: the prompt leaves no room for a single one.
-    """
-    reach = model.reach if isinstance(model, ScaledModel) and model.scaling.hard_reach else None
-    if reach is None:
-        return max_tokens
-    room = reach - prompt_length
-    if room < 1:
-        raise InputError(
-            f"The prompt has {prompt_length} tokens; this model reaches {reach} (trained "
-            f"length {model.scaling.trained_length} x max_factor "
-            f"{model.scaling.config.max_factor}), the generated text included. Shorten the "
-            "prompt, or use a checkpoint with a larger max_factor."
-        )
-    if max_tokens != -1 and max_tokens <= room:
-        return max_tokens
-    print(
-        f"[mlx_clex] Generating at most {room} tokens: the model reaches {reach}.", file=sys.stderr
-    )
-    return room
-
-
-def check_cache_options(args: argparse.Namespace) -> None:
-    """Refuse options of caches that cannot be used.
-
-    Raises:
-        InputError: --max-kv-size, or a number out of range.
-    """
-    if args.max_kv_size is not None:
-        raise InputError(
-            "--max-kv-size drops old text from the cache, which is the text a long-context "
-            "model is for. To save memory use --kv-bits 8 or --kv-bits 4."
-        )
-    if args.kv_bits not in (None, 2, 3, 4, 5, 6, 8):
-        raise InputError(f"--kv-bits must be 2, 3, 4, 5, 6 or 8, got {args.kv_bits}.")
-    if args.quantized_kv_start < 0:
-        raise InputError(f"--quantized-kv-start must be at least 0, got {args.quantized_kv_start}.")
-
-
-def check_ranges(args: argparse.Namespace) -> None:
-    """Refuse numbers that cannot be used, of the sampling options that there are.
-
-    Raises:
-        InputError: one is out of range; the message names it.
-    """
-    if args.max_tokens == 0 or args.max_tokens < -1:
-        raise InputError(
-            f"--max-tokens must be at least 1, or -1 for no limit, got {args.max_tokens}."
-        )
-    for name, low, high in _RANGES:
-        value = getattr(args, name, low)
-        if not low <= value <= high:
-            option = name.replace("_", "-")
-            raise InputError(f"--{option} must be within {low:g}..{high:g}, got {value:g}.")
-
-
 def _check(args: argparse.Namespace) -> None:
     """Refuse options before anything is loaded."""
     check_cache_options(args)
-    _template_options(args)
+    template_options(args)
     if args.image:
         raise InputError("--image is not supported: models here read text.")
     check_ranges(args)
     if args.draft_model is not None and args.prompt_cache_file is not None:
         raise InputError("--draft-model cannot be used with --prompt-cache-file.")
+
+
+def _default_model(args: argparse.Namespace) -> str:
+    """The model of --prompt-cache-file, or the bundled one."""
+    if args.prompt_cache_file is None:
+        return DEFAULT
+    model = metadata_of(args.prompt_cache_file).get("model")
+    if model is None:
+        raise InputError(
+            f"{args.prompt_cache_file} does not say which model made it: give that as --model."
+        )
+    return model
 
 
 def _expected_length(
@@ -286,9 +178,10 @@ def _expected_length(
 
     `fixed_by` is the option under which the scale may not change on the way, or None.
     """
-    if not isinstance(model, ScaledModel) or isinstance(args.scale, float):
+    scaling = scaled(model).scaling
+    if scaling is None or isinstance(args.scale, float):
         return None
-    if fixed_by is None or model.scaling.static:
+    if fixed_by is None or scaling.static:
         return prompt_length if args.scale == "prompt" else None
     if max_tokens == -1:
         raise InputError(
@@ -296,10 +189,9 @@ def _expected_length(
             "--max-tokens -1 leaves it open: give a number, or --scale NUMBER."
         )
     expected = prompt_length + max_tokens
-    print(
-        f"[mlx_clex] {fixed_by}: scale fixed at {model.scale_at(expected):g}, that of "
-        f"{expected} tokens.",
-        file=sys.stderr,
+    say(
+        f"{fixed_by}: the scale is fixed at {model.scale_at(expected):g}, that of {expected} "
+        "tokens."
     )
     return expected
 
@@ -314,86 +206,14 @@ def _load_draft(args: argparse.Namespace, tokenizer: Any) -> nn.Module:
     return draft
 
 
-def prompt_text(args: argparse.Namespace) -> str:
-    """What --prompt and --prompt-file say.
-
-    Raises:
-        InputError: a file that cannot be read, or is no UTF-8.
-    """
-    message = args.prompt
-    if message is not None:
-        message = message.replace("\\n", "\n").replace("\\t", "\t")
-    if args.prompt_file is None:
-        if message is None:
-            message = _OPENING if args.model == _DEFAULT_MODEL else DEFAULT_PROMPT
-        return _read_stdin() if message == "-" else message
-    if message == "-" and args.prompt_file == "-":
-        raise InputError("--prompt - and --prompt-file - both read stdin; give one of them.")
-    document = _read_stdin() if args.prompt_file == "-" else _read_file(Path(args.prompt_file))
-    if message is None:
-        return document
-    return f"{document}\n\n{_read_stdin() if message == '-' else message}"
-
-
-def _read_file(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"--prompt-file {path} is no UTF-8 text: {error}.") from error
-    except OSError as error:
-        raise InputError(f"--prompt-file {path} cannot be read: {error.strerror}.") from error
-
-
-def _read_stdin() -> str:
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"The text on stdin is no UTF-8: {error}.") from error
-
-
-def _apply_template(args: argparse.Namespace, tokenizer: Any, text: str, continues: bool) -> str:
-    extra = _template_options(args)
-    messages = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
-    messages.append({"role": "user", "content": text})
-    prefilled = args.prefill_response is not None
-    if prefilled:
-        messages.append({"role": "assistant", "content": args.prefill_response})
-
-    def render() -> str:
-        return tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            continue_final_message=prefilled,
-            add_generation_prompt=not prefilled,
-            **extra,
-        )
-
-    rendered = render()
-    if not continues:
-        return rendered
-    # The cache ends where the user's message begins.
-    messages[-2 if prefilled else -1]["content"] = "<query>"
-    return rendered[render().index("<query>") :]
-
-
-def _template_options(args: argparse.Namespace) -> dict[str, Any]:
-    try:
-        return dict(json.loads(args.chat_template_config or "{}"))
-    except (ValueError, TypeError) as error:
-        raise InputError(
-            f"--chat-template-config must be a JSON object, got {args.chat_template_config!r}."
-        ) from error
-
-
 def _saved_cache(args: argparse.Namespace, model: nn.Module, folder: Path) -> list[Any]:
     """The caches of --prompt-cache-file, which must be this model's."""
     here = fingerprint(model, folder, args.adapter_path)
     caches, metadata = load_cache(args.prompt_cache_file, model, here)
     if not is_ours(metadata):
-        print(
-            f"[mlx_clex] {args.prompt_cache_file} does not say which model and scaling it belongs "
-            "to; mlx_clex.cache_prompt writes files that do.",
-            file=sys.stderr,
+        say(
+            f"{args.prompt_cache_file} does not say which model and scaling it belongs to; "
+            "mlx_clex cache_prompt writes files that do."
         )
     kept = quantised(caches)
     asked = (args.kv_bits, args.kv_group_size)
@@ -411,15 +231,14 @@ def _plan_on(model: nn.Module, caches: list[Any], expected: int | None) -> None:
     A cache read for a longer text keeps its plan.
     """
     planned = planned_caches(caches)
-    if not planned or not isinstance(model, ScaledModel):
+    if not planned:
         return
     length = max(planned[0].expected_length, expected or 0)
     if expected and plan_of(model, caches) != plan_at(model, length):
-        print(
-            f"[mlx_clex] The saved text was read at the scale of fewer tokens than the {length} it "
-            "is now part of: its keys are moved, its values stay. For the answer of one pass, "
-            f"cache it with --expected-length {length}.",
-            file=sys.stderr,
+        say(
+            f"The saved text was read at the scale of fewer tokens than the {length} it is now "
+            "part of: its keys are moved, its values stay. For the answer of one pass, cache it "
+            f"with --expected-length {length}."
         )
     for cache in planned:
         cache.expected_length = length
@@ -474,7 +293,7 @@ def _stream(
             f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.3f} tokens-per-sec"
         )
         print(f"Peak memory: {last.peak_memory:.3f} GB")
-        if isinstance(model, ScaledModel):
+        if scaled(model).scaling is not None:
             print(
                 f"Scale: {_final_scale(model, options['prompt_cache']):g}, reach: {_reach(model)}"
             )
@@ -486,7 +305,10 @@ def _final_scale(model: Any, caches: list[Any]) -> float:
 
 
 def _reach(model: Any) -> str:
-    return "no limit" if model.reach is None else f"{model.reach} tokens"
+    if model.reach is None:
+        return "any length"
+    grows = model.scaling.grows and model.fixed_scale is None
+    return f"{model.reach} tokens{', past which the scale grows' if grows else ''}"
 
 
 def main() -> None:
@@ -497,6 +319,8 @@ def main() -> None:
             run,
             prog="mlx_clex.generate",
             description="Generate text from a prompt of any length up to the model's reach.",
+            example="mlx_clex generate --model my-model --prompt-file book.txt --prompt 'Who tells "
+            "it?'",
             parents=[setup_arg_parser()],
         )
     )

@@ -8,39 +8,30 @@ Not covered: conversion itself (`mlx_clex.convert`).
 """
 
 import functools
-import hashlib
-import json
 import logging
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.utils import load_adapters, load_model, load_tokenizer
+from mlx_lm.utils import load_model, load_tokenizer
 
 from . import bundled
-from .checkpoint.config import normalise_config
-from .errors import InputError, RunError
-from .model.scaled_model import ScaledModel, attach
+from .checkpoint.adapters import add_adapters, other_base
+from .checkpoint.digest import state_digest
+from .checkpoint.folder import SHIM, check_hub_id, files_of, needs_conversion, read_config
+from .errors import InputError, one_line, say
+from .model.scaled_model import scaled
 from .model.sharding import share_out, wait_for_all
 from .model_file import Model, ModelArgs
 from .scaling import Scaling
 
-SHIM = "mlx_clex_model.py"  # the model_file of converted checkpoints
-ADAPTER_SCALING = "scaling.safetensors"  # beside adapters, when they train the scaling
-EXTRA_WEIGHTS = "norms_embeddings.safetensors"  # likewise, when they train those
-CURRENT = "current"  # in a folder of adapters: a link to the newest save
 DEFAULT_CACHE = Path("~/.cache/mlx_clex")
 # Part of the name of a conversion kept there; to be raised when converting gives
 # something else.
 CONVERSION = 1
-
-# Published under these types only in formats that mlx-lm cannot read.
-_PUBLISHED = ("clex", "gene", "gene-param")
 
 
 def load(
@@ -97,23 +88,24 @@ def load(
         model_config=model_config,
         trust_remote_code=trust_remote_code,
     )
-    if scale is not None and not isinstance(model, ScaledModel):
+    scaling = scaled(model).scaling
+    if scale is not None and scaling is None:
         raise InputError(
-            f"{path_or_hub_id} has no scaling of ours, so a scale of {scale} has no meaning: "
-            "convert it with mlx_clex.convert --scaling NAME first."
+            f"{path_or_hub_id} was not converted with mlx_clex, so --scale {scale:g} has no "
+            "effect. Convert it with --scaling NAME first."
         )
-    _fit_to_cpu(model)
     if folder.parent == bundled.FOLDER:
         # Kept in half precision for the size of the package; a CPU is far faster so.
         model.set_dtype(mx.float32)
+    _fit_to_cpu(model)
     if group is not None:
         share_out(model, group, pipeline=pipeline)
     # Nothing lazy may be left: it would belong to the streams of this thread, and a server
     # generates in another one.
     mx.eval(model.parameters())
-    if isinstance(model, ScaledModel):
-        # CLEX's one solve belongs to loading, not to the first token.
-        model.scaling.inv_freq(model.scale_at(1))
+    if scaling is not None:
+        # CLEX is solved while loading, not at the first token.
+        scaling.inv_freq(model.scale_at(1))
     # Its only complaint is that transformers does not know our rope_scaling types.
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
     tokenizer_options = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
@@ -123,12 +115,12 @@ def load(
         )
     except Exception as error:
         # Of a broken tokenizer file its libraries raise anything, down to RecursionError.
-        raise InputError(f"{folder} has no tokenizer that loads: {_summary(error)}") from error
-    _expect_long_texts(tokenizer)
+        raise InputError(f"{folder} has no tokenizer that loads: {one_line(error)}") from error
+    expect_long_texts(tokenizer)
     return model, tokenizer
 
 
-def _expect_long_texts(tokenizer: Any) -> None:
+def expect_long_texts(tokenizer: Any) -> None:
     """Keep transformers from warning of texts beyond the length in tokenizer_config.json."""
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
     warned = getattr(inner, "deprecation_warnings", {})  # its list of what it has said already
@@ -146,9 +138,13 @@ def load_scaling(path_or_hub_id: str | Path, adapter_path: str | Path | None = N
         InputError: as `load`, or the model has no scaling of ours.
     """
     model, _ = _load_model(resolve(path_or_hub_id), None, adapter_path, lazy=True)
-    if not isinstance(model, ScaledModel):
-        raise InputError(f"{path_or_hub_id} has no scaling of ours.")
-    return model.scaling
+    scaling = scaled(model).scaling
+    if scaling is None:
+        raise InputError(
+            f"{path_or_hub_id} was not converted with mlx_clex, so it has no scaling. Convert "
+            "it with --scaling NAME first."
+        )
+    return scaling
 
 
 def _load_model(
@@ -177,27 +173,12 @@ def _load_model(
     except InputError:
         raise
     except (ValueError, RuntimeError, FileNotFoundError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} does not load: {_summary(error)}") from error
+        raise InputError(f"{folder} does not load: {one_line(error)}") from error
     if adapter_path is not None:
-        _add_adapters(model, Path(adapter_path), scale)
-        _check_base(folder, Path(adapter_path))
+        add_adapters(model, Path(adapter_path), scale)
+        if message := other_base(folder, Path(adapter_path)):
+            say(message)
     return model, config
-
-
-def _check_base(folder: Path, adapters: Path) -> None:
-    """Say where adapters are put on other weights than they were trained on.
-
-    That may be meant: adapters trained on a quantised model serve the whole one.
-    """
-    from .checkpoint.fingerprint import weights_digest
-
-    config = json.loads((adapter_files(adapters) / "adapter_config.json").read_text("utf-8"))
-    trained_on = config.get("base_weights")
-    if trained_on is not None and trained_on != weights_digest(folder):
-        _announce(
-            f"The adapters in {adapters} were trained on other weights than {folder} has, those of "
-            f"{config.get('model')}: on any but a quantised or whole copy of these they are wrong."
-        )
 
 
 def resolve(
@@ -216,9 +197,9 @@ def resolve(
     path = Path(path_or_hub_id).expanduser()
     cache = Path(cache_dir or DEFAULT_CACHE).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return _converted(str(path), cache / f"{path.stem}@{_fingerprint([path])}-{CONVERSION}")
+        return _converted(str(path), cache / f"{path.stem}@{state_digest([path])}-{CONVERSION}")
     if path.is_dir() and str(path_or_hub_id):
-        files = sorted(file for file in path.iterdir() if file.is_file())
+        files = files_of(path)
         names = [file.name for file in files]
         if names and all(name.endswith(".gguf") for name in names):
             published = True
@@ -226,105 +207,35 @@ def resolve(
             published = needs_conversion(names, read_config(path), path)
         if not published:
             return path
-        name = f"{path.resolve().name}@{_fingerprint(files)}-{CONVERSION}"
+        name = f"{path.resolve().name}@{state_digest(files)}-{CONVERSION}"
         return _converted(str(path), cache / name)
-    if path.exists() or not looks_like_hub_id(str(path_or_hub_id)):
-        raise InputError(
-            f"{str(path_or_hub_id)!r} is neither a folder with a model, nor a .gguf file, nor a "
-            "Hugging Face id such as owner/name."
-        )
-    return _from_hub(str(path_or_hub_id), revision, cache)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder, as it stands.
-
-    Raises:
-        InputError: it is missing or no JSON object.
-    """
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{folder} has no config.json; give the folder of a model, or a hub id."
-        ) from error
-    except (ValueError, OSError) as error:
-        raise InputError(f"{folder / 'config.json'} is no readable JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{folder / 'config.json'} is no JSON object.")
-    return config
-
-
-def adapter_files(folder: Path) -> Path:
-    """Where the files of adapters are.
-
-    Raises:
-        InputError: they are not in this folder.
-    """
-    # All files from one save, even if training replaces it meanwhile.
-    folder = (folder / CURRENT).resolve() if (folder / CURRENT).is_dir() else folder
-    if not (folder / "adapter_config.json").is_file():
-        raise InputError(
-            f"{folder} has no adapter_config.json; give the folder that training wrote."
-        )
-    return folder
-
-
-def needs_conversion(names: list[str], config: dict[str, Any], where: Any) -> bool:
-    """Whether mlx-lm cannot read these files as they are.
-
-    Raises:
-        InputError: there are no weights among them.
-    """
-    if not any(name.endswith(".safetensors") for name in names):
-        if any(name.endswith(".bin") for name in names):
-            return True
-        raise InputError(
-            f"{where} has no weights: no .safetensors and no .bin file. Was its download complete?"
-        )
-    if config.get("model_file") == SHIM:
-        return False
-    return (normalise_config(config).get("rope_scaling") or {}).get("type") in _PUBLISHED
+    return _from_hub(check_hub_id(path_or_hub_id), revision, cache)
 
 
 def _from_hub(hub_id: str, revision: str | None, cache: Path) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-    from .convert.read.hub import guarded, needed_files
+    from .convert.read.hub import guarded, look_up
 
-    try:
-        config_file = Path(
-            guarded(
-                hub_id, revision, lambda: hf_hub_download(hub_id, "config.json", revision=revision)
-            )
-        )
-        commit = config_file.parent.name
-        target = cache / f"{hub_id.replace('/', '--')}@{commit[:12]}-{CONVERSION}"
-        if target.is_dir():
-            return target
-        try:
-            sizes = needed_files(hub_id, commit)
-        except (OfflineModeIsEnabled, RunError):
-            # What is in the hub's own cache on this machine decides.
-            sizes = {file.name: file.stat().st_size for file in config_file.parent.iterdir()}
-        published = needs_conversion(list(sizes), read_config(config_file.parent), hub_id)
-        if not published:
-            patterns = DEFAULT_ALLOW_PATTERNS
-            return guarded(
-                hub_id,
-                commit,
-                lambda: Path(snapshot_download(hub_id, revision=commit, allow_patterns=patterns)),
-            )
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, RunError) as error:
-        raise InputError(
-            f"There is no folder {hub_id} here, and from the hub it could not be had: "
-            f"{_summary(error)}"
-        ) from error
-    weights = sum(size for name, size in sizes.items() if name.endswith((".safetensors", ".bin")))
-    _announce(f"{hub_id} is a published checkpoint ({weights / 1e9:.1f} GB of weights).")
-    return _converted(hub_id, target, revision=commit)
+    listing = look_up(hub_id, revision)
+    target = cache / f"{hub_id.replace('/', '--')}@{listing.commit[:12]}-{CONVERSION}"
+    if target.is_dir():
+        return target
+
+    def config_file() -> Path:
+        return Path(hf_hub_download(hub_id, "config.json", revision=listing.commit))
+
+    def snapshot() -> Path:
+        patterns = DEFAULT_ALLOW_PATTERNS
+        return Path(snapshot_download(hub_id, revision=listing.commit, allow_patterns=patterns))
+
+    config = listing.config or guarded(hub_id, revision, config_file)
+    if not needs_conversion(list(listing.sizes), read_config(config.parent), hub_id):
+        return config.parent if listing.config else guarded(hub_id, revision, snapshot)
+    weights = (n for name, n in listing.sizes.items() if name.endswith((".safetensors", ".bin")))
+    say(f"{hub_id} is a published checkpoint ({sum(weights) / 1e9:.1f} GB of weights).")
+    return _converted(hub_id, target, revision=listing.commit)
 
 
 def _converted(source: str, target: Path, *, revision: str | None = None) -> Path:
@@ -332,102 +243,22 @@ def _converted(source: str, target: Path, *, revision: str | None = None) -> Pat
     if not target.is_dir():
         from .convert import convert
 
-        _announce(f"Converting {source} into {target}, once.")
+        say(f"Converting {source} into {target}, once.")
         target.parent.mkdir(parents=True, exist_ok=True)
         convert(source, target, revision=revision)
     return target
 
 
-def _fingerprint(files: list[Path]) -> str:
-    """Twelve digits that change when one of the files does."""
-    digest = hashlib.sha256()
-    for file in files:
-        stat = file.stat()
-        digest.update(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:12]
-
-
 def _fit_to_cpu(model: nn.Module) -> None:
-    """Hold experts in float32 where MLX multiplies gathered matrices in nothing else."""
+    """Warn of slow types on a CPU, and hold experts in float32, the only type MLX takes there."""
     if mx.default_device() != mx.cpu:
         return
+    types = {module.weight.dtype for module in model.modules() if type(module) is nn.Linear}
+    if types & {mx.bfloat16, mx.float16}:
+        say(
+            "This model is in half precision, in which a CPU is up to 30 times slower than in "
+            "float32: convert it with --dtype float32."
+        )
     for module in model.modules():
         if type(module) is SwitchLinear and module.weight.dtype != mx.float32:
             module.weight = module.weight.astype(mx.float32)
-
-
-def _add_adapters(model: nn.Module, folder: Path, scale: float | None) -> None:
-    folder = adapter_files(folder)
-    try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        for setting, name in (("scaling", ADAPTER_SCALING), ("extra", EXTRA_WEIGHTS)):
-            if settings.get(f"trained_{setting}") and not (folder / name).is_file():
-                raise InputError(
-                    f"{folder} lacks {name}, which was trained with its adapters; without it "
-                    "they would give wrong answers. Copy the whole folder."
-                )
-        if settings.get("rope_scaling"):
-            # Of a base that got its scaling only for training.
-            length = settings.get("trained_length")
-            attach(model, settings["rope_scaling"], trained_length=length, scale=scale)
-        load_adapters(model, str(folder))
-        _check_adapters(model, folder / "adapters.safetensors")
-        scaling_file, extra_file = folder / ADAPTER_SCALING, folder / EXTRA_WEIGHTS
-        if scaling_file.is_file():
-            if not isinstance(model, ScaledModel):
-                raise InputError(f"{scaling_file} is for a model with a scaling; this has none.")
-            weights: Any = mx.load(str(scaling_file))
-            model.scaling.take_weights(weights)
-        if extra_file.is_file():
-            extra: Any = mx.load(str(extra_file))
-            known: Any = dict(tree_flatten(model.parameters()))
-            for name, array in extra.items():
-                if name not in known or known[name].shape != array.shape:
-                    raise InputError(
-                        f"{extra_file} has the tensor {name}, shape {tuple(array.shape)}, which "
-                        "this model does not have: the adapters are of another model."
-                    )
-            model.load_weights(list(extra.items()), strict=False)
-    except InputError:
-        raise
-    except (
-        ValueError,
-        RuntimeError,
-        OSError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-    ) as error:
-        raise InputError(f"The adapters in {folder} do not load: {_summary(error)}") from error
-    model.eval()
-
-
-def _check_adapters(model: nn.Module, file: Path) -> None:
-    """Refuse a file without the tensors of some layer, while none is in memory yet.
-
-    mlx-lm would leave such a layer without effect, and make it up at any rank that is asked for.
-    """
-    given: Any = mx.load(str(file))
-    parameters: Any = tree_flatten(model.parameters())
-    names = (name for name, _ in parameters if name.endswith(".lora_a"))
-    missing = next((name for name in names if name not in given), None)
-    if missing is not None:
-        raise InputError(
-            f"{file} lacks {missing}, which its adapter_config.json asks for: copy the whole "
-            "folder that training wrote."
-        )
-
-
-def looks_like_hub_id(name: str) -> bool:
-    parts = name.split("/")
-    return len(parts) in (1, 2) and all(parts) and not name.startswith((".", "~"))
-
-
-def _announce(text: str) -> None:
-    print(f"[mlx_clex] {text}", file=sys.stderr)
-
-
-def _summary(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else text[:400] + " ..."

@@ -25,23 +25,17 @@ from mlx_lm.tuner.callbacks import get_reporting_callbacks
 from mlx_lm.tuner.utils import print_trainable_parameters
 from mlx_lm.utils import _parse_size, maybe_set_recommended_wired_limit
 
-from .checkpoint.fingerprint import weights_digest
+from .checkpoint.adapters import ADAPTER_SCALING, EXTRA_WEIGHTS
+from .checkpoint.digest import weights_digest
+from .checkpoint.folder import read_config
 from .commands.run_command import check_seed, run_command
 from .commands.scaling_options import add_scaling_arguments, scaling_from
 from .data.corpus import Corpus, load_corpora
 from .errors import InputError
 from .evaluation.perplexity import check_lengths, mean_loss
-from .loading import (
-    ADAPTER_SCALING,
-    DEFAULT_CACHE,
-    EXTRA_WEIGHTS,
-    load,
-    read_config,
-    resolve,
-)
+from .loading import DEFAULT_CACHE, load, resolve
 from .model.scaled_model import ScaledModel, attach
 from .model.sharding import one_voice
-from .scaling.clex import Clex
 from .training.batches import PACKINGS, Batches
 from .training.draws import DENSE, SAMPLINGS, SCALE_DRAWS, SKIPS, Draws, Procedure, procedure_for
 from .training.loop import LoopOptions, Run
@@ -174,7 +168,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scaling-learning-rate",
         type=float,
         help="Of the scaling's own tensors; 0 leaves them. Default: a share of --learning-rate, "
-        f"{Clex.learning_rate_share} for clex, 1 for gene-param and where nothing else is trained.",
+        "0.01 for clex, 1 for gene-param and where nothing else is trained.",
     )
     parser.add_argument(
         "--train-norms-and-embeddings", **flag, help="Train these as well (LongLoRA)."

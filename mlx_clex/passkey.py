@@ -5,21 +5,12 @@ a prompt is filled up until one more piece of filler would not fit. Every prompt
 the scale of its own length, as `generate` reads it. Trials of one grid share most of what
 stands before the hidden fact; it is read once wherever that gives the same answer.
 
-The prompts are published ones. Source: GeNE (Findings of ACL 2024, 249), evaluation/passkey.py,
-after Mohtashami and Jaggi (arXiv 2305.16300), for passkey; InfiniteBench (arXiv 2402.13718),
-data/construct_synthetic_dataset.py and src/prompt.py, for number and kv.
-
 Not covered: chat templates (the prompts are to be continued, not answered), and sampling.
 """
 
 import argparse
-import bisect
 import functools
-import re
 import sys
-import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,151 +19,21 @@ import numpy as np
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 from tqdm import tqdm
 
-from .bundled import MODELS, PREFIX, words_task
-from .checkpoint.fingerprint import digest, fingerprint
+from .bundled import MODELS, PREFIX
+from .checkpoint.fingerprint import fingerprint, short
+from .commands.options import check_cache_options, scale_policy
 from .commands.run_command import run_command
 from .errors import InputError
 from .evaluation.reader import Reader
 from .evaluation.results import Results, open_results
-from .generate import check_cache_options, scale_policy
+from .evaluation.tasks import TASKS
 from .loading import load, resolve
-from .model.scaled_model import ScaledModel, check_length
-from .perplexity import trained_length_of
+from .model.scaled_model import scaled
 from .pictures.drawing import picture
 
-# The text with n pieces of filler, and the fact asked for.
-Hidden = tuple[Callable[[int], str], str]
-
-_GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _KEYS = ("task", "label", "length", "depth")
 _TRAINED_LENGTHS = (1, 2, 4)  # --lengths, unless given
 _BUNDLED_LENGTHS = (1, 2, 4, 8, 16)
-
-
-def hide_passkey(rng: np.random.Generator, depth: float) -> Hidden:
-    """A number, told twice on a line of its own. Filler is counted in characters."""
-    key = str(rng.integers(1, 50_001))
-
-    def text(filler: int) -> str:
-        before = round(depth * filler)
-        return "\n".join(
-            [
-                "There is an important info hidden inside a lot of irrelevant text. Find it and "
-                "memorize them. I will quiz you about the important information there.",
-                _garbage(before),
-                f"The pass key is {key}. Remember it. {key} is the pass key.",
-                _garbage(filler - before),
-                "What is the pass key? The pass key is",
-            ]
-        )
-
-    return text, key
-
-
-def hide_number(rng: np.random.Generator, depth: float) -> Hidden:
-    """Ten digits, half of them repeats of a neighbour. Filler is counted in lines."""
-    digits = [str(digit) for digit in rng.integers(0, 10, 5)]
-    while len(digits) < 10:
-        at = int(rng.integers(len(digits)))
-        digits.insert(at, digits[at])
-    key = "".join(digits)
-
-    def text(filler: int) -> str:
-        before = round(depth * filler)
-        lines = [_GRASS] * filler
-        told = f"The sequence of digits is {key}. Remember it. {key} is the sequence of digits."
-        lines.insert(before, told)
-        context = "\n".join(lines)
-        return (
-            "There is an important info hidden inside a lot of irrelevant text. Find it. I will "
-            f"quiz you about the important information there.\n\n{context}\n\n"
-            "What is the sequence of digits?\n\nThe sequence of digits is"
-        )
-
-    return text, key
-
-
-def hide_value(rng: np.random.Generator, depth: float) -> Hidden:
-    """One of many values in a JSON object, asked for by its key. Filler: the other pairs."""
-    key, value = _pair(rng)
-    others: list[tuple[str, str]] = []
-
-    def text(filler: int) -> str:
-        others.extend(_pair(rng) for _ in range(filler - len(others)))
-        before = round(depth * filler)
-        pairs = [*others[:before], (key, value), *others[before:filler]]
-        data = ", ".join(f'"{name}": "{content}"' for name, content in pairs)
-        return (
-            "Extract the value corresponding to the specified key in the JSON object below.\n\n"
-            f'JSON data:\n{{{data}}}\n\nKey: "{key}"\n'
-            "The value associated with the specified key is: "
-        )
-
-    return text, value
-
-
-def _garbage(characters: int) -> str:
-    period = _GRASS + " "
-    return (period * (characters // len(period) + 1))[:characters]
-
-
-def _pair(rng: np.random.Generator) -> tuple[str, str]:
-    first, second = (str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(2))
-    return first, second
-
-
-def first_number_is(reply: str, fact: str) -> bool:
-    """Whether the first digits in the reply are those of the fact."""
-    found = re.search(r"[0-9]+", reply)
-    return found is not None and found[0] == fact
-
-
-def has_word(reply: str, fact: str) -> bool:
-    """Whether the fact is a word of the reply."""
-    return fact in re.split(r"[\s:\"'.,?!{}]+", reply)
-
-
-# Draws a prompt of at most so many tokens: its ids, and the fact.
-Draw = Callable[[np.random.Generator, Any, int, float], tuple[list[int], str]]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is hidden, and when it counts as found."""
-
-    draw: Draw
-    answer_tokens: int
-    found: Callable[[str, str], bool]
-
-
-def _filled(hide: Callable[[np.random.Generator, float], Hidden]) -> Draw:
-    """Prompts with as much filler as fits."""
-
-    def draw(
-        rng: np.random.Generator, tokenizer: Any, length: int, depth: float
-    ) -> tuple[list[int], str]:
-        text, fact = hide(rng, depth)
-
-        def tokens(filler: int) -> int:
-            return len(tokenizer.encode(text(filler)))
-
-        if tokens(0) > length:
-            raise ValueError(f"{length} tokens, and the prompt has {tokens(0)} without filler")
-        high = 1
-        while tokens(high) <= length:
-            high *= 2
-        filler = bisect.bisect_right(range(high), length, lo=high // 2, key=tokens) - 1
-        return tokenizer.encode(text(filler)), fact
-
-    return draw
-
-
-TASKS = {
-    "passkey": Task(_filled(hide_passkey), 10, first_number_is),
-    "number": Task(_filled(hide_number), 12, first_number_is),
-    "kv": Task(_filled(hide_value), 50, has_word),
-    "words": Task(words_task, 10, first_number_is),
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -195,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="TOKENS",
-        help="Of prompt and answer together. Default: 1, 2 and 4 times the trained length; of the "
+        help="Tokens of prompt and answer together. Default: 1, 2 and 4 times the trained length; "
+        "of the "
         "bundled models, up to 16 times.",
     )
     parser.add_argument(
@@ -206,28 +68,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="Where the fact is, 0 (before the filler) to 1 (behind it). Default: five, evenly.",
     )
-    parser.add_argument(
-        "--trials", type=int, default=10, help="For each length and depth. Default: 10."
-    )
-    parser.add_argument("--seed", type=int, default=0, help="Of the facts. Default: 0.")
+    parser.add_argument("--trials", type=int, default=10, help="Trials at each length and depth.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the facts.")
     parser.add_argument(
         "--scale",
         type=scale_policy,
         default="prompt",
         metavar="prompt|grow|NUMBER",
-        help="As for mlx_clex.generate. Default: prompt.",
+        help="prompt: each prompt has the scale of its own length. grow: that of what has been "
+        "read "
+        "so far. NUMBER: fixed for good.",
     )
-    parser.add_argument("--prefill-step-size", type=int, default=2048, help="Default: 2048.")
-    parser.add_argument("--kv-bits", type=int, help="Quantise the KV cache to so many bits.")
-    parser.add_argument("--kv-group-size", type=int, default=64, help="Default: 64.")
+    parser.add_argument(
+        "--prefill-step-size", type=int, default=2048, help="Tokens read in one pass."
+    )
+    parser.add_argument("--kv-bits", type=int, help="Bits of the KV cache. Default: not quantised.")
+    parser.add_argument(
+        "--kv-group-size", type=int, default=64, help="Values of the KV cache that share a scale."
+    )
     parser.add_argument(
         "--quantized-kv-start",
         type=int,
         default=DEFAULT_QUANTIZED_KV_START,
         metavar="TOKENS",
-        help=f"Quantise from this length on. Default: {DEFAULT_QUANTIZED_KV_START}.",
+        help="Quantise the KV cache from this length on.",
     )
-    parser.add_argument("--max-kv-size", type=int, help="Refused: it would drop the long context.")
     parser.add_argument(
         "--output",
         metavar="PREFIX",
@@ -313,7 +178,7 @@ def _measure(args: argparse.Namespace, results: Results, label: str, folder: Pat
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
     )
-    trained = trained_length_of(model)
+    trained = scaled(model).trained_length
     lengths = _lengths(args, model, trained, label)
     depths = sorted({round(float(depth), 4) for depth in args.depths})
     reader = Reader(
@@ -329,7 +194,7 @@ def _measure(args: argparse.Namespace, results: Results, label: str, folder: Pat
         "task": args.task,
         "label": label,
         "trained_length": trained,
-        "model": digest(fingerprint(model, folder, args.adapter_path)),
+        "model": short(fingerprint(model, folder, args.adapter_path)),
     }
     results.check_model(label, row["model"])
     # The deepest first: what stands before its fact begins like all the others.
@@ -348,15 +213,14 @@ def _lengths(
     args: argparse.Namespace, model: nn.Module, trained: int | None, label: str
 ) -> list[int]:
     """The lengths to measure, shortest first."""
-    reach = model.reach if isinstance(model, ScaledModel) and model.scaling.hard_reach else None
+    view = scaled(model)
     if not args.lengths:
         if trained is None:
             raise InputError(f"{label} does not say its trained length: give --lengths.")
         times = _BUNDLED_LENGTHS if _only_bundled(args) else _TRAINED_LENGTHS
-        return [n * trained for n in times if reach is None or n * trained <= reach]
+        return [n * trained for n in times if view.limit is None or n * trained <= view.limit]
     lengths = sorted(set(args.lengths))
-    if reach is not None:
-        check_length(model, lengths[-1])
+    view.check_length(lengths[-1], "The longest of --lengths")
     return lengths
 
 
@@ -409,7 +273,7 @@ def _print_table(
     for length in lengths:
         keys = {"task": task, "label": label, "length": length}
         cells = [_tried(results, {**keys, "depth": depth}) for depth in depths]
-        scale = model.scale_at(length) if isinstance(model, ScaledModel) else 1.0
+        scale = scaled(model).scale_at(length)
         trials = sum(tried for tried, _ in cells)
         shares = [correct / tried for tried, correct in cells]
         shares.append(sum(correct for _, correct in cells) / trials)
@@ -425,6 +289,7 @@ def main() -> None:
             run,
             prog="mlx_clex.passkey",
             description="Hide a fact in texts of chosen lengths, and see whether it is found.",
+            example="mlx_clex passkey --model my-model --lengths 4096 16384 --output passkey",
         )
     )
 

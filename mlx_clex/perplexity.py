@@ -9,7 +9,6 @@ Not covered: weights that do not share a tokenizer (bits per byte would compare 
 """
 
 import argparse
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,19 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-import numpy as np
 from tqdm import tqdm
 
-from .bundled import MODELS, PREFIX, held_out_text
-from .checkpoint.fingerprint import digest, fingerprint
+from .bundled import MODELS, PREFIX
+from .checkpoint.fingerprint import fingerprint, short
+from .commands.help import point_elsewhere
 from .commands.run_command import run_command
-from .data.corpus import Corpus, load_corpora
+from .data.corpus import Corpus
 from .errors import InputError
+from .evaluation.corpus import corpus_of
 from .evaluation.perplexity import Protocol, Score, check_lengths, score, windows_of
 from .evaluation.results import Results, open_results
-from .loading import DEFAULT_CACHE, load, resolve
-from .model.find_ropes import config_value
-from .model.scaled_model import ScaledModel, attach
+from .loading import load, resolve
+from .model.scaled_model import attach, scaled
 from .pictures.drawing import picture
 from .scaling import SCALINGS
 
@@ -55,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter-path", help="A folder of adapters to put on top of the model.")
     parser.add_argument(
         "--data",
-        help="A .txt, .md or .jsonl file, or what mlx_clex.lora takes. Default: the bundled text.",
+        "--data-path",
+        help="A .txt, .md or .jsonl file, a folder of them, or OWNER/NAME of a data set on the "
+        "hub. "
+        "Default: the bundled text.",
     )
     parser.add_argument(
         "--split",
@@ -65,13 +67,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--lengths",
+        "--sequence-length",
         type=int,
         nargs="+",
         metavar="TOKENS",
-        help="Default: 1, 2 and 4 times the trained length; of the bundled models, up to 16 times.",
+        help="Lengths of the windows. Default: 1, 2 and 4 times the trained length; of the bundled "
+        "models, up to 16 times.",
     )
     parser.add_argument(
         "--windows",
+        "--num-samples",
         type=int,
         help=f"Windows of each length, at most. Default: {_WINDOWS}, and of short ones as many as "
         f"{_TOKENS} tokens make.",
@@ -85,12 +90,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "each whole. Default: whole.",
     )
     parser.add_argument(
-        "--chunk", type=int, metavar="TOKENS", help="For chunked. Default: the trained length."
+        "--chunk",
+        type=int,
+        metavar="TOKENS",
+        help="Tokens that are read at once, for chunked. Default: the trained length.",
     )
     parser.add_argument(
-        "--stride", type=int, metavar="TOKENS", help="For sliding. Default: a quarter of a window."
+        "--stride",
+        type=int,
+        metavar="TOKENS",
+        help="Tokens from one window to the next, for sliding. Default: a quarter of a window.",
     )
-    parser.add_argument("--scale", type=float, help="Hold the models at this scale.")
+    parser.add_argument(
+        "--scale", type=float, help="Hold the models at this scale. Default: that of each length."
+    )
     parser.add_argument(
         "--scalings",
         nargs="+",
@@ -102,16 +115,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--factor",
         type=float,
-        help="Of --scalings: longest length / trained length. Default: that of --lengths. none "
-        "and dynamic have no use for it.",
+        help="Longest length / trained length, for --scalings. Default: that of --lengths. It has "
+        "no "
+        "effect on none and dynamic.",
     )
     parser.add_argument(
         "--kv-bits",
         type=int,
         choices=(2, 3, 4, 5, 6, 8),
-        help="Quantise the KV cache to so many bits.",
+        help="Bits of the KV cache. Default: not quantised.",
     )
-    parser.add_argument("--kv-group-size", type=int, default=64, help="Default: 64.")
+    parser.add_argument(
+        "--kv-group-size", type=int, default=64, help="Values of the KV cache that share a scale."
+    )
     parser.add_argument(
         "--output",
         metavar="PREFIX",
@@ -121,6 +137,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="Let the tokenizer run its own Python."
+    )
+    point_elsewhere(
+        parser,
+        {
+            "--batch-size": "Rows are read together as far as memory allows. Leave it out.",
+            "--seed": "Windows are spread evenly over the text; nothing is drawn. Leave it out.",
+        },
     )
 
 
@@ -132,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
     """
     _check(args)
     loader = _Loader(args)
-    corpus, lengths, lines = _plan(args, loader)
+    corpus, lengths, lines = _checked_lines(args, loader)
     results = open_results(
         args.output or (None if args.model else _BUNDLED_OUTPUT),
         kind="perplexity",
@@ -150,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 @dataclass(frozen=True)
-class Source:
+class Candidate:
     """A model to load."""
 
     name: str  # to show
@@ -195,7 +218,7 @@ class _Loader:
         """The model, with another scaling in place of its own unless that is None."""
         model, _ = self.load(path)
         if entry is not None:
-            attach(model, entry, trained_length=trained_length_of(model))
+            attach(model, entry, trained_length=scaled(model).trained_length)
         return model
 
 
@@ -221,11 +244,11 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--scale and --scalings exclude each other; their scale is --factor.")
 
 
-def _sources(args: argparse.Namespace) -> list[Source]:
+def _candidates(args: argparse.Namespace) -> list[Candidate]:
     """What to load."""
     scalings = tuple(dict.fromkeys(args.scalings or ()))
     if not args.model:
-        base, *tuned = (Source(name, model) for name, model in MODELS.items())
+        base, *tuned = (Candidate(name, model) for name, model in MODELS.items())
         if scalings:
             return [replace(base, scalings=scalings)]
         return [replace(base, scalings=_BUNDLED_SCALINGS), *tuned]
@@ -235,25 +258,27 @@ def _sources(args: argparse.Namespace) -> list[Source]:
         names = paths
     if args.adapter_path:
         names = [f"{names[0]} + {Path(args.adapter_path).name}"]
-    return [Source(name, path, scalings) for name, path in zip(names, paths, strict=True)]
+    return [Candidate(name, path, scalings) for name, path in zip(names, paths, strict=True)]
 
 
-def _plan(args: argparse.Namespace, loader: _Loader) -> tuple[Corpus, list[int], list[Line]]:
+def _checked_lines(
+    args: argparse.Namespace, loader: _Loader
+) -> tuple[Corpus, list[int], list[Line]]:
     """The text, the lengths, and the lines; every model has been loaded once and checked."""
     corpus: Corpus | None = None
     lengths: list[int] = []
     lines: list[Line] = []
-    for source in _sources(args):
+    for source in _candidates(args):
         model, tokenizer = loader.load(source.path)
         own = corpus_of(args.data, args.split, tokenizer)
         if corpus is None:
             corpus, lengths = own, _lengths(args, model, source.name)
-        elif digest_of(own) != digest_of(corpus):
+        elif own.digest != corpus.digest:
             raise InputError(
                 f"{source.name} and {lines[0].label} read the text as different tokens, so their "
                 "perplexities do not compare: measure them in runs of their own."
             )
-        if args.protocol == "chunked" and not (args.chunk or trained_length_of(model)):
+        if args.protocol == "chunked" and not (args.chunk or scaled(model).trained_length):
             raise InputError(f"{source.name} does not say its trained length: give --chunk.")
         for name in source.scalings or (None,):
             lines.append(_line(args, loader, source, name, lengths[-1]))
@@ -263,11 +288,11 @@ def _plan(args: argparse.Namespace, loader: _Loader) -> tuple[Corpus, list[int],
 
 
 def _line(
-    args: argparse.Namespace, loader: _Loader, source: Source, name: str | None, longest: int
+    args: argparse.Namespace, loader: _Loader, source: Candidate, name: str | None, longest: int
 ) -> Line:
     """A model as it is, or with the scaling of this name; it stays loaded so."""
     label, entry = source.name, None
-    trained = trained_length_of(loader.load(source.path)[0])
+    trained = scaled(loader.load(source.path)[0]).trained_length
     if name is not None:
         factor = args.factor
         if factor is None:
@@ -282,9 +307,9 @@ def _line(
         label,
         source.path,
         entry,
-        digest(fingerprint(model, resolve(source.path), args.adapter_path)),
+        short(fingerprint(model, resolve(source.path), args.adapter_path)),
         trained,
-        model.reach if isinstance(model, ScaledModel) else None,
+        scaled(model).reach,
     )
 
 
@@ -292,44 +317,12 @@ def _lengths(args: argparse.Namespace, model: nn.Module, name: str) -> list[int]
     """The lengths to measure, shortest first."""
     if args.lengths:
         return sorted(set(args.lengths))
-    trained = trained_length_of(model)
+    trained = scaled(model).trained_length
     if trained is None:
         raise InputError(f"{name} does not say its trained length: give --lengths.")
     times = _TIMES if args.model else _BUNDLED_TIMES
-    reach = model.reach if isinstance(model, ScaledModel) and model.scaling.hard_reach else None
-    return [n * trained for n in times if reach is None or n * trained <= reach]
-
-
-def trained_length_of(model: nn.Module) -> int | None:
-    """L0 in tokens, as the scaling has it or else the config; None where neither does."""
-    if isinstance(model, ScaledModel):
-        return model.scaling.trained_length
-    return config_value(model, "max_position_embeddings")
-
-
-def corpus_of(data: str | None, split: str, tokenizer: Any) -> Corpus:
-    """The tokens of --data, or of the bundled text.
-
-    Raises:
-        InputError: there is no such text, or it has no such part.
-    """
-    if data is None:
-        ids = np.array(tokenizer.encode(held_out_text(), verbose=False), np.uint32)
-        return Corpus("The bundled text", ids, np.array([0]), np.array([0]))
-    path = Path(data).expanduser()
-    corpora = load_corpora(
-        path, tokenizer, mask_prompt=False, cache_dir=DEFAULT_CACHE, splits=[split]
-    )
-    if split not in corpora:
-        raise InputError(f"--data {data} has no {split} part.")
-    return corpora[split]
-
-
-def digest_of(corpus: Corpus) -> str:
-    """Of the tokens, and of where texts begin: the same for the same figures."""
-    digest = hashlib.sha256(np.ascontiguousarray(corpus.tokens).data)
-    digest.update(np.ascontiguousarray(corpus.starts).data)
-    return digest.hexdigest()[:12]
+    limit = scaled(model).limit
+    return [n * trained for n in times if limit is None or n * trained <= limit]
 
 
 def _settings(
@@ -340,7 +333,7 @@ def _settings(
     names = ("protocol", "stride", "windows", *cache)
     chunks = {_chunk(args, line) for line in lines}
     return {
-        "tokens": digest_of(corpus),
+        "tokens": corpus.digest,
         # That are read; 0: all as one.
         "texts": int((corpus.ends - corpus.starts >= longest).sum()),
         **{name: getattr(args, name) for name in names},
@@ -460,7 +453,7 @@ def _row(model: nn.Module, line: Line, length: int, found: Score) -> dict[str, A
         "trained_length": line.trained_length,
         "reach": line.reach,
         "length": length,
-        "scale": model.scale_at(length) if isinstance(model, ScaledModel) else 1.0,
+        "scale": scaled(model).scale_at(length),
         "windows": len(found.losses),
         "tokens": found.tokens,
         "perplexity": found.perplexity,
@@ -497,6 +490,7 @@ def main() -> None:
             run,
             prog="mlx_clex.perplexity",
             description="Perplexity of models on a text, by length.",
+            example="mlx_clex perplexity --model my-model --data book.txt --lengths 4096 16384",
         )
     )
 

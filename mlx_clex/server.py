@@ -23,9 +23,9 @@ from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 from mlx_lm.server import maybe_set_recommended_wired_limit
 from mlx_lm.utils import _parse_size
 
+from .commands.options import check_cache_options, scale_policy
 from .commands.run_command import run_command
 from .errors import InputError
-from .generate import scale_policy
 from .serving.access import Access
 from .serving.generation import ScaledModelProvider
 from .serving.http import serve
@@ -34,10 +34,16 @@ from .serving.requests import Served, read_request
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add mlx_lm.server's options, and ours."""
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", help="a folder, a .gguf file, a hub id, or bundled:NAME")
-    model.add_argument("--adapter-path", help="a folder of adapters to put on the model")
-    model.add_argument(
+    parser.add_argument("--model", help="A folder, a .gguf file, a hub id, or bundled:NAME.")
+    parser.add_argument("--adapter-path", help="A folder of adapters to put on the model.")
+    parser.add_argument("--draft-model", help="A small model that drafts tokens for the model.")
+    parser.add_argument("--num-draft-tokens", type=int, default=3, help="Tokens drafted at once.")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="Let the checkpoint run its own Python code.",
+    )
+    parser.add_argument(
         "--scale",
         type=scale_policy,
         default="prompt",
@@ -45,154 +51,119 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompt (default): each request has the scale of its whole prompt, then growing "
         "with the answer. NUMBER: fixed for good.",
     )
-    model.add_argument("--draft-model", help="a small model that drafts tokens for the model")
-    model.add_argument(
-        "--num-draft-tokens",
-        type=int,
-        default=3,
-        help="tokens drafted at once (default: %(default)s)",
-    )
-    model.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="let the checkpoint run its own Python code",
-    )
-    model.add_argument(
-        "--pipeline",
-        action="store_true",
-        help="under mlx.launch, share out layers among the processes instead of heads",
-    )
 
-    template = parser.add_argument_group("chat template")
-    template.add_argument(
-        "--chat-template", default="", help="a template to use instead of the tokenizer's"
+    parser.add_argument(
+        "--chat-template", default="", help="A chat template to use instead of the tokenizer's."
     )
-    template.add_argument(
+    parser.add_argument(
         "--use-default-chat-template",
         action="store_true",
-        help="use transformers' default template where the tokenizer has none",
+        help="Use transformers' own template where the tokenizer has none.",
     )
-    template.add_argument(
+    parser.add_argument(
         "--chat-template-args",
         type=json.loads,
         default="{}",
         metavar="JSON",
-        help="arguments of the chat template, such as '{\"enable_thinking\": false}'",
+        help="Variables of the chat template, such as '{\"enable_thinking\": false}'.",
     )
 
-    address = parser.add_argument_group("address")
-    address.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
+    parser.add_argument(
+        "--temp",
+        type=float,
+        default=0.0,
+        help="Temperature of requests that give none; 0 takes the likeliest token.",
     )
-    address.add_argument(
-        "--port", type=int, default=8080, help="port to listen on (default: %(default)s)"
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="Nucleus sampling of requests that give none; 1 turns it off.",
     )
-    address.add_argument(
-        "--log-level",
-        default="INFO",
-        choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
-        help="what is logged (default: %(default)s)",
+    parser.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        help="Lowest probability sampled, as a share of the highest; 0 turns it off.",
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="Likeliest tokens that are sampled from; 0 takes all."
+    )
+    parser.add_argument("--max-tokens", type=int, default=512, help="Tokens of an answer, at most.")
+
+    parser.add_argument(
+        "--decode-concurrency", type=int, default=32, help="Answers generated at once."
+    )
+    parser.add_argument("--prompt-concurrency", type=int, default=8, help="Prompts read at once.")
+    parser.add_argument(
+        "--prefill-step-size", type=int, default=2048, help="Tokens of a prompt read in one pass."
+    )
+    parser.add_argument(
+        "--prompt-cache-size",
+        type=int,
+        default=10,
+        help="Prompts whose keys and values are kept.",
+    )
+    parser.add_argument(
+        "--prompt-cache-bytes",
+        type=_parse_size,
+        metavar="SIZE",
+        help="Bytes of keys and values that are kept, such as 8GB.",
+    )
+    parser.add_argument(
+        "--kv-bits",
+        type=int,
+        help="Quantise keys and values to this many bits; requests are then served one by one.",
+    )
+    parser.add_argument(
+        "--kv-group-size", type=int, default=64, help="Numbers that are quantised together."
+    )
+    parser.add_argument(
+        "--quantized-kv-start",
+        type=int,
+        default=DEFAULT_QUANTIZED_KV_START,
+        help="Token from which on keys and values are quantised.",
+    )
+    parser.add_argument(
+        "--pipeline",
+        action="store_true",
+        help="Under mlx.launch, share out layers among the processes instead of heads.",
     )
 
-    access = parser.add_argument_group("access", "What clients may do.")
+    access = parser.add_argument_group("access")
+    access.add_argument("--host", default="127.0.0.1", help="The address to listen on.")
+    access.add_argument("--port", type=int, default=8080, help="The port to listen on.")
+    access.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="The key that clients must send. Default: MLX_CLEX_API_KEY, or none.",
+    )
     access.add_argument(
         "--allow-model",
         action="append",
         default=[],
         metavar="DIR_OR_ID",
-        help="another model that a request may name, exactly so; may be given several times",
+        help="Another model that a request may ask for by this name. May be given several times.",
     )
     access.add_argument(
         "--allow-adapters",
         action="append",
         default=[],
         metavar="DIR",
-        help="adapters that a request may name, exactly so; may be given several times",
+        help="Adapters that a request may ask for by this name. May be given several times.",
     )
     access.add_argument(
         "--allowed-origins",
         type=lambda text: text.split(","),
         default=[],
-        help="origins whose web pages may ask, with commas between them, or * for all "
-        "(default: pages of this machine)",
+        metavar="ORIGIN,...",
+        help="Origins whose web pages may send requests, or * for all. Default: this machine's.",
     )
-    access.add_argument(
-        "--api-key",
-        metavar="KEY",
-        help="the key that clients must send (default: MLX_CLEX_API_KEY, or none)",
-    )
-
-    sampling = parser.add_argument_group("sampling", "Values for requests that give none.")
-    sampling.add_argument(
-        "--temp", type=float, default=0.0, help="temperature (default: %(default)s, greedy)"
-    )
-    sampling.add_argument(
-        "--top-p", type=float, default=1.0, help="nucleus sampling (default: %(default)s, off)"
-    )
-    sampling.add_argument(
-        "--top-k", type=int, default=0, help="likeliest tokens kept (default: %(default)s, all)"
-    )
-    sampling.add_argument(
-        "--min-p",
-        type=float,
-        default=0.0,
-        help="lowest probability kept, as a share of the highest (default: %(default)s, off)",
-    )
-    sampling.add_argument(
-        "--max-tokens",
-        type=int,
-        default=512,
-        help="most tokens of an answer (default: %(default)s)",
-    )
-
-    batches = parser.add_argument_group("batches and caches")
-    batches.add_argument(
-        "--decode-concurrency",
-        type=int,
-        default=32,
-        help="answers generated at once (default: %(default)s)",
-    )
-    batches.add_argument(
-        "--prompt-concurrency",
-        type=int,
-        default=8,
-        help="prompts read at once (default: %(default)s)",
-    )
-    batches.add_argument(
-        "--prefill-step-size",
-        type=int,
-        default=2048,
-        help="tokens of a prompt read in one pass (default: %(default)s)",
-    )
-    batches.add_argument(
-        "--prompt-cache-size",
-        type=int,
-        default=10,
-        help="prompts whose keys and values are kept (default: %(default)s)",
-    )
-    batches.add_argument(
-        "--prompt-cache-bytes",
-        type=_parse_size,
-        metavar="SIZE",
-        help="bytes of keys and values kept, such as 8GB (default: no limit)",
-    )
-    batches.add_argument(
-        "--kv-bits",
-        type=int,
-        help="quantise keys and values to this many bits; requests are then served one at a time "
-        "(default: full precision)",
-    )
-    batches.add_argument(
-        "--kv-group-size",
-        type=int,
-        default=64,
-        help="group size of that quantisation (default: %(default)s)",
-    )
-    batches.add_argument(
-        "--quantized-kv-start",
-        type=int,
-        default=DEFAULT_QUANTIZED_KV_START,
-        help="token at which that quantisation starts (default: %(default)s)",
+    parser.add_argument(
+        "--log-level",
+        default="INFO",
+        choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
+        help="What is logged.",
     )
 
 
@@ -208,6 +179,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--port must be within 0..65535, got {args.port}.")
     if args.model is None and not args.allow_model:
         raise InputError("Nothing is to be served: give --model, or --allow-model.")
+    check_cache_options(args)
     if not isinstance(args.chat_template_args, dict):
         raise InputError("--chat-template-args must be a JSON object.")
     served = Served(
@@ -260,6 +232,7 @@ def main() -> None:
             run,
             prog="mlx_clex.server",
             description="Serve a model to OpenAI clients, each request at its own scale.",
+            example="mlx_clex server --model my-model --port 8080",
         )
     )
 

@@ -23,7 +23,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.chat import setup_arg_parser
 
-from . import chat
+from .commands.chat_options import add_chat_arguments, check_chat_options, load_conversation
 from .commands.run_command import run_command
 from .errors import InputError, RunError
 from .serving.conversation import Context, Conversation, Stopped, read_text
@@ -33,7 +33,7 @@ HOST = "127.0.0.1"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add to the options of `chat`."""
-    chat.add_arguments(parser)
+    add_chat_arguments(parser)
     parser.add_argument("--port", type=int, default=7860, help="of the page (default: 7860)")
 
 
@@ -205,7 +205,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: an option, the model or the port cannot be used, or gradio is missing.
     """
-    chat.check(args)
+    check_chat_options(args)
     if not 0 < args.port < 1 << 16:
         raise InputError(f"--port must be within 1..65535, got {args.port}.")
     # Read by gradio when it is imported.
@@ -223,7 +223,7 @@ def run(args: argparse.Namespace) -> None:
             raise InputError(
                 f"Port {args.port} of {HOST} is not free ({error.strerror}); give another --port."
             ) from error
-    turns = Turns(lambda: chat.loaded(args))
+    turns = Turns(lambda: load_conversation(args))
     theme = gr.themes.Default(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )

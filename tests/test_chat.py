@@ -9,7 +9,8 @@ import pytest
 from mlx_clex.convert import convert
 from mlx_lm.chat import setup_arg_parser
 
-from mlx_clex.chat import add_arguments, run
+from mlx_clex.chat import run
+from mlx_clex.commands.chat_options import add_chat_arguments as add_arguments
 from mlx_clex.commands.run_command import run_command
 
 from .conftest import GOLDEN

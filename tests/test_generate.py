@@ -194,7 +194,7 @@ def test_methods_without_an_end_take_any_length(cli, converted):
     folder = converted("gene_llama")
     status, out, _ = cli("--model", folder, "--prompt", prompt_of(folder, 600), "-m", "5")
     assert status == 0
-    assert "Scale: 10, reach: no limit" in out
+    assert "Scale: 10, reach: 512 tokens, past which the scale grows" in out
 
 
 def test_kv_bits_plans_for_the_whole_length(cli, wide, model):
@@ -203,7 +203,7 @@ def test_kv_bits_plans_for_the_whole_length(cli, wide, model):
     quantised = ("--kv-bits", "8", "--kv-group-size", "32", "--quantized-kv-start", "0")
     status, out, err = cli(*options, *quantised)
     assert status == 0, err
-    assert "scale fixed at 8, that of 120 tokens" in err
+    assert "the scale is fixed at 8, that of 120 tokens" in err
     assert "Scale: 8," in out
     _, fixed, err = cli(*options, *quantised, "--scale", "8")
     assert "fixed" not in err
@@ -247,8 +247,8 @@ def test_kv_bits_needs_an_end(cli, converted):
         (("--seed", "-1"), ["--seed", "0..4294967295", "-1"]),
         (("--seed", str(1 << 64)), ["--seed", "0..4294967295"]),
         (("--adapter-path", "/nowhere"), ["/nowhere", "adapter_config.json"]),
-        (("--prompt-cache-file", "/nowhere"), ["--prompt-cache-file", "/nowhere"]),
-        (("--model", "/nowhere/model"), ["/nowhere/model", "neither a folder"]),
+        (("--prompt-cache-file", "/nowhere"), ["There is no file", "/nowhere"]),
+        (("--model", "/nowhere/model"), ["/nowhere/model", "no folder or file"]),
     ],
     ids=" ".join,
 )
@@ -335,7 +335,7 @@ def test_a_draft_model_changes_nothing_but_the_speed(cli, name, tmp_path, conver
     options = ("--model", model, "--prompt", SENTENCE * 3, "-m", "40")
     status, drafted, err = cli(*options, "--draft-model", converted("clex_llama"))
     assert status == 0, err
-    assert "--draft-model: scale fixed at 5" in err
+    assert "--draft-model: the scale is fixed at 5" in err
     assert text_of(drafted) == plain.strip("\n")
 
 
@@ -347,7 +347,7 @@ def test_sampling_is_repeatable_with_a_seed(cli, model):
 
 
 def test_options_are_those_of_mlx_lm():
-    """Every option of mlx_lm.generate with its default, but for the model and the prompt."""
+    """Every option of mlx_lm.generate with its default, but for the prompt."""
     import argparse
 
     stock = setup_arg_parser()
@@ -358,7 +358,7 @@ def test_options_are_those_of_mlx_lm():
 
     assert set(theirs) <= set(mine)
     changed = {key for key in theirs if theirs[key] != mine[key]}
-    assert changed == {"model", "prompt"}
+    assert changed == {"prompt"}
     assert set(mine) - set(theirs) == {"pipeline", "prompt_file", "scale"}
 
 

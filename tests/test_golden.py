@@ -127,5 +127,5 @@ def test_log_scale_is_read_as_each_family_reads_it(checkpoint):
 
 
 def test_the_reach_is_that_of_the_release(checkpoint):
-    """L0 32 times max_factor 8 for CLEX, none for GeNE."""
-    assert checkpoint.model.reach == (256 if checkpoint.clex else None)
+    """CLEX refuses more than L0 32 times max_factor 8; GeNE refuses nothing."""
+    assert checkpoint.model.limit == (256 if checkpoint.clex else None)

@@ -81,7 +81,9 @@ def test_a_stock_model_stays_stock(tmp_path, converted):
     folder = stock_folder(tmp_path, converted("clex_llama"))
     model, _ = load(folder)
     assert not isinstance(model, ScaledModel)
-    with pytest.raises(InputError, match="no scaling of ours"):
+    with pytest.raises(
+        InputError, match="was not converted with mlx_clex, so --scale 2 has no effect"
+    ):
         load(folder, scale=2)
 
 
@@ -192,11 +194,9 @@ def test_adapters_without_their_tensors_are_not_made_up(folder, tmp_path, rank):
 def test_neither_a_folder_nor_an_id(tmp_path):
     """A misspelt path must not be looked up on the hub."""
     for name in (str(tmp_path / "nothing"), "./nothing", "a/b/c/d", ""):
-        with pytest.raises(InputError, match="neither a folder"):
+        with pytest.raises(InputError, match="There is no folder or file"):
             load(name)
-    with pytest.raises(
-        InputError, match=r"no folder owner/model.* from the hub it could not be had"
-    ):
+    with pytest.raises(InputError, match=r"no folder owner/model.* the hub did not answer"):
         load("owner/model-that-is-not-there", cache_dir=tmp_path)
 
 

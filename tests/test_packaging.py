@@ -6,29 +6,36 @@ import sys
 import tomllib
 from pathlib import Path
 
+from mlx_clex.__main__ import NAMES
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def test_every_package_is_installed():
     """`mlx_clex.training` was missing from the wheel, though it imported from the source."""
-    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "mlx_clex").rglob("__init__.py")}
-    there = {".".join(folder.parts) for folder in folders}
+    there = set()
+    for top, outer in (("mlx_clex", ()), ("convert", ("mlx_clex",))):
+        for path in (ROOT / top).rglob("__init__.py"):
+            there.add(".".join((*outer, *path.parent.relative_to(ROOT).parts)))
 
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == there | {"mlx_clex.convert"}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == there
 
 
 def test_every_command_has_a_console_script():
     """`mlx_clex.server` ran as a module only."""
     files = [*(ROOT / "mlx_clex").glob("*.py"), ROOT / "convert" / "__main__.py"]
     there = {file for file in files if "\ndef main(" in file.read_text()}
+    there.remove(ROOT / "mlx_clex" / "__main__.py")
     scripts = PROJECT["project"]["scripts"]
 
+    assert scripts.pop("mlx_clex") == "mlx_clex.__main__:main"
     modules = {module.removesuffix(":main") for module in scripts.values()}
     assert modules == {
         f"mlx_clex.{file.stem}" if file.parent.name == "mlx_clex" else "mlx_clex.convert.__main__"
         for file in there
     }
+    assert {f"mlx_clex.{name}" for name in NAMES} == scripts.keys()
     assert all(module.removesuffix(".__main__") in scripts for module in modules)
 
 

@@ -489,7 +489,7 @@ def test_a_server_that_cannot_start_says_so_in_one_line(options, words, model):
     """And exits with status 2, instead of listening without a model."""
     command = [sys.executable, "-m", "mlx_clex.server", "--model", str(model), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("mlx_clex.server:")]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("mlx_clex server:")]
     assert done.returncode == 2, done.stderr
     assert len(lines) == 1
     assert all(word in lines[0] for word in words), lines

@@ -128,14 +128,9 @@ def _candidates(
     if np.allclose(theta**-exponents, inv_freq, rtol=1e-6, atol=0) and score_gain == 1:
         yield {"rope_theta": theta}
     yield _entry("linear", factor=scale)
-    if hasattr(scaling.config, "beta_fast"):
-        yield _entry(
-            "yarn",
-            factor=scale,
-            original_max_position_embeddings=scaling.trained_length,
-            beta_fast=scaling.config.beta_fast,
-            beta_slow=scaling.config.beta_slow,
-        )
+    stock = scaling.stock_entry(scale)
+    if stock is not None:
+        yield _entry(stock.pop("type"), **stock)
     factors = (_base_inv_freq(scaling) / inv_freq).tolist()
     yield _entry(
         "longrope",

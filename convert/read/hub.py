@@ -7,13 +7,66 @@ logging in; `hf auth login` does that.
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from mlx_clex.errors import InputError, RunError
+from mlx_clex.checkpoint.files import read_json
+from mlx_clex.checkpoint.folder import files_of
+from mlx_clex.errors import InputError, RunError, one_line
 
-from .source import CONFIG_FILES, TOKENIZER_FILES, choose_weights, read_json
+from .source import CONFIG_FILES, TOKENIZER_FILES, choose_weights
 
 T = TypeVar("T")
+_PATIENCE = 10  # seconds for the first answer
+
+
+class Listing(NamedTuple):
+    """What a conversion needs of a repository."""
+
+    commit: str
+    sizes: dict[str, int]  # file -> bytes
+    config: Path | None  # config.json in the hub's cache, where the hub cannot be asked
+
+
+def look_up(repo: str, revision: str | None = None) -> Listing:
+    """Ask the hub for a repository, or the hub's cache on this machine where it is offline.
+
+    Args:
+        repo: hub id, "owner/name".
+        revision: branch, tag or commit.
+
+    Raises:
+        InputError: no such id or revision, no access, no weights in it, or neither the hub
+            nor a copy on this machine.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    def ask() -> Listing:
+        # One request, which fails at once; downloads would try again for 25 seconds.
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_PATIENCE)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        top = [name for name in sizes if "/" not in name]
+
+        def read_index(name: str) -> Any:
+            return read_json(Path(hf_hub_download(repo, name, revision=info.sha)))
+
+        _, weights = choose_weights(top, read_index, f"The repository {repo}")
+        patterns = [*CONFIG_FILES, *TOKENIZER_FILES, *weights, "*.index.json"]
+        wanted = [name for name in top if any(fnmatch(name, pattern) for pattern in patterns)]
+        return Listing(info.sha or "", {name: sizes[name] for name in wanted}, None)
+
+    try:
+        return guarded(repo, revision, ask)
+    except (OfflineModeIsEnabled, RunError) as error:
+        try:
+            config = hf_hub_download(repo, "config.json", revision=revision, local_files_only=True)
+        except LocalEntryNotFoundError:
+            raise InputError(
+                f"There is no folder {repo} here, and the hub did not answer: {one_line(error)}"
+            ) from error
+        folder = Path(config).parent
+        sizes = {file.name: file.stat().st_size for file in files_of(folder)}
+        return Listing(folder.name, sizes, Path(config))
 
 
 def download(repo: str, revision: str | None = None) -> Path:
@@ -27,55 +80,21 @@ def download(repo: str, revision: str | None = None) -> Path:
         The folder of the snapshot in the hub's cache.
 
     Raises:
-        InputError: no such id or revision, no access, or no weights in it.
-        RunError: the network failed.
+        InputError: as `look_up`.
+        RunError: the network failed on the way.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    sizes: dict[str, int] = {}
-    try:
-        sizes = needed_files(repo, revision)
-    except (OfflineModeIsEnabled, RunError):
-        # What was fetched before serves without a network.
-        try:
-            return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        except LocalEntryNotFoundError:
-            pass
-        raise
+    listing = look_up(repo, revision)
+    if listing.config is not None:
+        return listing.config.parent
     return guarded(
         repo,
         revision,
-        lambda: Path(snapshot_download(repo, revision=revision, allow_patterns=list(sizes))),
+        lambda: Path(
+            snapshot_download(repo, revision=listing.commit, allow_patterns=list(listing.sizes))
+        ),
     )
-
-
-def needed_files(repo: str, revision: str | None = None) -> dict[str, int]:
-    """The files of a checkpoint that a conversion needs.
-
-    Returns:
-        Name -> size in bytes.
-
-    Raises:
-        InputError: no such id or revision, no access, or no weights in it.
-        RunError: the network failed.
-    """
-    from huggingface_hub import HfApi, hf_hub_download
-
-    def ask() -> dict[str, int]:
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-        top = [name for name in sizes if "/" not in name]
-
-        def read_index(name: str) -> Any:
-            return read_json(Path(hf_hub_download(repo, name, revision=info.sha)))
-
-        _, weights = choose_weights(top, read_index, f"The repository {repo}")
-        patterns = [*CONFIG_FILES, *TOKENIZER_FILES, *weights, "*.index.json"]
-        wanted = [name for name in top if any(fnmatch(name, pattern) for pattern in patterns)]
-        return {name: sizes[name] for name in wanted}
-
-    return guarded(repo, revision, ask)
 
 
 def check_upload(repo: str) -> None:

@@ -1,22 +1,22 @@
-"""Where a checkpoint's files are: a folder, a .gguf file, or the hub.
+"""A checkpoint folder as a source: which of its files are read.
 
-Chooses the weight files (safetensors before .bin, whatever index lies beside them) and
-fetches from the hub only those and the small text files. Python files are never fetched,
-read or copied. Not covered: what is inside the weight files.
+The weight files are safetensors before .bin, whatever index lies beside them. Python files
+are never read or copied. Not covered: what is inside the weight files.
 """
 
 import fnmatch
 import itertools
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_clex.checkpoint.files import read_json
+from mlx_clex.checkpoint.folder import files_of
 from mlx_clex.errors import InputError
 
-CONFIG_FILES = ("config.json", "generation_config.json")
+CONFIG_FILES = ("config.json", "generation_config.json", "README.md")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -30,7 +30,6 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "*.tiktoken",
 )
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -49,55 +48,6 @@ class Checkpoint:
         if self.repo:
             return self.repo
         return self.files[0].stem if self.kind == "gguf" else self.folder.resolve().name
-
-
-def find(hf_path: str | Path, revision: str | None = None) -> Checkpoint:
-    """Find a checkpoint, downloading what is needed of one on the hub.
-
-    Args:
-        hf_path: a folder, a .gguf file, or a hub id such as "owner/name".
-        revision: branch, tag or commit on the hub.
-
-    Raises:
-        InputError: there is no such folder or id, it has no weights or no config.json,
-            or a shard that its index names is missing.
-    """
-    path = Path(hf_path).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise InputError(
-                f"{path} is a file. Give the folder it lies in, a .gguf file, or a hub id."
-            )
-        return Checkpoint(path.parent, "gguf", [path])
-    if is_local(hf_path):
-        if revision is not None:
-            raise InputError(f"--revision {revision} is for hub ids; {path} is a folder.")
-        return _from_folder(path, None)
-    repo = check_hub_id(hf_path)
-    from .hub import download
-
-    return _from_folder(download(repo, revision), repo)
-
-
-def is_local(hf_path: str | Path) -> bool:
-    """Whether a file or folder of this name is here, which comes before a hub id."""
-    # An empty name would be the folder one stands in.
-    return str(hf_path) != "" and Path(hf_path).expanduser().exists()
-
-
-def check_hub_id(hf_path: str | Path) -> str:
-    """The hub id, if it can be one.
-
-    Raises:
-        InputError: it cannot.
-    """
-    if str(hf_path).endswith(".gguf"):
-        raise InputError(f"There is no file {hf_path}.")
-    if not _REPO_ID.fullmatch(str(hf_path)):
-        raise InputError(
-            f"There is no folder {Path(hf_path)}, and it is not a hub id such as owner/name either."
-        )
-    return str(hf_path)
 
 
 def choose_weights(
@@ -151,20 +101,17 @@ def choose_weights(
     )
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file.
+def read_folder(folder: Path, repo: str | None = None) -> Checkpoint:
+    """Choose the weight files of a folder and read its config.json.
+
+    Args:
+        folder: the checkpoint.
+        repo: hub id it came from.
 
     Raises:
-        InputError: it is no JSON.
+        InputError: it has no weights or no config.json, or lacks a shard.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not readable as JSON: {error}.") from error
-
-
-def _from_folder(folder: Path, repo: str | None) -> Checkpoint:
-    names = [entry.name for entry in folder.iterdir() if entry.is_file()]
+    names = [file.name for file in files_of(folder)]
     if not names:
         raise InputError(f"The folder {folder} is empty: there is no checkpoint in it.")
     kind, chosen = choose_weights(names, lambda n: read_json(folder / n), str(folder))

@@ -1,6 +1,10 @@
 """The model card: where it comes from, its scales, its reach."""
 
+import re
 from pathlib import Path
+
+from huggingface_hub import ModelCard
+from yaml import YAMLError
 
 from mlx_clex.scaling import Scaling
 
@@ -13,6 +17,7 @@ def write_card(
     name: str,
     source: str,
     base_model: str | None,
+    licence: str | None = None,
     scaling: Scaling | None,
     method: str,
     frozen: float | None = None,
@@ -25,6 +30,7 @@ def write_card(
         name: title of the card, and what to load: a hub id or a folder.
         source: what it was converted from, in words.
         base_model: hub id of the source, where it has one.
+        licence: of the source, as the hub spells it, or None.
         scaling: the model's scaling, or None where it has none of ours.
         method: its name, "clex".
         frozen: the scale a frozen export holds, or None.
@@ -36,6 +42,8 @@ def write_card(
         front.append("- mlx-clex")
     if base_model:
         front.append(f"base_model: {base_model}")
+    if licence:
+        front.append(f"license: {licence}")
     lines = [*front, "---", "", f"# {name}", ""]
     if base_model:
         source = f"[{base_model}](https://huggingface.co/{base_model})"
@@ -45,17 +53,22 @@ def write_card(
         lines += _frozen_text(source, scaling, method, frozen)
     else:
         lines += _scaled_text(source, scaling, method, name)
+    lines += ["", f"Licence: {licence or 'that of the source; its card does not name it'}."]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def reach_of(scaling: Scaling) -> int:
-    """The longest sequence the scaling is made for, in tokens.
-
-    Where it grows without end, the length its config names: factor x trained length.
-    """
-    if scaling.reach is not None:
-        return scaling.reach
-    return int(getattr(scaling.config, "factor", 1) * scaling.trained_length)
+def licence_of(folder: Path) -> str | None:
+    """Return the licence that the card in a checkpoint folder names, or None."""
+    file = folder / "README.md"
+    if not file.is_file():
+        return None
+    try:
+        licence = ModelCard.load(file).data.license
+    except (ValueError, OSError, YAMLError):
+        return None
+    # One line of the new card: whatever else a stranger's card holds is left out.
+    plain = isinstance(licence, str) and re.fullmatch(r"[\w.+-]{1,64}", licence)
+    return licence if plain else None
 
 
 def scale_table(scaling: Scaling) -> list[tuple[int, int, float]]:
@@ -65,7 +78,7 @@ def scale_table(scaling: Scaling) -> list[tuple[int, int, float]]:
         Rows of (first length, last length, scale), both in tokens, up to the reach; at
         most 16 of them, the first ones and the last.
     """
-    end = reach_of(scaling)
+    end = scaling.reach or scaling.trained_length
     rows: list[tuple[int, int, float]] = []
     start = 1
     while start <= end:
@@ -95,7 +108,7 @@ def _scaled_text(source: str, scaling: Scaling, method: str, model: str) -> list
         f"Converted to MLX from {source}, with {method} position scaling by mlx_clex.",
         "",
         f"Trained length: {scaling.trained_length:,} tokens. "
-        f"Reach: {reach_of(scaling):,} tokens. {end}",
+        f"Reach: {(scaling.reach or scaling.trained_length):,} tokens. {end}",
         "",
         "| length of the sequence, tokens | scale |",
         "|---|---|",
@@ -111,7 +124,7 @@ def _scaled_text(source: str, scaling: Scaling, method: str, model: str) -> list
         "",
         "```bash",
         "pip install mlx-clex",
-        f"python -m mlx_clex.generate --model {model} --prompt hello",
+        f"mlx_clex generate --model {model} --prompt hello",
         "```",
         "",
         "With mlx_clex installed, programs of mlx-lm run it too, given `--trust-remote-code`.",

@@ -1,20 +1,14 @@
-"""The folder a conversion writes: whole, or not there.
+"""The folder that a conversion writes: checks before, weights in shards."""
 
-Everything goes into `<name>.incomplete-<number>` beside the target, config.json last, and
-the folder is renamed at the end. A killed run leaves that folder, which nothing takes for
-a checkpoint; it can be deleted.
-"""
-
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
+from mlx_clex.checkpoint.files import new_folder, write_json
 from mlx_clex.checkpoint.safetensors_file import array_bytes, info_of, write
 from mlx_clex.errors import InputError
 
@@ -57,34 +51,19 @@ def check_space(target: Path, needed: int) -> None:
 
 @contextmanager
 def whole_or_nothing(target: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends well.
+    """Yield a temporary folder that becomes `target` when the block ends without an error.
 
     Raises:
-        InputError: somebody else made the target meanwhile.
+        InputError: the folder cannot be made, or somebody else made the target meanwhile.
     """
-    made = [parent for parent in target.absolute().parents if not parent.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.incomplete-{os.getpid()}")
-    number = 0
-    while temporary.exists():
-        number += 1
-        temporary = target.with_name(f"{target.name}.incomplete-{os.getpid()}-{number}")
     try:
-        try:
-            temporary.mkdir()
-        except OSError as error:
-            raise InputError(
-                f"{target.parent} cannot be written to ({error.strerror}): give another folder."
-            ) from error
-        yield temporary
-        check_target(target)
-        temporary.rename(target)
-    except BaseException:  # Ctrl-C too
-        shutil.rmtree(temporary, ignore_errors=True)
-        for parent in made:
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
-        raise
+        with new_folder(target) as temporary:
+            yield temporary
+            check_target(target)
+    except PermissionError as error:
+        raise InputError(
+            f"{target.parent} cannot be written to ({error.strerror}). Give another folder."
+        ) from error
 
 
 def write_weights(
@@ -119,11 +98,6 @@ def write_weights(
         "weight_map": dict(sorted(weight_map.items())),
     }
     write_json(folder / "model.safetensors.index.json", index)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a small JSON file."""
-    path.write_text(json.dumps(value, indent=4) + "\n", encoding="utf-8")
 
 
 def _taker(tensors: dict[str, mx.array], name: str) -> Callable[[], memoryview]:

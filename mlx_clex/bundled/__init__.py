@@ -23,6 +23,8 @@ from ..errors import InputError
 FOLDER = Path(__file__).parent
 PREFIX = "bundled:"  # before the name of a model that comes with the package
 MODELS = {name: f"{PREFIX}{name}" for name in ("base", "clex", "gene")}  # what `load` takes
+DEFAULT = MODELS["clex"]  # where a command is given no model
+OPENING = "And it came to pass"  # a text that these models can go on with
 HELD_OUT = ("Judges", "Ruth", "1 Samuel")  # neighbours, so that windows cross them
 _FIRST_BEHIND = "2 Samuel"
 QUESTION = "The pass key is"  # before a key, told or asked for

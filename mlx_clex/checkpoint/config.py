@@ -10,7 +10,11 @@ layer type; both are left as they are.
 from copy import deepcopy
 from typing import Any
 
-from mlx_clex.errors import InputError
+from ..errors import InputError
+from ..scaling import SCALINGS
+from ..scaling.none import NoScaling
+
+_PLAIN = "default"  # transformers' name of a rope without scaling
 
 # What a family's own configuration class takes when config.json does not say. Families
 # that are not here keep the default of their mlx-lm class.
@@ -68,10 +72,10 @@ def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
     _mirror_gpt_neox(config)
     _set_length(config, scaling)
     _check_sizes(config)
-    name = scaling.get("type", "default")
-    if name == "clex":
-        _fill_clex(config, scaling)
-    if name in ("default", "none"):
+    name = scaling.get("type", _PLAIN)
+    if name in SCALINGS:
+        scaling = SCALINGS[name].from_release(scaling, config)
+    if name in (_PLAIN, NoScaling.name):
         config.pop("rope_scaling", None)
     else:
         config["rope_scaling"] = scaling
@@ -145,7 +149,8 @@ def _set_base(config: dict[str, Any]) -> None:
 
 def _set_length(config: dict[str, Any], scaling: dict[str, Any]) -> None:
     original = None
-    if scaling.get("type") in ("yarn", "dynamic", "linear"):
+    name = scaling.get("type")
+    if name in SCALINGS and SCALINGS[name].in_transformers:
         # Theirs: the length before stretching. Ours is always that one.
         original = scaling.pop("original_max_position_embeddings", None)
     found = [config[key] for key in _LENGTH_KEYS if config.get(key) is not None]
@@ -172,21 +177,3 @@ def _check_sizes(config: dict[str, Any]) -> None:
             raise InputError(
                 f"config.json has {key} = {value!r}; it must be a whole number within 1..{most}."
             )
-
-
-def _fill_clex(config: dict[str, Any], scaling: dict[str, Any]) -> None:
-    """What the release's classes assume where a published config is silent.
-
-    Source: DAMO-NLP-SG/CLEX, configuration_clex.py `CLEXLlamaConfig` (log_scale is
-        true unless given); its Mixtral and Phi code never reads the key. Configs of
-        October 2023 have neither `act` nor `time_dt`.
-    """
-    family = config.get("model_type")
-    outer = config.pop("log_scale", None)
-    if family in ("mixtral", "phi"):
-        outer = False
-    elif outer is None:
-        outer = family == "llama"
-    scaling.setdefault("log_scale", outer)
-    scaling.setdefault("act", "silu")
-    scaling.setdefault("time_dt", 0.01)

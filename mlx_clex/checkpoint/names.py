@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mlx_clex.errors import InputError
-from mlx_clex.scaling import PREFIX
+from ..errors import InputError
+from ..scaling import PREFIX
 
 _LAYER = r"model\.layers\.(\d+)\."
 

@@ -7,25 +7,28 @@ Not covered: making the caches (`cache_prompt`), and batches.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache, save_prompt_cache
 
-from ..errors import InputError, RunError
+from ..errors import InputError, RunError, one_line
 from ..model.plans import planned_caches, single_caches
 from ..model.scaled_model import make_prompt_cache
+from .files import new_file
 from .fingerprint import Fingerprint, difference
 
+# What libraries raise on a file that is broken, or something else.
+_BROKEN = (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError)
 _ENTRY = "mlx_clex"
 _SUFFIX = ".safetensors"  # mlx writes and reads no other
 
 
 def file_for(name: str | Path) -> Path:
-    """The file that a --prompt-cache-file names; mlx adds the suffix where it is missing.
+    """Return the file that a name stands for; mlx adds the suffix where it is missing.
 
     Raises:
         InputError: there is no folder to write it into.
@@ -34,7 +37,7 @@ def file_for(name: str | Path) -> Path:
     if path.suffix != _SUFFIX:
         path = path.with_name(path.name + _SUFFIX)
     if not path.parent.is_dir():
-        raise InputError(f"--prompt-cache-file {name}: there is no folder {path.parent}.")
+        raise InputError(f"{name}: there is no folder {path.parent}.")
     return path
 
 
@@ -57,14 +60,11 @@ def save_cache(
     """
     scales = [cache.scale for cache in planned_caches(caches)]
     entry = json.dumps({"fingerprint": fingerprint, "scales": scales})
-    unfinished = file.with_name(f".{file.stem}.{os.getpid()}{_SUFFIX}")
     try:
-        save_prompt_cache(str(unfinished), list(caches), {**(metadata or {}), _ENTRY: entry})
-        unfinished.replace(file)
+        with new_file(file) as unfinished:
+            save_prompt_cache(str(unfinished), list(caches), {**(metadata or {}), _ENTRY: entry})
     except (RuntimeError, OSError) as error:
         raise RunError(f"{file} cannot be written: {error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def load_cache(
@@ -85,9 +85,7 @@ def load_cache(
         InputError: no such file, no saved cache, or one that belongs to another model,
             adapter or scaling; the message says what differs.
     """
-    file = Path(name).expanduser() if Path(name).expanduser().is_file() else file_for(name)
-    if not file.is_file():
-        raise InputError(f"--prompt-cache-file {name} is no file.")
+    file = _existing(name)
     try:
         caches, metadata = load_prompt_cache(str(file), return_metadata=True)
         metadata = dict(metadata or {})
@@ -96,21 +94,41 @@ def load_cache(
             there = dict(entry["fingerprint"])
             for cache, scale in zip(planned_caches(caches), entry["scales"], strict=True):
                 cache.scale = scale
-    except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise InputError(f"--prompt-cache-file {name} is no saved cache: {error}") from error
+    except _BROKEN as error:
+        raise InputError(f"{name} is no saved cache: {one_line(error)}") from error
     if entry is not None and (what := difference(there, here)):
         raise InputError(
-            f"--prompt-cache-file {name} was made with another model, adapter or scaling ({what}). "
-            "Make it again with mlx_clex.cache_prompt."
+            f"{name} cannot be used: {what}. Give what it was made with, or make it again."
         )
     kinds, wanted = _kinds(caches), _kinds(make_prompt_cache(model))
     if kinds != wanted:
         raise InputError(
-            f"--prompt-cache-file {name} holds other caches than this model uses: "
-            f"{_summary(kinds)} there, {_summary(wanted)} here. Make it again with "
-            "mlx_clex.cache_prompt, with the --model and --scale it is for."
+            f"{name} holds other caches than this model uses: {_counted(kinds)} there, "
+            f"{_counted(wanted)} here. Make it again with the --model and --scale it is for."
         )
     return caches, metadata
+
+
+def metadata_of(name: str | Path) -> dict[str, str]:
+    """Read the metadata of a cache file alone.
+
+    Raises:
+        InputError: no such file, or no safetensors file.
+    """
+    try:
+        loaded: Any = mx.load(str(_existing(name)), return_metadata=True)
+    except _BROKEN as error:
+        raise InputError(f"{name} is no saved cache: {one_line(error)}") from error
+    # mlx-lm flattens [metadata, classes, scalars].
+    return {key[2:]: value for key, value in loaded[1].items() if key.startswith("0.")}
+
+
+def _existing(name: str | Path) -> Path:
+    path = Path(name).expanduser()
+    file = path if path.is_file() else file_for(name)
+    if not file.is_file():
+        raise InputError(f"There is no file {file}.")
+    return file
 
 
 def is_ours(metadata: Mapping[str, str]) -> bool:
@@ -127,5 +145,5 @@ def _kinds(caches: Sequence[Any]) -> list[str]:
     return [type(cache).__name__.replace("Quantized", "") for cache in caches]
 
 
-def _summary(kinds: list[str]) -> str:
+def _counted(kinds: list[str]) -> str:
     return ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds))) or "none"

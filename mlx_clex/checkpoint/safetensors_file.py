@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_clex.errors import InputError
+from ..errors import InputError
 
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
 _BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64}

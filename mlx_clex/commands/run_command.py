@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from ..errors import InputError, RunError
+from ..errors import InputError, RunError, one_line
+from .help import Formatter, group_options
 
 _SEEDS = range(1 << 32)  # mlx takes 64 bits, and training multiplies them
 
@@ -22,6 +23,7 @@ def run_command(
     description: str,
     argv: Sequence[str] | None = None,
     parents: Sequence[argparse.ArgumentParser] = (),
+    example: str = "",
 ) -> int:
     """Parse the arguments, run the command, and return its exit status.
 
@@ -32,19 +34,25 @@ def run_command(
         description: one sentence for --help.
         argv: the arguments; None takes those of the process.
         parents: parsers whose options the command also takes; its own win.
+        example: a command line for the end of --help.
 
     Returns:
         0, 2 for bad input (one line on stderr), 1 for a run that failed (one line),
         130 for Ctrl-C. argparse itself exits with 2 for arguments it cannot parse.
     """
+    # Shown as the README writes it, however it was started.
+    prog = prog.replace(".", " ", 1)
     parser = _Parser(
         prog=prog,
         description=description,
         parents=list(parents),
         # mlx-lm's parsers, used as parents, bring their own -h.
         conflict_handler="resolve",
+        formatter_class=Formatter,
+        epilog=f"example:\n  {example}" if example else None,
     )
     add_arguments(parser)
+    group_options(parser)
     args = parser.parse_args(argv)
     # Of a warning the user needs the sentence, not our source line.
     warnings.formatwarning = lambda message, *_, **__: f"[mlx_clex] {message}\n"
@@ -52,14 +60,14 @@ def run_command(
         check_seed(getattr(args, "seed", None))
         run(args)
     except InputError as error:
-        print(f"{prog}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing to report to.
         sys.stderr.close()
         return 1
     except (RunError, OSError) as error:
-        print(f"{prog}: failed: {_one_line(error)}", file=sys.stderr)
+        print(f"{prog}: failed: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\n{prog}: interrupted", file=sys.stderr)
@@ -82,7 +90,3 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

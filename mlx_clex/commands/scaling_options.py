@@ -10,8 +10,8 @@ from dataclasses import MISSING, Field, fields
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from mlx_clex.errors import InputError
-from mlx_clex.scaling import SCALINGS
+from ..errors import InputError
+from ..scaling import SCALINGS
 
 
 def add_scaling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,13 +28,15 @@ def add_scaling_arguments(parser: argparse.ArgumentParser) -> None:
     )
     owners: dict[str, list[str]] = {}
     kinds: dict[str, type] = {}
+    meanings: dict[str, str] = {}
     for method, field, kind in _fields():
         owners.setdefault(field.name, []).append(f"{method} {_default(field)}")
         kinds[field.name] = kind
+        meanings.setdefault(field.name, field.metadata["help"])
     for name, kind in kinds.items():
         option = "--" + name.replace("_", "-")
         # Not a default of argparse's: it is the dataclass that knows.
-        text = f"Default: {', '.join(owners[name])}."
+        text = f"{meanings[name]} Default: {', '.join(owners[name])}."
         if kind is bool:
             group.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
         else:

@@ -10,9 +10,6 @@ Not covered: cutting tokens into batches (`batches.py`).
 
 import hashlib
 import json
-import os
-import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +20,10 @@ from typing import Any
 import numpy as np
 from mlx_lm.tuner.datasets import create_dataset
 
-from ..errors import InputError
+from ..checkpoint.digest import digest_of
+from ..checkpoint.files import new_folder
+from ..errors import InputError, say
+from ..loading import expect_long_texts
 from .hub_data import Entries, documents, fingerprint_of, is_hub_id, load_hub_data, name_of
 from .turns import for_training
 
@@ -45,6 +45,11 @@ class Corpus:
     tokens: np.ndarray  # ids, (T,)
     starts: np.ndarray  # index of each text's first token, (N,)
     prompts: np.ndarray  # tokens of each text that the loss leaves out, (N,)
+
+    @property
+    def digest(self) -> str:
+        """Twelve digits of the tokens and of where texts begin."""
+        return digest_of(np.ascontiguousarray(a).tobytes() for a in (self.tokens, self.starts))
 
     @property
     def ends(self) -> np.ndarray:
@@ -82,12 +87,13 @@ def load_corpora(
         InputError: nothing to read, or a text that cannot be used; says where.
     """
 
+    expect_long_texts(tokenizer)
     tokenizer = for_training(tokenizer)
 
     def tokenised(name: str, key: str, size: str, texts: Callable[[], Documents]) -> Corpus:
         target = cache_dir.expanduser() / "tokens" / _cache_key(key, tokenizer, mask_prompt)
         if not target.is_dir():
-            print(f"[mlx_clex] Tokenising {size}.", file=sys.stderr)
+            say(f"Tokenising {size}.")
             _write(target, name, texts())
         return Corpus(
             name=name,
@@ -161,30 +167,29 @@ def find_files(path: Path) -> dict[str, list[Path]]:
 
 
 def _texts(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix in _TEXT)
+    files = (file for file in folder.rglob("*") if file.is_file() and file.suffix in _TEXT)
+    # macOS leaves `._name.txt` beside files of other file systems.
+    return sorted(file for file in files if not file.name.startswith("."))
 
 
 def _write(target: Path, name: str, texts: Documents) -> None:
     """Tokenise into a folder that appears when it is complete."""
-    temporary = target.with_name(f"{target.name}.incomplete-{os.getpid()}")
-    temporary.mkdir(parents=True, exist_ok=True)
     starts, prompts, total = [], [], 0
     try:
-        with (temporary / "tokens.bin").open("wb") as out:
-            for ids, prompt in texts:
-                if prompt is not None:
-                    starts.append(total)
-                    prompts.append(prompt)
-                out.write(np.asarray(ids, np.uint32).tobytes())
-                total += len(ids)
-        if not total:
-            raise InputError(f"{name} has no text.")
-        np.save(temporary / "starts.npy", np.array(starts, np.int64))
-        np.save(temporary / "prompts.npy", np.array(prompts, np.int64))
-        temporary.rename(target)
-    except BaseException:  # Ctrl-C too
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not target.is_dir():  # nor did another process make it meanwhile
+        with new_folder(target) as folder:
+            with (folder / "tokens.bin").open("wb") as out:
+                for ids, prompt in texts:
+                    if prompt is not None:
+                        starts.append(total)
+                        prompts.append(prompt)
+                    out.write(np.asarray(ids, np.uint32).tobytes())
+                    total += len(ids)
+            if not total:
+                raise InputError(f"{name} has no text.")
+            np.save(folder / "starts.npy", np.array(starts, np.int64))
+            np.save(folder / "prompts.npy", np.array(prompts, np.int64))
+    except OSError:
+        if not target.is_dir():  # another process has not made it meanwhile
             raise
 
 

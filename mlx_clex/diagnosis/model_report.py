@@ -6,7 +6,6 @@ lazy: its weights are neither read nor made up, so a model of any size takes sec
 Not covered: whether the weights fit the config, which loading checks.
 """
 
-import json
 import logging
 import math
 from collections.abc import Iterator
@@ -20,11 +19,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from ..checkpoint.config import normalise_config
-from ..errors import InputError
-from ..loading import SHIM, looks_like_hub_id, needs_conversion, read_config
-from ..model.find_ropes import Site, config_value, find_sites, model_name
+from ..checkpoint.files import read_json
+from ..checkpoint.folder import SHIM, check_hub_id, files_of, needs_conversion, read_config
+from ..errors import InputError, one_line
+from ..model.find_ropes import Site, find_sites
 from ..model.plans import single_caches
 from ..model.scaled_model import ScaledModel, attach, make_prompt_cache
+from ..model.stock import config_value, model_name
 from ..model_file import Model, ModelArgs
 from ..scaling import SCALINGS
 
@@ -55,7 +56,7 @@ def report(path_or_hub_id: str) -> list[Row]:
     except InputError as error:
         return [*rows, (_PROBLEM, str(error))]
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        return [*rows, (_PROBLEM, f"config.json does not make a model: {_words(error)}")]
+        return [*rows, (_PROBLEM, f"config.json does not make a model: {one_line(error)}")]
     rows.append(("family", f"{config.get('model_type')} ({model_name(model)})"))
     if isinstance(model, ScaledModel):
         _stand_in(model)
@@ -79,23 +80,22 @@ def _find(path_or_hub_id: str) -> tuple[dict[str, Any], list[Row]]:
     if path.is_dir():
         config = read_config(path)
         return config, [("model", str(path)), *_files(path, config)]
-    if path.exists() or not looks_like_hub_id(path_or_hub_id):
-        raise InputError(
-            f"{path_or_hub_id!r} is neither a folder with a model, nor a .gguf file, nor a "
-            "Hugging Face id such as owner/name."
-        )
+    path_or_hub_id = check_hub_id(path_or_hub_id)
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
-        file = hf_hub_download(path_or_hub_id, "config.json")
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise InputError(f"{path_or_hub_id} could not be had: {_words(error)}") from error
-    return read_config(Path(file).parent), [("model", f"{path_or_hub_id} (on the hub)")]
+    from ..convert.read.hub import guarded, look_up
+
+    listing = look_up(path_or_hub_id)
+    file = listing.config or guarded(
+        path_or_hub_id, None, lambda: Path(hf_hub_download(path_or_hub_id, "config.json"))
+    )
+    size = _size(sum(listing.sizes.values()))
+    rows = [("model", f"{path_or_hub_id} (on the hub)"), ("download", size)]
+    return read_config(file.parent), rows
 
 
 def _files(folder: Path, config: dict[str, Any]) -> Iterator[Row]:
-    names = [file.name for file in folder.iterdir()]
+    names = [file.name for file in files_of(folder)]
     weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
     try:
         published = needs_conversion(names, config, folder)
@@ -111,8 +111,8 @@ def _files(folder: Path, config: dict[str, Any]) -> Iterator[Row]:
     yield "weights", f"{_size(size)} in {len(weights)} files, {kind}"
     for index in sorted(folder.glob("*.index.json")):
         try:
-            wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError):
+            wanted = set(read_json(index)["weight_map"].values())
+        except (InputError, KeyError, AttributeError, TypeError):
             yield _PROBLEM, f"{index.name} is no readable index of weights."
             continue
         for name in sorted(wanted - set(names)):
@@ -149,31 +149,21 @@ def _stand_in(model: Any) -> None:
 
 def _scaling(model: Any) -> Iterator[Row]:
     scaling = model.scaling
-    name = _name_of(scaling)
+    name = scaling.name
     options = ", ".join(
         f"{f.name} {getattr(scaling.config, f.name)}" for f in fields(scaling.config)
     )
     yield "trained length", f"{scaling.trained_length} tokens"
     yield "scaling", f"{name}{f' ({options})' if options else ''}"
-    if scaling.hard_reach:
-        yield "reach", f"{scaling.reach} tokens, and not one more"
-    elif scaling.reach is None:
-        yield "reach", "no limit; memory and quality decide"
+    if scaling.reach is None:
+        yield "reach", "any length; memory and quality decide"
+    elif scaling.hard_reach:
+        yield "reach", f"{scaling.reach} tokens; longer texts are refused"
+    elif scaling.grows:
+        yield "reach", f"{scaling.reach} tokens; past it the scale grows with the text"
     else:
-        yield "reach", f"{scaling.reach} tokens; it runs on past that, and gets worse"
-    length = _furthest(model)
-    yield from _memory(model, length)
-
-
-def _name_of(scaling: Any) -> str:
-    return next(name for name, kind in SCALINGS.items() if kind is type(scaling))
-
-
-def _furthest(model: Any) -> int:
-    """The length the model is made for, in tokens."""
-    scaling = model.scaling
-    factor = max(getattr(scaling.config, "factor", 1), model.scale_at(1))
-    return scaling.reach or round(factor * scaling.trained_length)
+        yield "reach", f"{scaling.reach} tokens; past it answers get worse"
+    yield from _memory(model, scaling.reach or scaling.trained_length)
 
 
 def _memory(model: nn.Module, length: int) -> Iterator[Row]:
@@ -224,7 +214,7 @@ def _exports(model: Any, config: dict[str, Any]) -> Iterator[Row]:
     # What it says about an entry that is tried here and not written is nothing to worry about.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     scaling = model.scaling
-    scale = _furthest(model) / scaling.trained_length
+    scale = (scaling.reach or scaling.trained_length) / scaling.trained_length
     for program in PROGRAMS:
         try:
             frozen_config(config, scaling, scale, program)
@@ -232,7 +222,7 @@ def _exports(model: Any, config: dict[str, Any]) -> Iterator[Row]:
         except InputError as error:
             text = f"not for {program}: {error}"
         except (KeyError, ValueError, TypeError, AttributeError, StopIteration) as error:
-            text = f"not for {program}: {_words(error)}"
+            text = f"not for {program}: {one_line(error)}"
         yield "export", text
 
 
@@ -263,7 +253,3 @@ def _without_scaling(model: nn.Module, config: dict[str, Any]) -> Iterator[Row]:
 
 def _size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
-
-
-def _words(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -14,7 +14,6 @@ import difflib
 import functools
 import logging
 import random
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from tqdm import tqdm
 
 from ..data.stop_strings import cut
-from ..errors import InputError, RunError, generating
+from ..errors import InputError, RunError, generating, say
 from ..model.plans import plan_at
 from ..model.scaled_model import make_prompt_cache
 from .reader import Reader
@@ -350,7 +349,7 @@ def run_tasks(
     documents = tasks.documents(limit)
     for name, task in tasks.tasks.items():
         if (task.get_config("generation_kwargs") or {}).get("do_sample"):
-            print(f"[mlx_clex] {name} asks for sampling; answers are greedy.", file=sys.stderr)
+            say(f"{name} asks for sampling; answers are greedy.")
     try:
         found: Any = lm_eval.simple_evaluate(
             model=lm,

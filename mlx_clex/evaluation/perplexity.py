@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import NormalDist
 from typing import Any
 
 import mlx.core as mx
@@ -20,13 +21,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import maybe_quantize_kv_cache
 
+from ..data.batch import Batch
 from ..data.corpus import Corpus
 from ..errors import InputError, generating
 from ..model.head import chunk_length, hidden_states, logits_of, summed_loss
 from ..model.plans import planned_caches
-from ..model.scaled_model import ScaledModel, check_length, make_prompt_cache
-from ..training.step import Batch
+from ..model.scaled_model import make_prompt_cache, scaled
 
+FEWEST_WINDOWS = 5  # from which an interval means something
 _STEP = 512  # tokens read at once, of all rows; attention scores are (H, _STEP, L)
 _BLOCK = 256  # tokens of the vocabulary that are added up one after the other
 
@@ -83,16 +85,16 @@ class Score:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval of the perplexity; None for a single window.
+        """95 % confidence interval of the perplexity; None below five windows.
 
-        From how much windows differ: Student's t for the mean loss, exponentiated.
-        Overlapping windows differ less than so many apart would.
+        From how much windows differ: Student's t for the mean loss, exponentiated, and at
+        least 1. Overlapping windows differ less than so many apart would.
         """
         count = len(self.losses)
-        if count < 2:
+        if count < FEWEST_WINDOWS:
             return None
         margin = student_t(0.95, count - 1) * float(self.losses.std(ddof=1)) / math.sqrt(count)
-        return exp(self.loss - margin), exp(self.loss + margin)
+        return max(1.0, exp(self.loss - margin)), exp(self.loss + margin)
 
 
 def score(
@@ -280,8 +282,7 @@ def check_lengths(model: nn.Module, corpus: Corpus, lengths: Sequence[int]) -> N
     for length in lengths:
         if length < 2:
             raise InputError(f"A length to evaluate at must be at least 2 tokens, got {length}.")
-        if isinstance(model, ScaledModel):
-            check_length(model, length)
+        scaled(model).check_length(length, "A sequence of --lengths")
         if length > there:
             fitting = ", ".join(str(n) for n in lengths if n <= there)
             raise InputError(
@@ -291,32 +292,22 @@ def check_lengths(model: nn.Module, corpus: Corpus, lengths: Sequence[int]) -> N
 
 
 def student_t(level: float, freedom: int) -> float:
-    """What the size of Student's t stays below with the probability `level`.
+    """Return what the size of Student's t stays below with the probability `level`.
 
     Args:
         level: above 0, below 1.
-        freedom: degrees of freedom, at least 1.
+        freedom: degrees of freedom, at least 4; there the error is 0.3 %, and less above.
+
+    Source: Abramowitz and Stegun, 26.7.5, the expansion about the normal distribution.
     """
-    low, high = 0.0, 1.0
-    while _student_within(high, freedom) < level:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _student_within(middle, freedom) < level else (low, middle)
-    return high
-
-
-def _student_within(t: float, freedom: int) -> float:
-    """P(|T| <= t). Source: Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(freedom))
-    odd = freedom % 2
-    term, total = math.cos(angle) if odd else 1.0, 0.0
-    for n in range(2 + odd, freedom + 1, 2):
-        total += term
-        term *= (n - 1) / n * math.cos(angle) ** 2
-    if odd:
-        return 2 / math.pi * (angle + math.sin(angle) * total)
-    return math.sin(angle) * total
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return sum(term / freedom**power for power, term in enumerate(terms))
 
 
 def exp(loss: float) -> float:

@@ -11,13 +11,13 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.files import write_text
 from ..errors import InputError
 
 _PACKAGES = ("mlx-clex", "mlx", "mlx-lm")
@@ -86,13 +86,13 @@ class Results:
             "versions": {name: version(name) for name in _PACKAGES},
             "rows": self.rows,
         }
-        _replace(_path(self.prefix, ".json"), json.dumps(whole, indent=1) + "\n")
+        write_text(_path(self.prefix, ".json"), json.dumps(whole, indent=1) + "\n")
         columns = list(dict.fromkeys(name for row in self.rows for name in row))
         text = io.StringIO()
         table = csv.DictWriter(text, columns or list(self.keys))
         table.writeheader()
         table.writerows(self.rows)
-        _replace(_path(self.prefix, ".csv"), text.getvalue())
+        write_text(_path(self.prefix, ".csv"), text.getvalue())
 
 
 def open_results(
@@ -197,14 +197,3 @@ def _finite(value: Any) -> Any:
 def _path(prefix: Path, suffix: str) -> Path:
     # Not with_suffix: it would take the ".5" of a prefix "factor-0.5" for one.
     return prefix.with_name(prefix.name + suffix)
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.incomplete-{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as out:
-            out.write(text)
-        temporary.replace(path)
-    except BaseException:  # Ctrl-C too
-        temporary.unlink(missing_ok=True)
-        raise

@@ -26,6 +26,7 @@ from mlx_lm.models.cache import CacheList, KVCache
 from ..errors import InputError
 from .cache import Place
 from .rotary import Rope
+from .stock import config_value, model_name, stock_caches, stock_class
 
 _NAMES = ("rope", "rotary")  # the attribute of a rope has one of them in it
 
@@ -70,35 +71,6 @@ class Site:
     keys: list[RotatedKeys] = field(default_factory=list)
     unmovable: str | None = None  # why cached keys cannot move to another scale
     ungainable: str | None = None  # why queries cannot be multiplied
-
-
-def model_name(model: Any) -> str:
-    """The stock class, as mlx-lm calls it."""
-    stock = stock_class(model)
-    return f"{stock.__module__}.{stock.__qualname__}"
-
-
-def stock_class(model: Any) -> type:
-    """The class a model had before `attach`."""
-    return getattr(type(model), "stock_class", type(model))
-
-
-def stock_caches(model: Any) -> list[Any]:
-    """The caches the stock model makes for a new sequence."""
-    stock: Any = stock_class(model)
-    if hasattr(stock, "make_cache"):
-        return list(stock.make_cache(model))
-    return [KVCache() for _ in model.layers]
-
-
-def config_value(model: nn.Module, name: str) -> Any:
-    """A field of the model's config, or of the text model's in it; None without one."""
-    args = getattr(model, "args", getattr(model, "config", None))
-    for config in (args, getattr(args, "text_config", None)):
-        value = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
-        if value is not None:
-            return value
-    return None
 
 
 def find_sites(model: nn.Module) -> list[Site]:

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList
 
-from .scaled_model import ScaledModel
+from .scaled_model import scaled
 
 
 def single_caches(caches: Sequence[Any]) -> list[Any]:
@@ -32,10 +32,8 @@ def planned_caches(caches: Sequence[Any]) -> list[Any]:
 
 def plan_at(model: nn.Module, length: int) -> tuple[Any, ...]:
     """(scale, gain) of a sequence planned for `length` tokens; () where nothing varies."""
-    if not isinstance(model, ScaledModel):
-        return ()
-    scaling = model.scaling
-    if scaling.static or model.fixed_scale is not None:
+    scaling = scaled(model).scaling
+    if scaling is None or scaling.static or scaled(model).fixed_scale is not None:
         return ()
     by_length = scaling.gain_follows == "length"
     gain = scaling.query_gain(None, max(length, 1)) if by_length else None

@@ -4,36 +4,28 @@ The model keeps its class's code: its rope modules are replaced, and its class b
 subclass made on the fly whose `__call__` decides the scale and gain of the pass, moves
 cached keys that have another scale, and then runs the stock `__call__`.
 
-Not covered: which ropes those are (`families.py`). Layers with a sliding window keep
+Not covered: which ropes those are (`find_ropes.py`). Layers with a sliding window keep
 their rope and cache; ropes that scale by themselves (llama3, longrope, ...) are refused.
 """
 
 import contextlib
-import dataclasses
 import functools
 import inspect
-import operator
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from mlx_lm.models.cache import QuantizedKVCache
+from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.pipeline import PipelineMixin
 
 from ..errors import InputError
-from ..scaling import PREFIX, Scaling, build_scaling
-from .cache import (
-    Difference,
-    ScaledCache,
-    ScaledKVCache,
-)
-from .find_ropes import RotatedKeys, Site, config_value, find_sites, model_name, stock_caches
+from ..scaling import PREFIX, SCALINGS, Scaling, build_scaling
+from .cache import ScaledKVCache
+from .find_ropes import Site, find_sites
+from .planner import Planner, beyond_reach
 from .rotary import CurrentPass, Pass, Rope
-
-_SCALED_CACHES = frozenset(get_args(ScaledCache))
+from .stock import config_value, model_name, stock_caches, stock_class
 
 
 def attach(
@@ -62,7 +54,7 @@ def attach(
         InputError: a config, weight or scale that cannot be used, or a model that cannot
             be served: the message says what was looked for and what was found.
     """
-    stock = getattr(type(model), "stock_class", type(model))
+    stock = stock_class(model)
     sites = find_sites(model)
     rope = sites[0].rope
     if trained_length is None:
@@ -107,11 +99,10 @@ def attach(
     model.scaling = scaling
     model.fixed_scale = scale
     keys = [cached for site in sites for cached in site.keys]
-    stage = getattr(model, "model", None)
-    model._planner = _Planner(
-        scaling, scale, current, layers, keys, stage if isinstance(stage, PipelineMixin) else None
-    )
+    model._planner = Planner(scaling, scale, current, layers, keys)
     model.__class__ = _scaled_class(stock)
+    if isinstance(getattr(model, "model", None), PipelineMixin):
+        _follow_pipeline(model.model, model._planner)
     return model
 
 
@@ -122,14 +113,49 @@ class ScaledModel:
     scaling: Scaling
     fixed_scale: float | None  # the scale the model is held at, or None
     layers: list[nn.Module]  # the stock model's
-    _planner: "_Planner"
+    _planner: Planner
+
+    @property
+    def trained_length(self) -> int:
+        """L0, the length the base model was trained at, in tokens."""
+        return self.scaling.trained_length
 
     @property
     def reach(self) -> int | None:
-        """The longest sequence the model serves, in tokens; None where there is no end."""
+        """The longest sequence the model is made for, in tokens; None: any length."""
         if self.fixed_scale is None or self.scaling.hard_reach:
             return self.scaling.reach
         return int(self.fixed_scale * self.scaling.trained_length)
+
+    @property
+    def limit(self) -> int | None:
+        """The longest sequence the model accepts, in tokens; None: there is no end."""
+        return self.scaling.reach if self.scaling.hard_reach else None
+
+    def check_length(self, length: int, what: str = "The sequence") -> None:
+        """Refuse a sequence that the model does not accept.
+
+        Args:
+            length: tokens.
+            what: the beginning of the message.
+
+        Raises:
+            InputError: `length` is beyond `limit`.
+        """
+        if self.limit is not None and length > self.limit:
+            raise beyond_reach(self.scaling, length, what)
+
+    def room_after(self, length: int, what: str = "The sequence") -> int | None:
+        """Return how many tokens may follow `length` tokens, at least 1; None: any number.
+
+        Raises:
+            InputError: none may.
+        """
+        if self.limit is None:
+            return None
+        if length >= self.limit:
+            raise beyond_reach(self.scaling, length, what)
+        return self.limit - length
 
     def scale_at(self, length: int) -> float:
         """The scale of a sequence of `length` tokens."""
@@ -142,11 +168,11 @@ class ScaledModel:
             expected_length: tokens, counted from position 0, whose scale and gain the
                 sequence has from its first token on; None: those of what has been read.
         """
-        check_length(self, expected_length or 0)
+        self.check_length(expected_length or 0)
         caches: Any = stock_caches(self)
         if self._planner.constant:
             return caches
-        for keys in self._planner.keys_here():
+        for keys in self._planner.keys:
             *outer, last = keys.path
             parent = caches
             for index in outer:
@@ -161,7 +187,7 @@ class ScaledModel:
         Raises:
             InputError: none of its layers keeps keys that are scaled.
         """
-        if not self._planner.keys_here():
+        if not self._planner.keys:
             raise InputError(
                 "A process of the pipeline would have no layer with a scaling, and not know how "
                 "long the text is: start fewer of them."
@@ -187,6 +213,47 @@ class ScaledModel:
         return lambda path: not path.startswith(PREFIX) and stock(path)
 
 
+class UnscaledModel:
+    """What `ScaledModel` answers, for a model without a scaling."""
+
+    scaling: Scaling | None = None
+    fixed_scale: float | None = None
+    limit: int | None = None
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @property
+    def trained_length(self) -> int | None:
+        """The length in the model's config, in tokens, or None."""
+        return config_value(self._model, "max_position_embeddings")
+
+    @property
+    def reach(self) -> int | None:
+        """The trained length, or None where the config does not have it."""
+        return self.trained_length
+
+    def scale_at(self, length: int) -> float:
+        """1, whatever the length."""
+        return 1.0
+
+    def make_cache(self, expected_length: int | None = None) -> list[Any]:
+        """The model's own caches."""
+        return mlx_lm_cache.make_prompt_cache(self._model)
+
+    def check_length(self, length: int, what: str = "The sequence") -> None:
+        """Accept every length."""
+
+    def room_after(self, length: int, what: str = "The sequence") -> int | None:
+        """None: any number of tokens may follow."""
+        return None
+
+
+def scaled(model: nn.Module) -> ScaledModel | UnscaledModel:
+    """Return the model where it has a scaling, else a view of it that answers the same."""
+    return model if isinstance(model, ScaledModel) else UnscaledModel(model)
+
+
 def make_prompt_cache(model: nn.Module, expected_length: int | None = None) -> list[Any]:
     """Caches for a new sequence.
 
@@ -200,11 +267,7 @@ def make_prompt_cache(model: nn.Module, expected_length: int | None = None) -> l
     Raises:
         InputError: the expected length is beyond a hard reach.
     """
-    from mlx_lm.models.cache import make_prompt_cache as stock
-
-    if isinstance(model, ScaledModel):
-        return model.make_cache(expected_length)
-    return stock(model)
+    return scaled(model).make_cache(expected_length)
 
 
 @contextlib.contextmanager
@@ -227,29 +290,14 @@ def given_pass(model: nn.Module, what: Pass) -> Iterator[None]:
         planner.given = None
 
 
-def check_length(model: Any, length: int) -> None:
-    """Refuse a sequence that no scale of the model serves.
-
-    Raises:
-        InputError: `length`, in tokens, is beyond a hard reach.
-    """
-    scaling = model.scaling
-    if scaling.hard_reach and length > scaling.reach:
-        raise InputError(
-            f"{length} tokens are beyond the reach of this model, {scaling.reach} tokens "
-            f"(trained length {scaling.trained_length} x max_factor "
-            f"{scaling.config.max_factor}): shorten the text, or use a checkpoint with a "
-            "larger max_factor."
-        )
-
-
 def _check_heads(model: nn.Module, scaling: Scaling, sites: list[Site]) -> None:
     """Refuse tensors for every layer and head where layers have other numbers of heads."""
     heads = list(dict.fromkeys(site.heads for site in sites))
     if scaling.by_layer and len(heads) > 1:
         raise InputError(
-            f"gene-param has a number for every layer and head, but {model_name(model)} has "
-            f"layers of {heads[0]} heads and of {heads[1]} heads. Use gene instead."
+            f"{scaling.name} has a number for every layer and head, but {model_name(model)} has "
+            f"layers of {heads[0]} heads and of {heads[1]} heads. Use another method, such as "
+            f"{scaling.untrained}."
         )
 
 
@@ -269,8 +317,23 @@ def _check_moves(model: nn.Module, constant: bool, sites: list[Site]) -> None:
     if why is not None and not constant:
         raise InputError(
             f"{model_name(model)} can only be held at one scale: {why}, so they cannot move "
-            "to another scale. Pass scale=, or use linear, ntk or yarn."
+            f"to another scale. Pass scale=, or use one of: {', '.join(_static_methods())}."
         )
+
+
+def _static_methods() -> list[str]:
+    return [name for name, method in SCALINGS.items() if method.static and method.options_for(2)]
+
+
+def _follow_pipeline(body: Any, planner: Planner) -> None:
+    """Have the body tell the planner which layers this process keeps."""
+    kind = type(body)
+
+    def pipeline(self: Any, *args: Any, **kwargs: Any) -> None:
+        kind.pipeline(self, *args, **kwargs)
+        planner.keep_layers(self.start_idx, self.end_idx)
+
+    body.__class__ = type(kind.__name__, (kind,), {"pipeline": pipeline})
 
 
 @functools.cache
@@ -310,162 +373,3 @@ def _sharding(stock: Any) -> Any:
         self.scaling.keep_heads(group.rank(), group.size())
 
     return shard
-
-
-def _picker(keys: list[RotatedKeys]) -> Callable[[Any], Sequence[Any]]:
-    """A function from a model's caches to those of the keys, looked up anew at every pass."""
-    if len(keys) > 1 and all(len(its.path) == 1 for its in keys):
-        return operator.itemgetter(*(its.path[0] for its in keys))
-    return lambda caches: [its.cache(caches) for its in keys]
-
-
-class _Planner:
-    """Decides what a pass does, and moves cached keys to its scale."""
-
-    def __init__(
-        self,
-        scaling: Scaling,
-        fixed_scale: float | None,
-        current: CurrentPass,
-        layers: list[int],
-        keys: list[RotatedKeys],
-        stage: PipelineMixin | None,
-    ) -> None:
-        self.scaling = scaling
-        self.fixed_scale = fixed_scale
-        self.current = current
-        self.layers = layers
-        self.keys = keys
-        self.stage = stage  # what knows which layers a pipeline's process has
-        self.span: tuple[int, int | None] = (0, None)  # those at the last pass
-        self.spanned = keys
-        self.pick = _picker(keys)
-        self.made_for = (
-            scaling.reach if fixed_scale is None else int(fixed_scale * scaling.trained_length)
-        )
-        self.constant = scaling.static or fixed_scale is not None
-        self.warned = False
-        self.given: Pass | None = None
-
-    def scale_at(self, length: int) -> float:
-        if self.fixed_scale is not None:
-            return self.fixed_scale
-        # A saved cache gives its scale back as float32; it must still be the same number.
-        return float(np.float32(self.scaling.scale_at(length)))
-
-    def begin(self, model: Any, new_tokens: int, caches: Sequence[Any] | None) -> CurrentPass:
-        """Enter a pass of `new_tokens` tokens a row; the caches' keys move if need be."""
-        if self.given is not None:
-            return self._enter(self.given)
-        if self.constant:
-            lengths = [self._length_of_constant(new_tokens, caches)]
-        elif caches is None:
-            lengths = [new_tokens]
-        else:
-            here = self.keys_here()
-            scaled = self.pick(caches)
-            if not _SCALED_CACHES.issuperset(map(type, scaled)):
-                self._check_caches(scaled)
-            lengths = scaled[0].lengths_after(new_tokens)
-        longest = max(lengths)
-        if self.made_for is not None and longest > self.made_for:
-            check_length(model, longest)
-            self._warn_past_reach(longest)
-        scales = [self.scale_at(length) for length in lengths]
-        if not self.constant and caches is not None:
-            for keys, cache in zip(here, scaled, strict=True):
-                if cache.scales != scales:
-                    cache.move_to(scales, self._difference_of(keys.layer), keys.place)
-        # A pass with caches generates, also in a model that was left in training mode.
-        learns = caches is None and model.training
-        return self._enter(self._pass(scales, lengths, learns))
-
-    def _enter(self, now: Pass) -> CurrentPass:
-        self.current.count += 1
-        self.current.now = now
-        return self.current
-
-    def keys_here(self) -> list[RotatedKeys]:
-        """Where keys are cached here: in a pipeline, those of this process's layers."""
-        if self.stage is not None and self.span != (self.stage.start_idx, self.stage.end_idx):
-            self.span = start, end = self.stage.start_idx, self.stage.end_idx
-            self.spanned = [
-                dataclasses.replace(keys, path=(keys.path[0] - start, *keys.path[1:]))
-                for keys in self.keys
-                if start <= keys.path[0] and (end is None or keys.path[0] < end)
-            ]
-            self.pick = _picker(self.spanned)
-        return self.spanned
-
-    def _length_of_constant(self, new_tokens: int, caches: Sequence[Any] | None) -> int:
-        """Length in tokens, for the checks alone; a batch's is not read off its array."""
-        here = self.keys_here()
-        offset = getattr(here[0].cache(caches), "offset", 0) if caches and here else 0
-        return new_tokens + (offset if isinstance(offset, int) else 0)
-
-    def _check_caches(self, caches: Sequence[Any]) -> None:
-        for cache in caches:
-            if not isinstance(cache, ScaledCache):
-                kind = "A quantised cache" if isinstance(cache, QuantizedKVCache) else "The cache"
-                raise InputError(
-                    f"{kind} of class {type(cache).__name__} does not know the scale its keys are "
-                    "rotated at: make caches with mlx_clex.make_prompt_cache(model)."
-                )
-
-    def _difference_of(self, layer: int) -> Difference:
-        def difference(old: float, new: float) -> mx.array:
-            return self.scaling.inv_freq(new, layer) - self.scaling.inv_freq(old, layer)
-
-        return difference
-
-    def _warn_past_reach(self, length: int) -> None:
-        if not self.warned:
-            self.warned = True
-            warnings.warn(
-                f"{length} tokens are past the {self.made_for} that this model's scaling is made "
-                "for; answers get worse from there on.",
-                stacklevel=4,
-            )
-
-    def _pass(self, scales: list[float], lengths: list[int], learns: bool) -> Pass:
-        scaling = self.scaling
-        new = Pass()
-        scale = scales[0]
-        same = all(other == scale for other in scales)
-        if same:
-            new.rotary_gain = scaling.rotary_gain(scale)
-        if same and learns and scaling.trainable_parameters():
-            layers = self.layers if scaling.by_layer else [0]
-            new.inv_freq = [scaling.differentiable_inv_freq(scale, i) for i in layers]
-        elif same and not scaling.by_layer:
-            new.periods = scaling.periods(scale)
-        else:
-            new.inv_freq = self._rows(scales)
-        self._set_gain(new, lengths)
-        return new
-
-    def _rows(self, scales: list[float]) -> list[mx.array]:
-        """Frequencies of rows or heads, for each layer or once for all."""
-        layers = self.layers if self.scaling.by_layer else [0]
-        if all(scale == scales[0] for scale in scales):
-            return [self.scaling.inv_freq(scales[0], layer) for layer in layers]
-        rows = []
-        for layer in layers:
-            row = mx.stack([self.scaling.inv_freq(scale, layer) for scale in scales])
-            rows.append(row if row.ndim == 3 else row[:, None])
-        return rows
-
-    def _set_gain(self, new: Pass, lengths: list[int]) -> None:
-        scaling = self.scaling
-        if scaling.gain_follows is None:
-            return
-        if scaling.gain_follows == "position":
-            new.position_gain = lambda positions: scaling.query_gain(positions, 0)
-            return
-        if self.fixed_scale is not None:
-            lengths = [round(self.fixed_scale * scaling.trained_length)]
-        gains = [scaling.query_gain(None, length) for length in lengths]
-        if all(gain == gains[0] for gain in gains):
-            new.query_gain = gains[0]
-        else:
-            new.query_gain = mx.array(np.array(gains, np.float32).reshape(-1, 1, 1, 1))

@@ -16,8 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..errors import InputError, RunError
-from .find_ropes import config_value, model_name
 from .scaled_model import ScaledModel
+from .stock import config_value, model_name
 
 
 def share_out(model: nn.Module, group: mx.distributed.Group, *, pipeline: bool = False) -> None:

@@ -365,7 +365,7 @@ def _frequencies(scaling: Scaling, scale: float) -> np.ndarray:
 def _compared(scaling: Scaling) -> dict[str, Scaling]:
     """The scaling, what its training began with, and NTK-aware scaling, by their names."""
     shape = vars(scaling.shape)
-    (name,) = (name for name, kind in SCALINGS.items() if kind is type(scaling))
+    name = scaling.name
     ntk = {"NTK at t": SCALINGS["ntk"](**shape)}
     if not scaling.learned:
         return {name: scaling} | ntk

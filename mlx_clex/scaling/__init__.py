@@ -18,14 +18,17 @@ from .yarn import Yarn
 __all__ = ["PREFIX", "SCALINGS", "RotaryShape", "Scaling", "build_scaling"]
 
 SCALINGS: dict[str, type[Scaling]] = {
-    "none": NoScaling,
-    "linear": Linear,
-    "ntk": Ntk,
-    "dynamic": Dynamic,
-    "yarn": Yarn,
-    "clex": Clex,
-    "gene": Gene,
-    "gene-param": GeneParam,
+    method.name: method
+    for method in (
+        NoScaling,
+        Linear,
+        Ntk,
+        Dynamic,
+        Yarn,
+        Clex,
+        Gene,
+        GeneParam,
+    )
 }
 
 

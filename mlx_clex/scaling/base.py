@@ -10,7 +10,7 @@ Not covered: rotation itself, caches, and which length a pass has.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, get_args, get_type_hints
 
@@ -19,8 +19,14 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import InputError
+from .procedure import Procedure
 
 PREFIX = "scaling."  # of the learned tensors' names in a checkpoint
+
+
+def option(default: Any, text: str) -> Any:
+    """Return a dataclass field of a `Config`: its default, and a sentence for --help."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +62,17 @@ class Scaling(nn.Module, ABC):
     those of any layer. Implementations are final: none overrides another.
     """
 
+    name: ClassVar[str]  # the `type` of its rope_scaling entry
     Config: ClassVar[type]  # a frozen dataclass; its fields are the config's keys
+    in_transformers: ClassVar[bool] = False  # transformers has a rope type of this name
+    published: ClassVar[bool] = False  # released checkpoints have a format of their own
     static: ClassVar[bool] = False  # the scale is the same for every length
-    hard_reach: ClassVar[bool] = False  # beyond `reach` there is no answer at all
+    hard_reach: ClassVar[bool] = False  # longer sequences than `reach` are refused
     by_layer: ClassVar[bool] = False  # every layer has frequencies of its own
     learned: ClassVar[tuple[str, ...]] = ()  # names of the learned tensors
     untrained: ClassVar[str] = ""  # what it amounts to while these are fresh
-    learning_rate_share: ClassVar[float] = 1.0  # of theirs in the model's, when both train
+    learning_rate_share: ClassVar[float] = 1.0  # their learning rate / the model's
+    released_procedure: ClassVar[Procedure] = Procedure()  # that of its paper
 
     def __init__(self, config: Any = None, **shape: Any) -> None:
         """Fit the scaling to a base model.
@@ -130,8 +140,28 @@ class Scaling(nn.Module, ABC):
 
     @property
     def reach(self) -> int | None:
-        """The longest sequence served, in tokens; None where there is no end."""
+        """The longest sequence the scaling is made for, in tokens; None: any length."""
         return None
+
+    @property
+    def reach_reason(self) -> str:
+        """What `reach` follows from, in words."""
+        return f"trained length {self.trained_length}"
+
+    @property
+    def grows(self) -> bool:
+        """Whether the scale follows sequences longer than `reach`."""
+        return not self.static and not self.hard_reach
+
+    @property
+    def largest_scale(self) -> float:
+        """The largest scale that training draws."""
+        return 1.0 if self.reach is None else self.reach / self.trained_length
+
+    @property
+    def procedure(self) -> Procedure:
+        """How training draws scales and positions, unless told otherwise."""
+        return self.released_procedure
 
     @property
     def gain_follows(self) -> Literal["length", "position"] | None:
@@ -230,6 +260,31 @@ class Scaling(nn.Module, ABC):
                 )
             solved.tables[scale, layer] = table
         return table
+
+    def entry(self) -> dict[str, Any]:
+        """Return the rope_scaling entry of a config.json, with every field."""
+        return {"type": self.name, **asdict(self.config)}
+
+    def stock_entry(self, scale: float) -> dict[str, Any] | None:
+        """Return an entry of mlx-lm and transformers for one scale, or None.
+
+        Args:
+            scale: target length / trained length.
+        """
+        return None
+
+    @classmethod
+    def from_release(cls, entry: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+        """Spell out what released configs of this method leave open.
+
+        Args:
+            entry: rope_scaling.
+            config: config.json; settings of the method outside `entry` are taken out of it.
+
+        Returns:
+            The entry with these settings.
+        """
+        return dict(entry)
 
     @classmethod
     def options_for(cls, factor: float) -> dict[str, float]:

@@ -22,7 +22,7 @@ Not covered: drawing scales and positions for training.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -31,8 +31,9 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import InputError
-from .base import Scaling
+from .base import Scaling, option
 from .ode import solve
+from .procedure import PLAIN_SHARE, RELEASE, SKIPS, UNIFORM, Procedure
 
 # Published weights were trained with this base in ln n(t), whatever the model's
 # rope_theta is (Mixtral: 1e6).
@@ -54,12 +55,12 @@ _ACTIVATIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 class ClexConfig:
     """The reach, the network, and the gain on queries."""
 
-    max_factor: int = 16  # longest length / trained length; there is none beyond
-    param_factor: int = 1  # hidden size of the network / D
-    act: str = "tanh"  # its activation, tanh or silu
-    factor: float = 1.0  # in every published config; it has no effect
-    time_dt: float = 0.01  # step of the original solver; ours is finer than it needs
-    log_scale: bool = False  # queries times ln(length) / ln(L0)
+    max_factor: int = option(16, "Longest length / trained length; longer texts are refused.")
+    param_factor: int = option(1, "Hidden size of the network / rotated dimensions.")
+    act: str = option("tanh", "Activation of the network, tanh or silu.")
+    factor: float = option(1.0, "Longest length / trained length (clex: no effect).")
+    time_dt: float = option(0.01, "Step of the released solver; no effect, ours is finer.")
+    log_scale: bool = option(False, "Raise attention with the logarithm of the length.")
 
     def __post_init__(self) -> None:
         if self.max_factor < 1:
@@ -88,12 +89,15 @@ class Clex(Scaling):
     beyond L0 * max_factor there is no answer.
     """
 
+    name: ClassVar[str] = "clex"
     Config: ClassVar[type] = ClexConfig
+    published: ClassVar[bool] = True
     hard_reach: ClassVar[bool] = True
     learned: ClassVar[tuple[str, ...]] = ("up_proj", "down_proj")
     untrained: ClassVar[str] = "NTK at 2t - 1"
     # All units add up along the whole curve: at 1 x Adam's small steps throw it about.
     learning_rate_share: ClassVar[float] = 0.01
+    released_procedure: ClassVar[Procedure] = Procedure(scale_draw=UNIFORM, sampling=RELEASE)
 
     def __init__(self, config: ClexConfig | None = None, **shape: Any) -> None:
         """See `Scaling`; the network starts with W_down = 0."""
@@ -117,8 +121,39 @@ class Clex(Scaling):
 
     @property
     def reach(self) -> int | None:
-        """L0 * max_factor."""
+        """L0 * max_factor. Longer sequences are refused."""
         return self.trained_length * self.config.max_factor
+
+    @property
+    def reach_reason(self) -> str:
+        """What `reach` follows from, in words."""
+        return f"trained length {self.trained_length} x max_factor {self.config.max_factor}"
+
+    @property
+    def largest_scale(self) -> float:
+        """max_factor."""
+        return float(self.config.max_factor)
+
+    @property
+    def procedure(self) -> Procedure:
+        """Skips, which measured better than the paper's procedure (docs/benchmarks.md)."""
+        return Procedure(scale_draw=UNIFORM, sampling=SKIPS, plain_share=PLAIN_SHARE)
+
+    @classmethod
+    def from_release(cls, entry: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+        """Spell out log_scale, act and time_dt.
+
+        Source: DAMO-NLP-SG/CLEX, configuration_clex.py `CLEXLlamaConfig` (log_scale is
+            true unless given); its Mixtral and Phi code never reads the key. Configs of
+            October 2023 have neither `act` nor `time_dt`.
+        """
+        family = config.get("model_type")
+        log_scale = config.pop("log_scale", None)
+        if family in ("mixtral", "phi"):
+            log_scale = False
+        elif log_scale is None:
+            log_scale = family == "llama"
+        return {"log_scale": log_scale, "act": "silu", "time_dt": 0.01, **entry}
 
     def check_scale(self, scale: float) -> float:
         """Any real number within 1..max_factor."""

@@ -6,14 +6,14 @@ from typing import ClassVar
 import numpy as np
 
 from ..errors import InputError
-from .base import Scaling
+from .base import Scaling, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicConfig:
     """How fast the base grows."""
 
-    factor: float = 4.0  # growth of the base's argument per trained length; 1 is NTK's own
+    factor: float = option(4.0, "Growth of the base per trained length; 1 is NTK's own.")
 
     def __post_init__(self) -> None:
         if not self.factor >= 1:
@@ -29,7 +29,14 @@ class Dynamic(Scaling):
     for every length.
     """
 
+    name: ClassVar[str] = "dynamic"
     Config: ClassVar[type] = DynamicConfig
+    in_transformers: ClassVar[bool] = True
+
+    @property
+    def largest_scale(self) -> float:
+        """The factor, up to which training draws; the scale itself follows any length."""
+        return self.config.factor
 
     def scale_at(self, length: int) -> float:
         """`length` in tokens, rounded up to a whole step, over L0; at least 1."""

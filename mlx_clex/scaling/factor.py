@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import InputError
-from .base import Scaling
+from .base import Scaling, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class FactorConfig:
     """The one number there is to choose."""
 
-    factor: float = 4.0  # longest length / trained length
+    factor: float = option(4.0, "Longest length / trained length.")
 
     def __post_init__(self) -> None:
         if not self.factor >= 1:
@@ -35,5 +35,15 @@ class FactorScaling(Scaling):
 
     @property
     def reach(self) -> int | None:
-        """L0 * factor; it runs on past it, badly."""
+        """L0 * factor. Longer sequences run, with worse answers."""
         return int(self.trained_length * self.config.factor)
+
+    @property
+    def reach_reason(self) -> str:
+        """What `reach` follows from, in words."""
+        return f"trained length {self.trained_length} x factor {self.config.factor:g}"
+
+    @property
+    def largest_scale(self) -> float:
+        """The factor."""
+        return self.config.factor

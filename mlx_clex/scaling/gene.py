@@ -8,18 +8,23 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import InputError
-from .base import Scaling
+from .base import Scaling, option
+from .procedure import GENE, Procedure
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeneConfig:
     """The longest length, where stretching begins, and how it was trained."""
 
-    factor: float = 16.0  # longest length / trained length
-    num_rotations: float = 3.0  # pairs with fewer turns within L0 are stretched in full
-    training_seq_len: int | None = None  # of fine-tuning, tokens; None takes L0
-    gene_random_scale: bool = True  # training draws a scale at each step
-    log_scale: bool = False  # queries grow with the logarithm of their position
+    factor: float = option(16.0, "Longest length / trained length.")
+    num_rotations: float = option(
+        3.0, "Pairs with fewer turns within the trained length are stretched in full."
+    )
+    training_seq_len: int | None = option(
+        None, "Length of the sequences of fine-tuning, tokens; none: the trained length."
+    )
+    gene_random_scale: bool = option(True, "Draw a scale at each step of training.")
+    log_scale: bool = option(False, "Raise attention with the logarithm of the position.")
 
     def __post_init__(self) -> None:
         if not self.factor >= 1:
@@ -37,6 +42,8 @@ class GeneScaling(Scaling):
     """What `gene` and `gene-param` share: all but the periods."""
 
     Config: ClassVar[type] = GeneConfig
+    published: ClassVar[bool] = True
+    released_procedure: ClassVar[Procedure] = Procedure(scale_draw=GENE)
 
     def __init__(self, config: GeneConfig | None = None, **shape: Any) -> None:
         """See `Scaling`.
@@ -59,8 +66,38 @@ class GeneScaling(Scaling):
         return {"factor": factor}
 
     def scale_at(self, length: int) -> float:
-        """max(factor, ceil(length / L0)): constant up to L0 * factor, then growing."""
+        """max(factor, ceil(length / L0)): constant up to L0 * factor, then growing.
+
+        Without `gene_random_scale` it is the factor at every length.
+        """
+        if not self.config.gene_random_scale:
+            return self.config.factor
         return max(self.config.factor, float(-(-length // self.trained_length)))
+
+    @property
+    def reach(self) -> int | None:
+        """L0 * factor. Longer sequences run, and the scale follows them."""
+        return int(self.trained_length * self.config.factor)
+
+    @property
+    def reach_reason(self) -> str:
+        """What `reach` follows from, in words."""
+        return f"trained length {self.trained_length} x factor {self.config.factor:g}"
+
+    @property
+    def grows(self) -> bool:
+        """Whether the scale follows sequences longer than `reach`."""
+        return self.config.gene_random_scale
+
+    @property
+    def largest_scale(self) -> float:
+        """The factor."""
+        return self.config.factor
+
+    @property
+    def procedure(self) -> Procedure:
+        """GeNE's own; without `gene_random_scale` nothing is drawn."""
+        return self.released_procedure if self.config.gene_random_scale else Procedure()
 
     @property
     def gain_follows(self) -> Literal["position"] | None:
@@ -102,6 +139,8 @@ class Gene(GeneScaling):
     ramp follows frequency and starts later; not `gene-param`.
     """
 
+    name: ClassVar[str] = "gene"
+
     def _solve(self, scale: float, layer: int) -> np.ndarray:
         """Source: GeNE, gene/gene_rope.py, `InverseAngularVelocity.forward`."""
         return self._base_inv_freq() * scale ** -self._ramp()
@@ -115,6 +154,7 @@ class GeneParam(GeneScaling):
     scale 1 is no longer the base model. Needs as many key heads as query heads.
     """
 
+    name: ClassVar[str] = "gene-param"
     by_layer: ClassVar[bool] = True
     learned: ClassVar[tuple[str, ...]] = ("base_coef", "specific_coef")
     untrained: ClassVar[str] = "gene"

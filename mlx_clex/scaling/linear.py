@@ -1,5 +1,7 @@
 """Position interpolation: every frequency divided by one factor."""
 
+from typing import Any, ClassVar
+
 import numpy as np
 
 from .factor import FactorScaling
@@ -11,6 +13,13 @@ class Linear(FactorScaling):
     Known as position interpolation, PI; needs fine-tuning. Not NTK-aware scaling, which
     leaves the fast pairs alone.
     """
+
+    name: ClassVar[str] = "linear"
+    in_transformers: ClassVar[bool] = True
+
+    def stock_entry(self, scale: float) -> dict[str, Any]:
+        """Return the entry of the same name."""
+        return {"type": self.name, "factor": scale}
 
     def _solve(self, scale: float, layer: int) -> np.ndarray:
         """Source: arXiv 2306.15595, equation 4."""

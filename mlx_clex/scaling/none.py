@@ -20,6 +20,7 @@ class NoScaling(Scaling):
     The baseline every other method is held against. Needs no training.
     """
 
+    name: ClassVar[str] = "none"
     Config: ClassVar[type] = NoneConfig
     static: ClassVar[bool] = True
 

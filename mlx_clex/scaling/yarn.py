@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ..errors import InputError
+from .base import option
 from .factor import FactorConfig, FactorScaling
 
 
@@ -14,8 +15,12 @@ from .factor import FactorConfig, FactorScaling
 class YarnConfig(FactorConfig):
     """Where interpolation begins and ends, and how far it goes."""
 
-    beta_fast: float = 32.0  # pairs with more turns within L0 stay as trained
-    beta_slow: float = 1.0  # pairs with fewer turns within L0 are interpolated in full
+    beta_fast: float = option(
+        32.0, "Pairs with more turns within the trained length stay as trained."
+    )
+    beta_slow: float = option(
+        1.0, "Pairs with fewer turns within the trained length are interpolated in full."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -33,7 +38,19 @@ class Yarn(FactorScaling):
     0.1 ln(scale) + 1 on their rotated dimensions. Trained in its paper, usable without.
     """
 
+    name: ClassVar[str] = "yarn"
     Config: ClassVar[type] = YarnConfig
+    in_transformers: ClassVar[bool] = True
+
+    def stock_entry(self, scale: float) -> dict[str, Any]:
+        """Return the entry of the same name."""
+        return {
+            "type": self.name,
+            "factor": scale,
+            "original_max_position_embeddings": self.trained_length,
+            "beta_fast": self.config.beta_fast,
+            "beta_slow": self.config.beta_slow,
+        }
 
     def rotary_gain(self, scale: float) -> float:
         """Source: arXiv 2309.00071, equation 22."""

@@ -14,7 +14,7 @@ Not covered: several conversations in one batch (`server.py`).
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,18 @@ import mlx.core as mx
 import mlx.nn as nn
 from jinja2.exceptions import TemplateError
 from mlx_lm.generate import stream_generate, wired_limit
-from mlx_lm.models.cache import (
-    can_trim_prompt_cache,
-    load_prompt_cache,
-    save_prompt_cache,
-    trim_prompt_cache,
-)
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-from ..checkpoint.fingerprint import Fingerprint, difference
+from ..checkpoint.fingerprint import Fingerprint
+from ..checkpoint.prompt_cache import file_for, load_cache, save_cache
 from ..errors import InputError, RunError
-from ..model.find_ropes import config_value
-from ..model.scaled_model import ScaledModel, make_prompt_cache
+from ..model.scaled_model import make_prompt_cache, scaled
 
 # Stand for the last message and the new one while the chat template is rendered.
 _LAST, _NEW = "mlxclexlastmessage", "mlxclexnewmessage"
 _DOCUMENT_END = "\n\n"  # between a document and what is said about it
-_FORMAT = "1"  # of saved conversations
+_FORMAT = "2"  # of saved conversations
+_ENTRY = "conversation"  # in the file's metadata
 
 # (tokens read, tokens to read)
 Progress = Callable[[int, int], None]
@@ -128,12 +124,10 @@ class Conversation:
         """How full the context is."""
         tokens = len(self.tokens)
         nbytes = sum(cache.nbytes for cache in self._cache) if self._cached else 0
-        if not isinstance(self.model, ScaledModel):
-            reach = config_value(self.model, "max_position_embeddings")
-            return Context(tokens, reach, False, 1.0, nbytes)
+        view = scaled(self.model)
         scales = [cache.scale for cache in _leaves(self._cache) if hasattr(cache, "scale")]
-        scale = scales[0] if self._cached and scales else self.model.scale_at(max(tokens, 1))
-        return Context(tokens, self.model.reach, self.model.scaling.hard_reach, scale, nbytes)
+        scale = scales[0] if self._cached and scales else view.scale_at(max(tokens, 1))
+        return Context(tokens, view.reach, view.limit is not None, scale, nbytes)
 
     def read(self, document: str, progress: Progress | None = None) -> int:
         """Read a document into the context, as the beginning of the next message.
@@ -217,33 +211,22 @@ class Conversation:
         """Write the conversation with its cache to a file, and return its path.
 
         Raises:
-            InputError: there is nothing to save, or the file cannot be written.
+            InputError: there is nothing to save, or no such folder.
+            RunError: the file cannot be written.
         """
         if not self.tokens:
             raise InputError("There is nothing to save yet.")
-        path = _safetensors(file)
-        if not path.parent.is_dir():
-            raise InputError(f"{path.parent} is no folder; give a file in one that is there.")
+        path = file_for(file)
         state = {
             "format": _FORMAT,
-            "model": self.identity,
             "messages": self.messages,
             "tokens": self.tokens,
             "cached": self._cached,
             "ended": self._ended,
             "open": self._open,
             "system_prompt": self.system_prompt,
-            # mlx-lm keeps them in float32, and a rounded scale would move the keys again.
-            "scales": [getattr(cache, "scale", None) for cache in _leaves(self._cache)],
         }
-        part = path.with_name(f".{path.stem}.part.safetensors")
-        try:
-            save_prompt_cache(str(part), self._cache, {"conversation": json.dumps(state)})
-            part.replace(path)
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"{path} cannot be written: {error}") from error
-        finally:
-            part.unlink(missing_ok=True)
+        save_cache(path, self._cache, self.identity, {_ENTRY: json.dumps(state)})
         return path
 
     def restore(self, file: str | Path) -> None:
@@ -253,24 +236,9 @@ class Conversation:
             InputError: no such file, or one of another model or scaling: the message says
                 what differs. Nothing has changed.
         """
-        path = Path(file).expanduser()
-        path = path if path.is_file() else _safetensors(file)
-        if not path.is_file():
-            raise InputError(f"{path} is no file.")
-        try:
-            cache, metadata = load_prompt_cache(str(path), return_metadata=True)
-            state = json.loads(metadata["conversation"])
-            saved = state["model"]
-        except (ValueError, RuntimeError, KeyError, IndexError, TypeError) as error:
-            raise InputError(f"{path} is no conversation that /save wrote.") from error
-        if state["format"] != _FORMAT:
-            raise InputError(f"{path} was saved by another version of mlx_clex.")
-        if differs := difference(saved, self.identity):
-            raise InputError(f"{path} is a conversation with another model: {differs}.")
+        cache, metadata = load_cache(file, self.model, self.identity)
+        state = _checked_state(file, metadata)
         mx.eval([each.state for each in cache])
-        for leaf, scale in zip(_leaves(cache), state["scales"], strict=True):
-            if scale is not None:
-                leaf.scale = scale
         self._cache, self._cached = cache, state["cached"]
         self.messages, self.tokens = state["messages"], state["tokens"]
         self._ended, self._open = state["ended"], state["open"]
@@ -328,18 +296,7 @@ class Conversation:
 
     def _room(self, length: int) -> int | None:
         """Tokens left for an answer behind so many; None where there is no end."""
-        if not (isinstance(self.model, ScaledModel) and self.model.scaling.hard_reach):
-            return None
-        reach = self.model.scaling.reach
-        assert reach is not None
-        if length >= reach:
-            raise InputError(
-                f"With this the conversation would have {length} tokens, and this model reaches "
-                f"{reach} (trained length {self.model.scaling.trained_length} x max_factor "
-                f"{self.model.scaling.config.max_factor}), the answer included. It stays as it "
-                "was: give less, or start a new one."
-            )
-        return reach - length
+        return scaled(self.model).room_after(length, "The conversation with this message")
 
     def _read(self, new: list[int], keep: int, *, hold: int, progress: Progress | None) -> None:
         """Bring the first `keep` tokens and the new ones, but `hold`, into the cache."""
@@ -403,6 +360,33 @@ def read_text(file: str | Path) -> str:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
 
 
+def _checked_state(file: str | Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a saved conversation says of itself.
+
+    Raises:
+        InputError: the file holds no conversation, or a damaged one.
+    """
+    try:
+        state = json.loads(metadata[_ENTRY])
+        messages, tokens = state["messages"], state["tokens"]
+        whole = (
+            all(type(state[key]) is bool for key in ("ended", "open"))
+            and isinstance(state["system_prompt"], str | None)
+            and all(set(m) == {"role", "content"} for m in messages)
+            and all(isinstance(text, str) for m in messages for text in m.values())
+            and all(type(token) is int and token >= 0 for token in tokens)
+            and type(state["cached"]) is int
+            and 0 <= state["cached"] <= len(tokens)
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{file} is no conversation that /save wrote.") from error
+    if state.get("format") != _FORMAT:
+        raise InputError(f"{file} was saved by another version of mlx_clex.")
+    if not whole:
+        raise InputError(f"{file} is a damaged conversation. Restore another one.")
+    return state
+
+
 def _leaves(caches: Any) -> Iterator[Any]:
     """Caches of layers that keep several, one by one."""
     for cache in caches:
@@ -411,8 +395,3 @@ def _leaves(caches: Any) -> Iterator[Any]:
             yield cache
         else:
             yield from _leaves(inside)
-
-
-def _safetensors(file: str | Path) -> Path:
-    path = Path(file).expanduser()
-    return path if path.suffix == ".safetensors" else Path(f"{path}.safetensors")

@@ -18,8 +18,8 @@ import mlx_lm.server as stock
 
 from ..errors import InputError, RunError
 from ..loading import load
-from ..model.find_ropes import config_value
-from ..model.scaled_model import ScaledModel, make_prompt_cache
+from ..model.scaled_model import make_prompt_cache, scaled
+from ..model.stock import config_value
 from .answer_text import AnswerText
 from .fields import RequestError
 from .prompt_caches import PlannedPromptCache
@@ -82,7 +82,7 @@ class ScaledModelProvider(stock.ModelProvider):
         self.longest_token = max((len(text.encode()) for text in tokenizer.get_vocab()), default=1)
         self.model, self.tokenizer, self.draft_model = model, tokenizer, draft
         if (model_path, adapter_path) == (self.cli_args.model, self.cli_args.adapter_path):
-            self.reach = model.reach if isinstance(model, ScaledModel) else None
+            self.reach = scaled(model).reach
         self.loads += 1
         self.model_key = (model_path, adapter_path, draft_model_path)
 
@@ -271,7 +271,7 @@ class PlanningResponseGenerator(stock.ResponseGenerator):
 
     def _admit(self, tokenizer: Any, request: Any, args: Any) -> Any:
         model = self.model_provider.model
-        reach = model.reach if isinstance(model, ScaledModel) and model.scaling.hard_reach else None
+        reach = scaled(model).limit
         if reach is not None:
             tokenizer = _Bounded(tokenizer, reach, self.model_provider.longest_token)
         if isinstance(request.prompt, list):

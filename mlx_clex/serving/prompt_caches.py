@@ -5,9 +5,9 @@ from typing import Any, Protocol
 import mlx.nn as nn
 from mlx_lm.models.cache import LRUPromptCache
 
-from ..model.find_ropes import stock_caches
 from ..model.plans import plan_at, plan_of, planned_caches
 from ..model.scaled_model import make_prompt_cache
+from ..model.stock import stock_caches
 
 
 class Provider(Protocol):

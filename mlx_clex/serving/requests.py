@@ -16,7 +16,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm import server as stock
 
-from ..model.find_ropes import config_value
+from ..model.stock import config_value
 from .fields import (
     CHOICES,
     INT,

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ..data.batch import Batch
 from ..data.corpus import Corpus
 from ..errors import InputError
-from .step import Batch
 
 PACKINGS = ("concat", "plain")
 _MULTIPLE = 32  # tokens; rows of `plain` are padded to it, so that few shapes are traced

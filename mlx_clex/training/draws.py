@@ -1,16 +1,7 @@
-"""Which scale and which positions a training step has.
+"""Draws the scale and the positions of a training step.
 
-Two independent choices. The scale: `uniform` over whole numbers, as CLEX; `gene`, as
-GeNE; `fixed`, that of the training length. The positions:
-
-    release     CLEX's: a sorted sample over the stretched length, neighbours far apart
-    dense       a sorted sample of whole positions over L0 * scale; a share of the steps
-                is plain: in rows of at most L0 tokens, at the scale of such texts
-    skips       one to four runs of neighbours with jumps between them, up to L0 * scale
-                (after PoSE, arXiv 2309.10400); a share may be plain, as under dense
-    contiguous  0, 1, 2, ..., as GeNE
-
-Random numbers are NumPy's, whose state can be saved and restored exactly.
+`scaling/procedure.py` lists the ways to draw, and each method's choice. Random
+numbers are NumPy's, whose state can be saved and restored exactly.
 
 Not covered: which tokens a step has.
 """
@@ -20,62 +11,28 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import InputError
-from ..scaling import SCALINGS, Scaling
+from ..scaling import Scaling
+from ..scaling.procedure import (
+    CONTIGUOUS,
+    DENSE,
+    FIXED,
+    GENE,
+    RELEASE,
+    SAMPLINGS,
+    SCALE_DRAWS,
+    SKIPS,
+    UNIFORM,
+    Procedure,
+)
 
-SCALE_DRAWS = UNIFORM, GENE, FIXED = "uniform", "gene", "fixed"
-SAMPLINGS = RELEASE, DENSE, SKIPS, CONTIGUOUS = "release", "dense", "skips", "contiguous"
+__all__ = ["DENSE", "SAMPLINGS", "SCALE_DRAWS", "SKIPS", "Draws", "Procedure", "procedure_for"]
+
 _MOST_RUNS = 4  # of `skips`
-_PLAIN = 0.25
-
-
-@dataclass(frozen=True, kw_only=True)
-class Procedure:
-    """How scales and positions are drawn."""
-
-    scale_draw: str = FIXED  # one of SCALE_DRAWS
-    sampling: str = CONTIGUOUS  # one of SAMPLINGS
-    plain_share: float | None = None  # of the steps, at scale 1; None: of dense `_PLAIN`, else 0
-
-    def __post_init__(self) -> None:
-        if self.scale_draw not in SCALE_DRAWS:
-            raise InputError(
-                f"--scale-draw must be one of {', '.join(SCALE_DRAWS)}, got {self.scale_draw!r}."
-            )
-        if self.sampling not in SAMPLINGS:
-            raise InputError(
-                f"--sampling must be one of {', '.join(SAMPLINGS)}, got {self.sampling!r}."
-            )
-        share = self.plain_share
-        if share is not None and not (isinstance(share, int | float) and 0 <= share < 1):
-            raise InputError(f"--plain-share must be within 0..1, got {share!r}.")
-
-    def plain_share_at(self, length: int, trained: int) -> float:
-        """Of sequences of `length` tokens.
-
-        Skips have no sequences longer than L0 at scales below their own length's, which a
-        plain share gives back.
-        """
-        if self.sampling == DENSE:
-            return _PLAIN if self.plain_share is None else self.plain_share
-        if self.sampling == SKIPS and length > trained:
-            return self.plain_share or 0.0
-        return 0.0
-
-
-# The papers' own; methods that are not listed have a scale for each length and no draw.
-RELEASED = {
-    "clex": Procedure(scale_draw=UNIFORM, sampling=RELEASE),
-    "gene": Procedure(scale_draw=GENE),
-    "gene-param": Procedure(scale_draw=GENE),
-}
-# Where another procedure measured better than the paper's (benchmarks/README.md).
-PREFERRED = RELEASED | {"clex": Procedure(scale_draw=UNIFORM, sampling=SKIPS, plain_share=_PLAIN)}
 
 
 def procedure_for(scaling: Scaling, *, released: bool = False) -> Procedure:
-    """The default procedure of a method, or that of its paper."""
-    (name,) = (name for name, kind in SCALINGS.items() if kind is type(scaling))
-    return (RELEASED if released else PREFERRED).get(name, Procedure())
+    """Return the default procedure of a method, or that of its paper."""
+    return scaling.released_procedure if released else scaling.procedure
 
 
 @dataclass(frozen=True)
@@ -119,7 +76,7 @@ class Draws:
         Raises:
             InputError: it is too short, or beyond what the scaling is made for.
         """
-        trained, largest = self.scaling.trained_length, self._largest
+        trained, largest = self.scaling.trained_length, self.scaling.largest_scale
         if length < 4:
             raise InputError(f"--max-seq-length must be at least 4 tokens, got {length}.")
         if self.procedure.scale_draw == GENE and largest // _steps(length, trained) < 1:
@@ -159,22 +116,16 @@ class Draws:
         sample = self._dense(length, span) if dense else self._skips(length, span)
         return Draw(scale, sample.astype(np.float32))
 
-    @property
-    def _largest(self) -> float:
-        """The largest scale there is to draw."""
-        config = self.scaling.config
-        return float(getattr(config, "max_factor", getattr(config, "factor", 1)))
-
     def _scale(self, length: int) -> float:
-        trained, config = self.scaling.trained_length, self.scaling.config
+        trained = self.scaling.trained_length
         if self.procedure.scale_draw == UNIFORM:
             # Positions cannot lie as near as those of a text shorter than this one,
             # except under `release`, which divides them.
             released = self.procedure.sampling == RELEASE
             least = 1 if released else _steps(length, trained)
-            return float(self.rng.integers(least, int(self._largest) + 1))
-        if self.procedure.scale_draw == GENE and getattr(config, "gene_random_scale", True):
-            chances = gene_chances(self._largest, length, trained)
+            return float(self.rng.integers(least, int(self.scaling.largest_scale) + 1))
+        if self.procedure.scale_draw == GENE:
+            chances = gene_chances(self.scaling.largest_scale, length, trained)
             return float((1 + self.rng.choice(len(chances), p=chances)) * _steps(length, trained))
         return self.scaling.scale_at(length)
 

@@ -22,10 +22,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
+from ..checkpoint.adapters import ADAPTER_SCALING, EXTRA_WEIGHTS
 from ..data.corpus import Corpus
 from ..errors import InputError, RunError
 from ..evaluation.perplexity import mean_loss, perplexity
-from ..loading import ADAPTER_SCALING, EXTRA_WEIGHTS
 from ..scaling import PREFIX
 from .batches import Batches
 from .draws import Draws

@@ -13,7 +13,6 @@ Not covered: what the arrays mean.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +20,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..checkpoint.adapters import ADAPTER_SCALING, CURRENT, EXTRA_WEIGHTS
+from ..checkpoint.files import flush
 from ..checkpoint.safetensors_file import array_bytes, info_of, write
-from ..loading import ADAPTER_SCALING, CURRENT, EXTRA_WEIGHTS
 
 ADAPTERS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -81,8 +81,8 @@ class Checkpoints:
             _write_json(temporary / CONFIG, config)
             _write_json(temporary / STATE, state)
             for file in temporary.iterdir():
-                _flush(file)
-            _flush(temporary)
+                flush(file)
+            flush(temporary)
             if target.exists():
                 # Of a run that was resumed from an earlier save.
                 shutil.rmtree(target)
@@ -90,7 +90,7 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _flush(target.parent)
+        flush(target.parent)
         self._make_current(target)
         self._prune(target)
         return target
@@ -104,7 +104,7 @@ class Checkpoints:
                     _link(link, Path(CURRENT) / name)
             elif link.is_symlink():
                 link.unlink()
-        _flush(self.folder)
+        flush(self.folder)
 
     def _prune(self, target: Path) -> None:
         saves = sorted(path for path in target.parent.iterdir() if path.name.isdigit())
@@ -128,12 +128,3 @@ def _link(link: Path, to: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(to)
     temporary.replace(link)
-
-
-def _flush(path: Path) -> None:
-    """Have the disk write what it holds back of a file or folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

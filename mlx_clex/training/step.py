@@ -16,31 +16,14 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
+from ..data.batch import Batch
 from ..model.head import chunk_length, loss_for_gradient
 from ..model.rotary import Pass, Rope
 from ..model.scaled_model import given_pass
 from ..scaling import Scaling
 from .draws import Draw
-
-
-class Batch(NamedTuple):
-    """Rows of text: L tokens each, and what follows each of them."""
-
-    tokens: np.ndarray  # ids, (B, L)
-    targets: np.ndarray  # ids, (B, L)
-    weights: np.ndarray  # of each target's loss, float32, (B, L)
-
-    def rows(self, part: int, parts: int) -> "Batch":
-        """One of several equal shares of the rows."""
-        return Batch(*(a[part::parts] for a in self))
-
-    def cut(self, pieces: int) -> "Batch":
-        """Each row cut into `pieces` rows of equal length; a remainder is dropped."""
-        length = self.tokens.shape[1] // pieces
-        return Batch(*(a[:, : pieces * length].reshape(-1, length) for a in self))
 
 
 class Result(NamedTuple):

@@ -123,7 +123,7 @@ BROKEN = {
     ),
     "no weights": ("clex_phi", remove("model.safetensors"), "has no weights"),
     "no config": ("clex_phi", remove("config.json"), "no config.json"),
-    "config no JSON": ("clex_phi", overwrite("config.json", b"{"), "not readable as JSON"),
+    "config no JSON": ("clex_phi", overwrite("config.json", b"{"), "no readable JSON"),
     "config no object": ("clex_phi", overwrite("config.json", b"[]"), "no object"),
     "no model_type": ("clex_phi", without("model_type"), "no model_type"),
     "unknown family": ("clex_phi", config(model_type="nope"), "'nope'"),
@@ -220,7 +220,7 @@ BROKEN = {
 
 OPTIONS = {
     # name: (options, part of the message)
-    "missing folder": (["--hf-path", "./nowhere"], "no folder nowhere"),
+    "missing folder": (["--hf-path", "./nowhere"], "no folder or file './nowhere'"),
     "a file": (["--hf-path", str(GOLDEN / "clex_phi" / "config.json")], "is a file"),
     "revision of a folder": (["--revision", "main"], "is for hub ids"),
     "both -q and -d": (["-q", "-d"], "not both"),
@@ -228,8 +228,8 @@ OPTIONS = {
     "group size that mlx has not": (["-q", "--q-group-size", "8"], "quantise like that"),
     "a group no layer can have": (["-q", "--q-group-size", "48"], "quantise nothing"),
     "an empty target": (["--mlx-path", ""], "needs a name"),
-    "an empty source": (["--hf-path", ""], "not a hub id"),
-    "a .gguf that is not there": (["--hf-path", "nope.gguf"], "no file nope.gguf"),
+    "an empty source": (["--hf-path", ""], "no folder or file ''"),
+    "a .gguf that is not there": (["--hf-path", "nope.gguf"], "no folder or file 'nope.gguf'"),
     "a target inside a file": (["--mlx-path", f"{__file__}/x"], "is a file"),
     "bits that mlx has not": (["-q", "--q-bits", "9"], "quantise like that"),
     "settings without --scaling": (["--max-factor", "8"], "--max-factor needs --scaling"),
@@ -259,7 +259,7 @@ def check_refused(argv: list[str], part: str, tmp_path: Path, capsys: Any) -> No
     )
 
     captured = capsys.readouterr()
-    lines = [line for line in captured.err.splitlines() if line.startswith("mlx_clex.convert")]
+    lines = [line for line in captured.err.splitlines() if line.startswith("mlx_clex convert")]
     assert status == 2, captured.err
     assert len(lines) == 1
     assert part in lines[0]

@@ -7,7 +7,7 @@ import mlx_lm
 import pytest
 import torch
 from mlx_clex.convert import convert
-from mlx_clex.convert.read.source import find
+from mlx_clex.convert.resolve import find
 from mlx_clex.convert.write.card import scale_table
 
 import mlx_clex

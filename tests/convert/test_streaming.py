@@ -13,7 +13,7 @@ import pytest
 import torch
 from mlx_clex.convert import convert
 from mlx_clex.convert.pipeline import Source
-from mlx_clex.convert.read.source import find
+from mlx_clex.convert.resolve import find
 from mlx_clex.convert.write import output
 
 from ..checkpoints import read_config, read_tensors

@@ -260,7 +260,7 @@ def test_options_that_several_processes_cannot_have(options, words):
 def test_a_server_whose_model_cannot_be_shared_out_ends(folders):
     """One line of each process says why, before any of them listens."""
     done = launch("-m", "mlx_clex.server", "--model", folders["clex_llama"], "--pipeline")
-    lines = [line for line in done.stderr.splitlines() if line.startswith("mlx_clex.server:")]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("mlx_clex server:")]
     assert lines, done.stderr
     assert all("leave out --pipeline" in line for line in lines)
     assert "Traceback" not in done.stderr

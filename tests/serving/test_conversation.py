@@ -213,7 +213,7 @@ def test_saved_and_restored_it_goes_on_without_reading(plain, templated, tmp_pat
     assert answer == wanted
     assert other.messages == conversation.messages
     assert counts[0] < 20
-    with pytest.raises(InputError, match=r"another model: .*rope_scaling: .* there, .* here"):
+    with pytest.raises(InputError, match="made with another m, whose config"):
         known(templated).restore(file)
     with pytest.raises(InputError, match=r"fixed scale: none there, 2\.0 here"):
         known(plain, scale=2.0).restore(file)
@@ -226,8 +226,8 @@ def test_files_that_cannot_be_used(plain, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"no cache")
     for attempt, reason in [
         (lambda: conversation.save(tmp_path / "x"), "nothing to save"),
-        (lambda: conversation.restore(tmp_path / "none"), "is no file"),
-        (lambda: conversation.restore(tmp_path / "bad.safetensors"), "no conversation"),
+        (lambda: conversation.restore(tmp_path / "none"), "There is no file"),
+        (lambda: conversation.restore(tmp_path / "bad.safetensors"), "no saved cache"),
         (lambda: read_text(tmp_path / "bytes"), "no UTF-8 text"),
         (lambda: read_text(tmp_path / "none"), "No such file"),
         (lambda: conversation.read(" \n"), "is empty"),

@@ -88,7 +88,7 @@ def ring(top, adapters, *more):
 def end(process):
     """What it printed, and our own lines of what it said went wrong."""
     out, err = process.communicate(timeout=300)
-    return out, [line for line in err.splitlines() if line.startswith("mlx_clex.lora:")]
+    return out, [line for line in err.splitlines() if line.startswith("mlx_clex lora:")]
 
 
 def wait_for(adapters, iteration):
@@ -151,7 +151,7 @@ def test_a_killed_and_a_stopped_run_go_on(top, two):
 def test_what_cannot_be_is_told_once(top):
     """A batch that does not divide, and processes that would do different things."""
     assert end(launch(top, top / "x", "--batch-size 3"))[1] == [
-        "mlx_clex.lora: error: --batch-size 3 does not divide among 2 processes: give a multiple "
+        "mlx_clex lora: error: --batch-size 3 does not divide among 2 processes: give a multiple "
         "of 2, or start another number of them."
     ]
     first, second = ring(top, top / "x", "", "--seed 5")

@@ -207,7 +207,7 @@ def test_an_upload_keeps_our_card(hub, convert, tmp_path):
     uploaded = {name: data for name, data in hub.uploaded.items() if name != ".gitattributes"}
     assert uploaded == written
     assert b"| 33 to 64 | 2 |" in uploaded["README.md"]
-    assert b"mlx_clex.generate --model me/mine" in uploaded["README.md"]
+    assert b"mlx_clex generate --model me/mine" in uploaded["README.md"]
     assert f"{hub.url}/me/mine" in printed
 
 

@@ -1,0 +1,121 @@
+"""Adapters in a folder: found, checked, and put on a model.
+
+The files are those of mlx-lm, and two more: the scaling's tensors and, where they were
+trained, norms and embeddings.
+
+Not covered: writing them (`training/saves.py`).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import load_adapters
+
+from ..errors import InputError, one_line
+from ..model.scaled_model import ScaledModel, attach
+from .digest import weights_digest
+from .files import read_json
+
+ADAPTER_SCALING = "scaling.safetensors"  # the scaling's tensors, where they were trained
+EXTRA_WEIGHTS = "norms_embeddings.safetensors"  # norms and embeddings, likewise
+CURRENT = "current"  # a link to the newest save
+
+
+def adapter_files(folder: Path) -> Path:
+    """Where the files of adapters are.
+
+    Raises:
+        InputError: they are not in this folder.
+    """
+    # All files from one save, even if training replaces it meanwhile.
+    folder = (folder / CURRENT).resolve() if (folder / CURRENT).is_dir() else folder
+    if not (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{folder} has no adapter_config.json; give the folder that training wrote."
+        )
+    return folder
+
+
+def add_adapters(model: nn.Module, folder: Path, scale: float | None) -> None:
+    folder = adapter_files(folder)
+    try:
+        settings = read_json(folder / "adapter_config.json")
+        for setting, name in (("scaling", ADAPTER_SCALING), ("extra", EXTRA_WEIGHTS)):
+            if settings.get(f"trained_{setting}") and not (folder / name).is_file():
+                raise InputError(
+                    f"{folder} lacks {name}, which was trained with its adapters; without it "
+                    "they would give wrong answers. Copy the whole folder."
+                )
+        if settings.get("rope_scaling"):
+            # Of a base that got its scaling only for training.
+            length = settings.get("trained_length")
+            attach(model, settings["rope_scaling"], trained_length=length, scale=scale)
+        load_adapters(model, str(folder))
+        _check_adapters(model, folder / "adapters.safetensors")
+        scaling_file, extra_file = folder / ADAPTER_SCALING, folder / EXTRA_WEIGHTS
+        if scaling_file.is_file():
+            if not isinstance(model, ScaledModel):
+                raise InputError(f"{scaling_file} is for a model with a scaling; this has none.")
+            weights: Any = mx.load(str(scaling_file))
+            model.scaling.take_weights(weights)
+        if extra_file.is_file():
+            extra: Any = mx.load(str(extra_file))
+            known: Any = dict(tree_flatten(model.parameters()))
+            for name, array in extra.items():
+                if name not in known or known[name].shape != array.shape:
+                    raise InputError(
+                        f"{extra_file} has the tensor {name}, shape {tuple(array.shape)}, which "
+                        "this model does not have: the adapters are of another model."
+                    )
+            model.load_weights(list(extra.items()), strict=False)
+    except InputError:
+        raise
+    except (
+        ValueError,
+        RuntimeError,
+        OSError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as error:
+        raise InputError(f"The adapters in {folder} do not load: {one_line(error)}") from error
+    model.eval()
+
+
+def _check_adapters(model: nn.Module, file: Path) -> None:
+    """Refuse a file without the tensors of some layer, while none is in memory yet.
+
+    mlx-lm would leave such a layer without effect, and make it up at any rank that is asked for.
+    """
+    given: Any = mx.load(str(file))
+    parameters: Any = tree_flatten(model.parameters())
+    names = (name for name, _ in parameters if name.endswith(".lora_a"))
+    missing = next((name for name in names if name not in given), None)
+    if missing is not None:
+        raise InputError(
+            f"{file} lacks {missing}, which its adapter_config.json asks for: copy the whole "
+            "folder that training wrote."
+        )
+
+
+def other_base(folder: Path, adapters: Path) -> str | None:
+    """Say that adapters were trained on other weights; None where they were not.
+
+    That may be meant: adapters trained on a quantised model serve the whole one.
+
+    Args:
+        folder: of the model.
+        adapters: a folder of adapters.
+    """
+    config = read_json(adapter_files(adapters) / "adapter_config.json")
+    trained_on = config.get("base_weights")
+    if trained_on is None or trained_on == weights_digest(folder):
+        return None
+    return (
+        f"The adapters in {adapters} were trained on {config.get('model')}, whose weights are not "
+        f"those of {folder}. On any model but a quantised or whole copy of it they are wrong."
+    )

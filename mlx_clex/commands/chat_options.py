@@ -1,0 +1,89 @@
+"""Options of `chat` and `web`, and the conversation that they describe."""
+
+import argparse
+from collections.abc import Callable
+
+import mlx.core as mx
+from mlx_lm.sample_utils import make_sampler
+
+from ..checkpoint.fingerprint import fingerprint
+from ..errors import InputError
+from ..loading import load, resolve
+from ..serving.conversation import Conversation
+from .options import check_ranges, scale_policy
+
+
+def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `mlx_lm.chat` does not have, or has otherwise."""
+    parser.add_argument(
+        "--model", default=None, help="A folder with a model, a .gguf file, or a Hugging Face id."
+    )
+    parser.add_argument(
+        "--scale",
+        type=scale_policy,
+        default="prompt",
+        metavar="prompt|grow|NUMBER",
+        help="prompt (default): each turn has the scale of the whole conversation from its first "
+        "chunk on, then growing with the answer. grow: that of what has been read so far. "
+        "NUMBER: fixed for good.",
+    )
+    parser.add_argument(
+        "--max-kv-size", type=int, default=None, help="Refused: it would drop the long context."
+    )
+    parser.add_argument("--pipeline", action="store_true", help="Refused: for one machine only.")
+
+
+def check_chat_options(args: argparse.Namespace) -> None:
+    """Refuse options before anything is loaded.
+
+    Raises:
+        InputError: an option that cannot be used.
+    """
+    if args.model is None:
+        raise InputError("No model: give a folder, a .gguf file or a Hugging Face id as --model.")
+    if args.max_kv_size is not None:
+        raise InputError(
+            "--max-kv-size drops old text from the cache, which is the text a long-context "
+            "model is for. Leave it out."
+        )
+    if args.pipeline:
+        raise InputError("--pipeline is for several machines, and this runs on one. Leave it out.")
+    check_ranges(args)
+
+
+def load_conversation(args: argparse.Namespace) -> Callable[[], Conversation]:
+    """Load the model; the result starts a conversation with it.
+
+    Raises:
+        InputError: the model cannot be loaded.
+    """
+    mx.random.seed(args.seed)
+    folder = resolve(args.model)
+    model, tokenizer = load(
+        folder,
+        scale=args.scale if isinstance(args.scale, float) else None,
+        adapter_path=args.adapter_path,
+        trust_remote_code=args.trust_remote_code,
+    )
+    identity = fingerprint(model, folder, args.adapter_path)
+    sampler = make_sampler(
+        args.temp,
+        args.top_p,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )
+
+    def start() -> Conversation:
+        return Conversation(
+            model,
+            tokenizer,
+            identity=identity,
+            policy=args.scale,
+            system_prompt=args.system_prompt,
+            max_tokens=args.max_tokens,
+            prefill_step_size=args.prefill_step_size,
+            sampler=sampler,
+        )
+
+    return start

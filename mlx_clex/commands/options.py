@@ -1,0 +1,72 @@
+"""Options that several commands share, and their checks.
+
+Not covered: options of a scaling (`scaling_options.py`).
+"""
+
+import argparse
+import math
+
+from ..errors import InputError
+
+# Ranges of options that mlx-lm checks late, inside a compiled function, or not at all.
+_RANGES = (
+    ("prefill_step_size", 1, math.inf),
+    ("temp", 0, math.inf),
+    ("top_p", 0, 1),
+    ("min_p", 0, 1),
+    ("top_k", 0, math.inf),
+    ("min_tokens_to_keep", 1, math.inf),
+    ("xtc_probability", 0, 1),
+    ("xtc_threshold", 0, 0.5),
+    ("num_draft_tokens", 1, math.inf),
+)
+
+
+def scale_policy(text: str) -> str | float:
+    """Parse --scale: "prompt", "grow", or a number of at least 1."""
+    if text in ("prompt", "grow"):
+        return text
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = 0.0
+    if not 1 <= scale < float("inf"):
+        raise argparse.ArgumentTypeError(
+            f"must be prompt, grow, or a number of at least 1 (target length / trained "
+            f"length), got {text!r}"
+        )
+    return scale
+
+
+def check_cache_options(args: argparse.Namespace) -> None:
+    """Refuse options of caches that cannot be used.
+
+    Raises:
+        InputError: --max-kv-size, or a number out of range.
+    """
+    if getattr(args, "max_kv_size", None) is not None:
+        raise InputError(
+            "--max-kv-size drops old text from the cache, which is the text a long-context "
+            "model is for. To save memory use --kv-bits 8 or --kv-bits 4."
+        )
+    if args.kv_bits not in (None, 2, 3, 4, 5, 6, 8):
+        raise InputError(f"--kv-bits must be 2, 3, 4, 5, 6 or 8, got {args.kv_bits}.")
+    if args.quantized_kv_start < 0:
+        raise InputError(f"--quantized-kv-start must be at least 0, got {args.quantized_kv_start}.")
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """Refuse numbers that cannot be used, of the sampling options that there are.
+
+    Raises:
+        InputError: one is out of range; the message names it.
+    """
+    if args.max_tokens == 0 or args.max_tokens < -1:
+        raise InputError(
+            f"--max-tokens must be at least 1, or -1 for no limit, got {args.max_tokens}."
+        )
+    for name, low, high in _RANGES:
+        value = getattr(args, name, low)
+        if not low <= value <= high:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} must be within {low:g}..{high:g}, got {value:g}.")

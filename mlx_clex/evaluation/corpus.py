@@ -1,0 +1,29 @@
+"""The text that a command measures on."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundled import held_out_text
+from ..data.corpus import Corpus, load_corpora
+from ..errors import InputError
+from ..loading import DEFAULT_CACHE
+
+
+def corpus_of(data: str | None, split: str, tokenizer: Any) -> Corpus:
+    """The tokens of --data, or of the bundled text.
+
+    Raises:
+        InputError: there is no such text, or it has no such part.
+    """
+    if data is None:
+        ids = np.array(tokenizer.encode(held_out_text(), verbose=False), np.uint32)
+        return Corpus("The bundled text", ids, np.array([0]), np.array([0]))
+    path = Path(data).expanduser()
+    corpora = load_corpora(
+        path, tokenizer, mask_prompt=False, cache_dir=DEFAULT_CACHE, splits=[split]
+    )
+    if split not in corpora:
+        raise InputError(f"--data {data} has no {split} part.")
+    return corpora[split]

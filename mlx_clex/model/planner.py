@@ -1,0 +1,190 @@
+"""Decides scale and gain of each forward pass, and has cached keys moved to the scale.
+
+Not covered: the pass itself (`scaled_model.py`) and how keys move (`cache.py`).
+"""
+
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.cache import QuantizedKVCache
+
+from ..errors import InputError
+from ..scaling import Scaling
+from .cache import Difference, ScaledCache
+from .find_ropes import RotatedKeys
+from .rotary import CurrentPass, Pass
+
+_SCALED_CACHES = frozenset(get_args(ScaledCache))
+
+
+def beyond_reach(scaling: Scaling, length: int, what: str = "The sequence") -> InputError:
+    """Return the error for a sequence longer than a hard reach.
+
+    Args:
+        scaling: of the model.
+        length: tokens.
+        what: the beginning of the message.
+    """
+    return InputError(
+        f"{what} has {length} tokens, and this model reaches {scaling.reach} "
+        f"({scaling.reach_reason}), the generated text included. Shorten the text, or use a "
+        "model with a longer reach."
+    )
+
+
+def _picker(keys: list[RotatedKeys]) -> Callable[[Any], Sequence[Any]]:
+    """A function from a model's caches to those of the keys, looked up anew at every pass."""
+    if len(keys) > 1 and all(len(its.path) == 1 for its in keys):
+        return operator.itemgetter(*(its.path[0] for its in keys))
+    return lambda caches: [its.cache(caches) for its in keys]
+
+
+class Planner:
+    """Decides what a pass does, and moves cached keys to its scale."""
+
+    def __init__(
+        self,
+        scaling: Scaling,
+        fixed_scale: float | None,
+        current: CurrentPass,
+        layers: list[int],
+        keys: list[RotatedKeys],
+    ) -> None:
+        self.scaling = scaling
+        self.fixed_scale = fixed_scale
+        self.current = current
+        self.layers = layers
+        self.keys = keys  # where they are cached here: in a pipeline, by this process's layers
+        self.pick = _picker(keys)
+        # Past it answers get worse, or there are none.
+        self.made_for = None if scaling.grows else scaling.reach
+        if fixed_scale is not None:
+            self.made_for = int(fixed_scale * scaling.trained_length)
+        self.constant = scaling.static or fixed_scale is not None
+        self.warned = False
+        self.given: Pass | None = None
+
+    def scale_at(self, length: int) -> float:
+        if self.fixed_scale is not None:
+            return self.fixed_scale
+        # A saved cache gives its scale back as float32; it must still be the same number.
+        return float(np.float32(self.scaling.scale_at(length)))
+
+    def begin(self, model: Any, new_tokens: int, caches: Sequence[Any] | None) -> CurrentPass:
+        """Enter a pass of `new_tokens` tokens a row; the caches' keys move if need be."""
+        if self.given is not None:
+            return self._enter(self.given)
+        if self.constant:
+            lengths = [self._length_of_constant(new_tokens, caches)]
+        elif caches is None:
+            lengths = [new_tokens]
+        else:
+            scaled = self.pick(caches)
+            if not _SCALED_CACHES.issuperset(map(type, scaled)):
+                self._check_caches(scaled)
+            lengths = scaled[0].lengths_after(new_tokens)
+        longest = max(lengths)
+        if self.made_for is not None and longest > self.made_for:
+            if self.scaling.hard_reach and longest > (self.scaling.reach or 0):
+                raise beyond_reach(self.scaling, longest)
+            self._warn_past_reach(longest)
+        scales = [self.scale_at(length) for length in lengths]
+        if not self.constant and caches is not None:
+            for keys, cache in zip(self.keys, scaled, strict=True):
+                if cache.scales != scales:
+                    cache.move_to(scales, self._difference_of(keys.layer), keys.place)
+        # A pass with caches generates, also in a model that was left in training mode.
+        learns = caches is None and model.training
+        return self._enter(self._pass(scales, lengths, learns))
+
+    def _enter(self, now: Pass) -> CurrentPass:
+        self.current.count += 1
+        self.current.now = now
+        return self.current
+
+    def keep_layers(self, start: int, end: int | None) -> None:
+        """Serve the caches of these layers only, counted from `start`, as a pipeline has them."""
+        self.keys = [
+            replace(keys, path=(keys.path[0] - start, *keys.path[1:]))
+            for keys in self.keys
+            if start <= keys.path[0] and (end is None or keys.path[0] < end)
+        ]
+        self.pick = _picker(self.keys)
+
+    def _length_of_constant(self, new_tokens: int, caches: Sequence[Any] | None) -> int:
+        """Length in tokens, for the checks alone; a batch's is not read off its array."""
+        keys = self.keys
+        offset = getattr(keys[0].cache(caches), "offset", 0) if caches and keys else 0
+        return new_tokens + (offset if isinstance(offset, int) else 0)
+
+    def _check_caches(self, caches: Sequence[Any]) -> None:
+        for cache in caches:
+            if not isinstance(cache, ScaledCache):
+                kind = "A quantised cache" if isinstance(cache, QuantizedKVCache) else "The cache"
+                raise InputError(
+                    f"{kind} of class {type(cache).__name__} does not know the scale its keys are "
+                    "rotated at: make caches with mlx_clex.make_prompt_cache(model)."
+                )
+
+    def _difference_of(self, layer: int) -> Difference:
+        def difference(old: float, new: float) -> mx.array:
+            return self.scaling.inv_freq(new, layer) - self.scaling.inv_freq(old, layer)
+
+        return difference
+
+    def _warn_past_reach(self, length: int) -> None:
+        if not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"{length} tokens are past the {self.made_for} that this model's scaling is made "
+                "for; answers get worse from there on.",
+                stacklevel=4,
+            )
+
+    def _pass(self, scales: list[float], lengths: list[int], learns: bool) -> Pass:
+        scaling = self.scaling
+        new = Pass()
+        scale = scales[0]
+        same = all(other == scale for other in scales)
+        if same:
+            new.rotary_gain = scaling.rotary_gain(scale)
+        if same and learns and scaling.trainable_parameters():
+            layers = self.layers if scaling.by_layer else [0]
+            new.inv_freq = [scaling.differentiable_inv_freq(scale, i) for i in layers]
+        elif same and not scaling.by_layer:
+            new.periods = scaling.periods(scale)
+        else:
+            new.inv_freq = self._rows(scales)
+        self._set_gain(new, lengths)
+        return new
+
+    def _rows(self, scales: list[float]) -> list[mx.array]:
+        """Frequencies of rows or heads, for each layer or once for all."""
+        layers = self.layers if self.scaling.by_layer else [0]
+        if all(scale == scales[0] for scale in scales):
+            return [self.scaling.inv_freq(scales[0], layer) for layer in layers]
+        rows = []
+        for layer in layers:
+            row = mx.stack([self.scaling.inv_freq(scale, layer) for scale in scales])
+            rows.append(row if row.ndim == 3 else row[:, None])
+        return rows
+
+    def _set_gain(self, new: Pass, lengths: list[int]) -> None:
+        scaling = self.scaling
+        if scaling.gain_follows is None:
+            return
+        if scaling.gain_follows == "position":
+            new.position_gain = lambda positions: scaling.query_gain(positions, 0)
+            return
+        if self.fixed_scale is not None:
+            lengths = [round(self.fixed_scale * scaling.trained_length)]
+        gains = [scaling.query_gain(None, length) for length in lengths]
+        if all(gain == gains[0] for gain in gains):
+            new.query_gain = gains[0]
+        else:
+            new.query_gain = mx.array(np.array(gains, np.float32).reshape(-1, 1, 1, 1))

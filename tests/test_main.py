@@ -1,0 +1,50 @@
+"""The front door: one word before all commands."""
+
+import subprocess
+import sys
+
+import pytest
+
+from mlx_clex.__main__ import COMMANDS, NAMES
+
+
+def mlx_clex(*arguments, script=False):
+    start = [f"{sys.prefix}/bin/mlx_clex"] if script else [sys.executable, "-m", "mlx_clex"]
+    return subprocess.run([*start, *arguments], capture_output=True, text=True)
+
+
+def test_without_a_command_it_lists_them_in_groups():
+    """`python -m mlx_clex` said that there is no __main__."""
+    done = mlx_clex()
+    assert done.returncode == 0
+    assert done.stdout == mlx_clex("--help").stdout
+    for group, commands in COMMANDS.items():
+        assert f"\n{group}:\n" in done.stdout
+        for name, text in commands.items():
+            assert f"  {name:14}{text}\n" in done.stdout
+
+
+@pytest.mark.parametrize("script", [False, True])
+def test_it_runs_a_command(script):
+    """As a module and as a console script; the usage shows the one form of the README."""
+    done = mlx_clex("cache_prompt", "--help", script=script)
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: mlx_clex cache_prompt ")
+    done = mlx_clex("generate", "--model", "./nowhere", script=script)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "mlx_clex generate: error: There is no folder or file './nowhere'"
+    )
+
+
+def test_the_version():
+    assert mlx_clex("--version").stdout.startswith("mlx_clex 0.")
+
+
+def test_an_unknown_command_is_one_line():
+    """With the nearest one; `perplexety` was a Python error about a missing module."""
+    done = mlx_clex("perplexety")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "did you mean perplexity?" in done.stderr
+    assert all(name in done.stderr for name in NAMES)
