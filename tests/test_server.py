@@ -4,13 +4,11 @@ import argparse
 import concurrent.futures
 import contextlib
 import functools
-import http.client
 import json
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 from unittest import mock
 
@@ -20,14 +18,12 @@ from mlx_clex.convert import convert
 
 from mlx_clex import load
 from mlx_clex.model.scaled_model import make_prompt_cache
-from mlx_clex.server import add_arguments
+from mlx_clex.server import add_arguments, main
 
 from .conftest import GOLDEN, random_adapters, stock_folder
-from .serving.test_requests import CHATS, COMPLETIONS
+from .served import GOOD, HEAD, SENTENCE, Server, answers_of, chat, complete
 
 openai = pytest.importorskip("openai")
-
-SENTENCE = "The quick brown fox jumps over the lazy dog. "
 
 
 @pytest.fixture(scope="module")
@@ -44,82 +40,11 @@ def wide(tmp_path_factory, model):
     return convert(source, folder / "m", scaling={"type": "clex", "max_factor": 16})
 
 
-class Server:
-    """A server process on a free port."""
-
-    def __init__(self, folder, *options):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "mlx_clex.server", "--model", str(folder)]
-        command += ["--port", str(self.port), "--log-level", "WARNING", *options]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        for _ in range(600):
-            if self.process.poll() is not None:
-                raise AssertionError(self.process.stderr.read())
-            try:
-                if self.raw("GET", "/health")[0] == 200:
-                    break
-            except OSError:
-                time.sleep(0.1)
-        self.client = openai.OpenAI(
-            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0
-        )
-
-    def ask(self, prompt, max_tokens=20, model="default_model", adapters=None, **options):
-        """The text that completes a prompt, and the usage."""
-        done = self.client.completions.create(
-            model=model,
-            prompt=prompt,
-            max_tokens=max_tokens,
-            temperature=0,
-            extra_body={"adapters": str(adapters)} if adapters else {},
-            **options,
-        )
-        return done.choices[0].text, done.usage
-
-    def raw(self, method, path, body=None, headers=None):
-        """(status, body) of a request that no client library would send."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        headers = {"Content-Type": "application/json"} | (headers or {})
-        connection.request(method, path, body, headers)
-        answer = connection.getresponse()
-        result = answer.status, answer.read()
-        connection.close()
-        return result
-
-    def stop(self):
-        self.process.terminate()
-        self.process.wait(30)
-        self.process.stderr.close()
-
-
 @pytest.fixture(scope="module")
 def server(model):
     server = Server(model, "--prefill-step-size", "32")
     yield server
     server.stop()
-
-
-def complete(server, **options):
-    """A completion by the openai client; greedy, and of 20 tokens, unless told otherwise."""
-    options = {"model": "default_model", "temperature": 0, "max_tokens": 20, **options}
-    return server.client.completions.create(**options)
-
-
-def answers_of(model, adapters=None):
-    """A function from a prompt to what a model answers when nothing was served before."""
-    from mlx_lm.generate import stream_generate
-
-    loaded, tokenizer = load(model, adapter_path=adapters)
-
-    def answer(prompt, max_tokens=20):
-        ids = tokenizer.encode(prompt)
-        cache = make_prompt_cache(loaded, len(ids))
-        parts = stream_generate(loaded, tokenizer, ids, max_tokens=max_tokens, prompt_cache=cache)
-        return "".join(part.text for part in parts)
-
-    return answer
 
 
 @pytest.fixture(scope="module")
@@ -195,16 +120,6 @@ def test_chat_needs_no_template(server):
         model="default_model", messages=[{"role": "user", "content": "hi"}], max_tokens=5
     )
     assert done.usage.completion_tokens == 5
-
-
-HEAD = (
-    b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-)
-GOOD = {"model": "default_model", "prompt": "hi", "max_tokens": 2}
-
-
-def chat(content="hi", **fields):
-    return {"messages": [{"role": "user", "content": content}], "max_tokens": 2, **fields}
 
 
 @pytest.mark.parametrize("more", [{}, {"seed": 1}], ids=["in a batch", "alone"])
@@ -300,92 +215,6 @@ def test_a_prompt_far_beyond_the_reach_is_not_tokenised(server):
         assert time.monotonic() - started < 10
 
 
-# What only the loaded model can tell.
-OF_THE_MODEL = {
-    "a bias for no token": GOOD | {"logit_bias": {"512": 1}},
-    "more than all tokens": GOOD | {"top_k": 512, "temperature": 1},
-    "an id that does not exist": GOOD | {"prompt": [1, 512]},
-    "a prompt beyond the reach": GOOD | {"prompt": [1] * 256},
-    "a role that the template refuses": {"messages": [{"role": "wizard", "content": "hi"}]},
-    "messages that break the template": {"messages": [{"role": "breaking", "content": "hi"}]},
-}
-# Odd, but to be answered: how many answers.
-ANSWERED = [
-    (GOOD | {"prompt": ""}, 1),
-    (GOOD | {"prompt": ["a", "b"], "n": 2}, 4),
-    (GOOD | {"prompt": [[1], [2, 3]]}, 2),
-    (GOOD | {"temperature": 100, "max_tokens": 50, "stop": ["e", "\ud83d\ude00"]}, 1),
-    (GOOD | {"logit_bias": {"5": -1e6}, "top_logprobs": 20, "stop": "\n"}, 1),
-    (GOOD | {"max_tokens": 2**31, "repetition_penalty": 1e6, "presence_penalty": -1e6}, 1),
-    (GOOD | {"xtc_probability": 1, "xtc_threshold": 0, "min_p": 1, "temperature": 1}, 1),
-    (chat([{"type": "text", "text": "\u0000"}], tools=[{"function": {"name": "f"}}]), 1),
-    (chat("hi", chat_template_kwargs={"enable_thinking": {"a": []}}), 1),
-]
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'wizard' %}{{ raise_exception('no magic') }}"
-    "{% elif m.role == 'breaking' %}{{ m.content + 5 }}{% endif %}{{ m.content }}{% endfor %}"
-)
-
-
-def test_hostile_requests_beside_good_streams(model, alone):
-    """Each of them ended the answers under way; now every good answer is the one given alone."""
-    server = Server(model, "--prefill-step-size", "32", "--chat-template", TEMPLATE)
-    prompts = [f"{i} " + SENTENCE * (1 + i % 4) for i in range(6)]
-    expected = [alone(prompt, 40) for prompt in prompts]
-    over = threading.Event()
-    wrong = {
-        kind: body if isinstance(body, bytes) or "prompt" in body else {"prompt": "a", **body}
-        for kind, (body, _) in COMPLETIONS.items()
-        if kind != "no prompt"
-    }
-    wrong |= {kind: body for kind, (body, _) in CHATS.items()} | OF_THE_MODEL
-
-    def good(i):
-        answers = 0
-        while not over.is_set() or not answers:
-            stream = complete(server, prompt=prompts[i], max_tokens=40, stream=True)
-            events = [event.choices[0] for event in stream]
-            assert "".join(event.text for event in events) == expected[i]
-            assert events[-1].finish_reason == "length"
-            answers += 1
-        return answers
-
-    def send(body):
-        is_chat = isinstance(body, dict) and "prompt" not in body
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return server.raw("POST", f"/v1/{'chat/' if is_chat else ''}completions", data)
-
-    def hang_up():
-        body = json.dumps(GOOD | {"max_tokens": 200, "stream": True}).encode()
-        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
-            connection.sendall(HEAD % len(body) + body)
-            connection.recv(200)
-
-    half = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(20)]
-    try:
-        for connection in half:
-            connection.sendall(HEAD % 100 + b"{")
-        with concurrent.futures.ThreadPoolExecutor(6) as clients:
-            good_clients = [clients.submit(good, i) for i in range(len(prompts))]
-            with concurrent.futures.ThreadPoolExecutor(4) as pool:
-                refusals = dict(zip(wrong, pool.map(send, wrong.values()), strict=True))
-                answers = list(pool.map(send, [body for body, _ in ANSWERED]))
-                for each in [pool.submit(hang_up) for _ in range(5)]:
-                    each.result()
-            over.set()
-            assert all(client.result() for client in good_clients)
-        for kind, (status, text) in refusals.items():
-            assert status == 400, (kind, text)
-            assert json.loads(text)["error"]["message"], kind
-        for (body, count), (status, text) in zip(ANSWERED, answers, strict=True):
-            assert status == 200, (body, text)
-            assert len(json.loads(text)["choices"]) == count
-    finally:
-        for connection in half:
-            connection.close()
-        server.stop()
-
-
 def test_a_client_that_hangs_up_frees_its_place(server, alone):
     """Mid-stream, again and again; the next request is answered."""
     body = json.dumps(GOOD | {"prompt": SENTENCE, "max_tokens": 200, "stream": True}).encode()
@@ -475,34 +304,61 @@ def test_drafts_quantised_keys_and_fixed_scales(options, wide):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--model", "/nowhere/at/all"), ["/nowhere/at/all"]),
         (("--scale", "banana"), ["--scale", "banana"]),
         (("--scale", "grow"), ["--scale grow"]),
-        (("--scale", "99"), ["1..8"]),
         (("--port", "70000"), ["--port", "65535"]),
         (("--temp", "-1"), ["temperature", "0..100"]),
+        (("--kv-bits", "7"), ["--kv-bits", "7"]),
         (("--chat-template-args", "5"), ["--chat-template-args", "object"]),
-        (("--host", "256.1.1.1"), ["256.1.1.1"]),
     ],
 )
-def test_a_server_that_cannot_start_says_so_in_one_line(options, words, model):
-    """And exits with status 2, instead of listening without a model."""
+def test_options_that_cannot_be_used_are_one_line(options, words, monkeypatch, capsys):
+    """With status 2, before the model is loaded."""
+    monkeypatch.setattr(sys, "argv", ["server", "--model", "/nowhere/at/all", *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in words), line
+
+
+def test_nothing_to_serve(monkeypatch, capsys):
+    """A server without a model loaded whatever a request named."""
+    monkeypatch.setattr(sys, "argv", ["server"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "give --model, or --allow-model" in capsys.readouterr().err
+
+
+def started(model, *options):
     command = [sys.executable, "-m", "mlx_clex.server", "--model", str(model), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("mlx_clex server:")]
-    assert done.returncode == 2, done.stderr
-    assert len(lines) == 1
-    assert all(word in lines[0] for word in words), lines
-    assert "Traceback" not in done.stderr
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def error_of(process):
+    """The one line of a server that ended with status 2."""
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 2, errors
+    assert "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("mlx_clex server:")]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(("--model", "/nowhere/at/all"), ["/nowhere/at/all"]), (("--scale", "99"), ["1..8"])],
+)
+def test_a_server_without_its_model_says_so_in_one_line(options, words, model):
+    """And exits with status 2, instead of listening without a model."""
+    line = error_of(started(model, *options))
+    assert all(word in line for word in words), line
 
 
 def test_a_server_that_ends_is_not_aborted(model):
     """The end of the thread that generates raced the interpreter's: one in two was aborted."""
-    command = [sys.executable, "-m", "mlx_clex.server", "--model", str(model)]
-    command += ["--host", "256.1.1.1"]
-    ends = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
-    errors = [end.communicate(timeout=120)[1] for end in ends]
-    assert [end.returncode for end in ends] == [2] * 4, errors
+    ends = [started(model, "--host", "256.1.1.1") for _ in range(4)]
+    assert all("Cannot listen on 256.1.1.1" in error_of(end) for end in ends)
 
 
 def test_the_options_are_those_of_mlx_lm():

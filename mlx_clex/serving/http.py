@@ -14,7 +14,7 @@ import socket
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import mlx.core as mx
 import mlx_lm.server as stock
@@ -148,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send(204, None)
 
     def _get(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        path = unquote(self.path.partition("?")[0])
         if path == "/health":
             well = self.server.generator.generation_available()
             self._send(200 if well else 503, {"status": "ok" if well else "unavailable"})
@@ -176,7 +176,7 @@ class Handler(BaseHTTPRequestHandler):
         ]
 
     def _post(self) -> None:
-        path = urlsplit(self.path).path
+        path = self.path.partition("?")[0]
         self.server.access.check_key(self.headers)
         if path not in _COMPLETIONS:
             raise _unknown_path(path)
@@ -341,8 +341,8 @@ def serve(port: int, provider: ScaledModelProvider, access: Access, served: Serv
 
 def _welcome(server: Server) -> str:
     """Return where the server listens, and a command that asks it something."""
-    host, port = server.server_address[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(host), str(host))  # noqa: S104
+    bound, port = server.server_address[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(str(bound), str(bound))  # noqa: S104
     url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
     served = server.served
     name = served.model or served.models[0]
@@ -350,8 +350,13 @@ def _welcome(server: Server) -> str:
     if served.model is None:
         body["model"] = name
     key = ' -H "Authorization: Bearer $MLX_CLEX_API_KEY"' if server.access.api_key else ""
-    return (
-        f"Serving {name} at {url}\n"
-        f'Ask it: curl {url}/completions -H "Content-Type: application/json"{key} '
-        f"-d {shlex.quote(json.dumps(body))}"
+    lines = [f"Serving {name} at {url}"]
+    if not key and bound not in ("127.0.0.1", "::1"):
+        lines.append("Anyone who reaches this address can use the model: see --api-key.")
+    return "\n".join(
+        [
+            *lines,
+            f'Ask it: curl {url}/completions -H "Content-Type: application/json"{key} '
+            f"-d {shlex.quote(json.dumps(body))}",
+        ]
     )
