@@ -35,7 +35,7 @@ from mlx_clex.evaluation.perplexity import score, windows_of
 from mlx_clex.evaluation.results import Results, open_results, read_results
 from mlx_clex.loading import load
 from mlx_clex.model.scaled_model import ScaledModel
-from mlx_clex.pictures.drawing import picture
+from mlx_clex.pictures.draw import picture
 
 TARGET = 32  # x L0: the length that every method is set up for
 MULTIPLES = (1, 2, 4, 8, 16, 32)  # x L0, measured
