@@ -20,8 +20,16 @@ from mlx_lm.utils import load_model, load_tokenizer
 
 from . import bundled
 from .checkpoint.adapters import add_adapters, other_base
+from .checkpoint.config import normalise_config, unread_keys
 from .checkpoint.digest import state_digest
-from .checkpoint.folder import SHIM, check_hub_id, files_of, needs_conversion, read_config
+from .checkpoint.folder import (
+    SHIM,
+    check_hub_id,
+    files_of,
+    needs_conversion,
+    read_config,
+    tied_override,
+)
 from .errors import InputError, one_line, say
 from .model.scaled_model import scaled
 from .model.sharding import share_out, wait_for_all
@@ -157,23 +165,31 @@ def _load_model(
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model and its config; lazily, its weights are read where they are first needed."""
-    overrides = dict(model_config or {})
-    if read_config(folder).get("model_file") == SHIM:
-        # Ours, without running the copy in the folder.
+    overrides = tied_override(folder) | dict(model_config or {})
+    ours = read_config(folder).get("model_file") == SHIM
+    if ours:
+        # Without running the copy in the folder.
         overrides["model_file"] = None
-    builder = functools.partial(Model, scale=scale)
+
+    class Args(ModelArgs):
+        @classmethod
+        def from_dict(cls, config: Mapping[str, Any]) -> ModelArgs:
+            return ModelArgs.from_dict({**config, "model_file": SHIM} if ours else config)
+
     try:
         model, config = load_model(
             folder,
             lazy=lazy,
             model_config=overrides,
-            get_model_classes=lambda config: (builder, ModelArgs),
+            get_model_classes=lambda config: (functools.partial(Model, scale=scale), Args),
             trust_remote_code=trust_remote_code,
         )
     except InputError:
         raise
-    except (ValueError, RuntimeError, FileNotFoundError, KeyError, TypeError) as error:
+    except Exception as error:  # model files raise anything on settings they do not take
         raise InputError(f"{folder} does not load: {one_line(error)}") from error
+    if note := unread_keys(normalise_config(read_config(folder))):
+        say(note)
     if adapter_path is not None:
         add_adapters(model, Path(adapter_path), scale)
         if message := other_base(folder, Path(adapter_path)):

@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from ..checkpoint.config import normalise_config
+from ..checkpoint.config import normalise_config, unread_keys
 from ..checkpoint.files import read_json
 from ..checkpoint.folder import SHIM, check_hub_id, files_of, needs_conversion, read_config
 from ..errors import InputError, one_line
@@ -55,8 +55,10 @@ def report(path_or_hub_id: str) -> list[Row]:
         config = normalise_config(config)
     except InputError as error:
         return [*rows, (_PROBLEM, str(error))]
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # model files raise anything on settings they do not take
         return [*rows, (_PROBLEM, f"config.json does not make a model: {one_line(error)}")]
+    if note := unread_keys(config):
+        rows.append((_PROBLEM, note))
     rows.append(("family", f"{config.get('model_type')} ({model_name(model)})"))
     if isinstance(model, ScaledModel):
         _stand_in(model)
@@ -130,7 +132,8 @@ def _ropes(model: nn.Module, sites: list[Site]) -> Iterator[Row]:
     yield (
         "rope",
         f"{', '.join(names)} in {len(sites)} of {len(model.layers)} layers; "
-        f"{2 * rope.pairs} dimensions rotate as pairs of {pairs}, base {rope.base:g}",
+        f"{2 * rope.pairs} dimensions rotate as pairs of {pairs}, base {rope.base:g}"
+        + ("" if rope.inv_freq is None else ", stretched by a rope_scaling of the model itself"),
     )
     if len(sites) < len(model.layers):
         yield "other layers", "keep the rope, window or state they have"
@@ -221,7 +224,7 @@ def _exports(model: Any, config: dict[str, Any]) -> Iterator[Row]:
             text = f"--freeze {scale:g} --for {program}"
         except InputError as error:
             text = f"not for {program}: {error}"
-        except (KeyError, ValueError, TypeError, AttributeError, StopIteration) as error:
+        except Exception as error:  # a boundary: model files raise anything on odd settings
             text = f"not for {program}: {one_line(error)}"
         yield "export", text
 

@@ -36,6 +36,8 @@ class RotaryShape:
     dims: int  # D, rotated dimensions of a head
     base: float  # rope_theta
     trained_length: int  # L0, tokens
+    inv_freq: tuple[float, ...] | None = None  # radians per token, (D/2,); None: plain
+    gain: float = 1.0  # of the base model's rope, on rotated dimensions of queries and keys
     heads: int | None = None  # query heads; needed by gene-param
     key_heads: int | None = None  # key heads; needed by gene-param
     layers: int | None = None  # layers; needed by gene-param
@@ -48,6 +50,11 @@ class RotaryShape:
             )
         if not (self.base > 1 and math.isfinite(self.base)):
             raise InputError(f"rope_theta must be greater than 1, got {self.base}.")
+        if self.inv_freq is not None and len(self.inv_freq) != self.dims // 2:
+            raise InputError(
+                f"inv_freq must have one frequency for each of {self.dims // 2} pairs, got "
+                f"{len(self.inv_freq)}."
+            )
         if self.trained_length < 2:
             raise InputError(
                 f"The trained length must be at least 2 tokens, got "
@@ -184,9 +191,10 @@ class Scaling(nn.Module, ABC):
     def rotary_gain(self, scale: float) -> float:
         """What the rotated dimensions of queries and keys are multiplied by.
 
-        Only for `static` scalings: cached keys would keep that of an old scale.
+        It depends on the scale for `static` scalings alone: cached keys would keep that of
+        an old scale.
         """
-        return 1.0
+        return self.shape.gain
 
     def check_scale(self, scale: float) -> float:
         """Return `scale` if the model can be held at it for good.
@@ -240,6 +248,8 @@ class Scaling(nn.Module, ABC):
 
     def _base_inv_freq(self) -> np.ndarray:
         """The base model's frequencies, radians per token, float64, (D/2,)."""
+        if self.shape.inv_freq is not None:
+            return np.array(self.shape.inv_freq)
         return self.base ** -(np.arange(0, self.dims, 2) / self.dims)
 
     def _table(self, scale: float, layer: int) -> tuple[mx.array, mx.array]:

@@ -128,8 +128,7 @@ class TrainingStep:
         return Pass(
             inv_freq=inv_freq,
             positions=positions,
-            # Only scalings that are never drawn have one.
-            rotary_gain=scaling.rotary_gain(scaling.scale_at(1)) if scaling.static else 1.0,
+            rotary_gain=scaling.rotary_gain(scaling.scale_at(1) if scaling.static else 1.0),
             # CLEX's log_scale is for inference; GeNE's is part of its training.
             position_gain=self._position_gain if by_position else None,
         )

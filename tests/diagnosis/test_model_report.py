@@ -122,17 +122,11 @@ def test_a_stock_model_is_told_what_is_possible(tmp_path):
 
 def test_what_would_go_wrong(tmp_path):
     """Each in words, instead of a traceback at the first use."""
-    llama3 = {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+    yarn = {"type": "yarn", "factor": 4.0, "attention_factor": 1.0, "truncate": False}
     for config, words in [
         ({"rope_scaling": {"type": "clex", "max_facto": 3}}, "'max_facto'"),
         ({"rope_scaling": {"type": "spline"}}, "'spline'"),
-        ({"rope_scaling": llama3}, "scales by itself"),
+        ({"rope_scaling": yarn}, "mlx-lm ignores attention_factor and truncate"),
         ({"model_type": "abacus"}, "abacus"),
         ({"hidden_size": "wide"}, "hidden_size"),
     ]:
