@@ -95,6 +95,13 @@ def convert(
     outcome = decide_outcome(source.config, source.weights(), options)
     for note in outcome.notes:
         say(note)
+    size = source.checkpoint.files[0].stat().st_size
+    if source.gguf and not options.quantize and outcome.nbytes > 1.2 * size:
+        say(
+            f"The source has {gguf_file.bits_per_weight(source.gguf):.1f} bits a weight and "
+            f"becomes "
+            f"{outcome.nbytes / size:.1f} times as large. To keep it small, add -q --q-bits 4."
+        )
     if dry_run:
         print(describe(source.checkpoint, source.headers, outcome, target))
         return None

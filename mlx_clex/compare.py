@@ -32,7 +32,7 @@ from .evaluation.perplexity import (
 from .evaluation.results import Results, open_results
 from .loading import load, resolve
 from .model.scaled_model import scaled
-from .pictures.drawing import picture
+from .pictures.draw import picture
 
 _FIRST = 16  # positions below are one bucket; the others begin at powers of two
 
@@ -159,6 +159,7 @@ def _measure(
                 "flips": flips,
                 "perplexity_a": exp(loss_a),
                 "perplexity_b": exp(loss_b),
+                "text": corpus.name,
                 "model_a": args.a,
                 "model_b": args.b,
             }

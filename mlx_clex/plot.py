@@ -10,18 +10,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from .commands.help import Formatter
 from .commands.run_command import run_command
 from .errors import InputError
 from .evaluation.results import Results, read_results
 from .loading import load_scaling
-from .pictures.drawing import check_path, draw, draw_frequencies, draw_training
+from .pictures.draw import draw
+from .pictures.frequencies import draw_frequencies
+from .pictures.style import check_path
+from .pictures.training import draw_training
 from .training.log import LOG, read_log
 
 # Pictures of result files: the kind of the results, and what --help says.
 _OF_RESULTS = {
-    "extrapolation": ("perplexity", "Perplexity against length, from mlx_clex.perplexity."),
-    "passkey": ("passkey", "Right answers by length and depth, from mlx_clex.passkey."),
-    "compare": ("compare", "How far two models differ by position, from mlx_clex.compare."),
+    "extrapolation": ("perplexity", "Draw perplexity against length, from mlx_clex perplexity."),
+    "passkey": ("passkey", "Draw facts found by length and depth, from mlx_clex passkey."),
+    "compare": ("compare", "Draw two models by position, from mlx_clex compare."),
 }
 
 
@@ -29,8 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add a subcommand for each picture."""
     which = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE")
 
-    text = "How fast every pair turns at every scale: what was learned, what it began with."
-    frequencies = which.add_parser("frequencies", help=text, description=text)
+    text = "Draw the frequency of every pair at every scale: learned, and before training."
+    frequencies = which.add_parser(
+        "frequencies", help=text, description=text, formatter_class=Formatter
+    )
     frequencies.add_argument(
         "--model", required=True, nargs="+", help="Folders, .gguf files or Hugging Face ids."
     )
@@ -43,17 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     for name, (_, text) in _OF_RESULTS.items():
-        of_results = which.add_parser(name, help=text, description=text)
+        of_results = which.add_parser(name, help=text, description=text, formatter_class=Formatter)
         of_results.add_argument(
             "file",
             nargs=1 if name == "compare" else "+",
             type=Path,
             metavar="FILE",
-            help="What --output wrote, .json.",
+            help="A result file, the .json that --output wrote.",
         )
 
-    text = "Loss, and perplexity by length, from mlx_clex.lora."
-    training = which.add_parser("training", help=text, description=text)
+    text = "Draw the loss of a run, and its perplexity by length, from mlx_clex lora."
+    training = which.add_parser("training", help=text, description=text, formatter_class=Formatter)
     training.add_argument("log", type=Path, help=f"The --adapter-path of a run, or its {LOG}.")
 
     for name, parser_of_one in which.choices.items():
@@ -163,6 +169,7 @@ def main() -> None:
             run,
             prog="mlx_clex.plot",
             description="Pictures of results, training runs and learned frequencies.",
+            example="mlx_clex plot passkey passkey.json --output passkey.svg",
         )
     )
 

@@ -6,20 +6,23 @@ from .tiny_families import FAMILIES, Family
 
 HEAD = """# Model families
 
-Every model file of mlx-lm {version}, and what `attach` and `convert` do with it. Each row
-is held by `tests/test_families.py`, on tiny random weights: scale 1 equals the stock
-model; a pass at a higher scale equals the stock model with those frequencies put in by
-hand; decoding across two steps of the scale equals a cache that keeps keys unrotated.
+This page lists every model file of mlx-lm {version}, and what `attach` and `convert` do with
+it. `tests/test_families.py` checks each row on tiny random weights: at scale 1 the model
+equals the stock model; a pass at a higher scale equals the stock model with those
+frequencies put in by hand; decoding across two steps of the scale equals a cache that keeps
+keys unrotated.
 
-- **scaled**: layers whose rope is replaced. Layers with a sliding window, a recurrent
+- **scaled**: the layers whose rope is replaced. Layers with a sliding window, a recurrent
   state or no positions keep what they have.
-- **log_scale**: whether queries can be multiplied. In latent attention (DeepSeek and
-  its kin) the rope sees a part of each query only, so it is refused there.
-- A model that brings a scaling of its own (llama3, yarn, longrope, dynamic) is refused:
-  two would multiply. Load it without its own `rope_scaling` first.
+- **keys**: whether cached keys move to a new scale when the text grows. Where they stay, the
+  model can only be held at one scale.
+- **log_scale**: whether queries can be multiplied. In latent attention (DeepSeek and similar
+  models) the rope sees only a part of each query, so `log_scale` is refused there.
+- A model that brings its own scaling (llama3, yarn, longrope, dynamic) is refused, because
+  the two scalings would multiply. Load it without its own `rope_scaling` first.
 
-{served} model files are served at a growing scale, {fixed} at one fixed scale (`scale=`,
-`--scale T`, or linear, ntk and yarn), {refused} are refused, {absent} are not tested.
+{served} model files are served at a growing scale. {fixed} are served at one fixed scale (`scale=`,
+`--scale T`, or linear, ntk and yarn). {refused} are refused, and {absent} are not tested.
 
 """
 

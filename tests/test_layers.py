@@ -100,3 +100,24 @@ def test_no_modules_import_each_other():
 
     for module in edges:
         visit(module, ())
+
+
+def main():
+    """Print the order of the rooms, and the lines of each."""
+    rooms = {}
+    for path in FILES:
+        lines = len(path.read_text().splitlines())
+        rooms.setdefault(room_of(module_of(path)), []).append((lines, path))
+    for names in ORDER:
+        for name in names:
+            files = rooms.get(name, [])
+            total, (most, longest) = sum(n for n, _ in files), max(files)
+            print(
+                f"{name:12} {len(files):3} files {total:6} lines; longest {most} "
+                f"{longest.relative_to(ROOT)}"
+            )
+    print(f"{'all':12} {len(FILES):3} files {sum(n for f in rooms.values() for n, _ in f):6} lines")
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ from mlx_clex.evaluation.results import open_results
 from mlx_clex.loading import SHIM, load, load_scaling
 
 from .conftest import CONFIGS, stock_folder
-from .pictures.test_drawing import ROWS, log
+from .pictures.test_draw import ROWS, log
 
 
 @pytest.fixture
@@ -153,11 +153,11 @@ def test_the_scaling_of_adapters(tmp_path, converted):
         (("training", "nowhere"), "--adapter-path of a mlx_clex.lora run"),
         (("training", "text.txt"), "no log of mlx_clex.lora"),
         (("training", "no.json"), "no log of mlx_clex.lora"),
-        (("frequencies", "--model", "/nowhere"), "neither a folder"),
+        (("frequencies", "--model", "/nowhere"), "no folder or file"),
         (("frequencies", "--model", "MODEL", "--max-scale", "1"), "greater than 1, got 1"),
         (("frequencies", "--model", "MODEL", "--max-scale", "9"), "within 1..8"),
         (("frequencies", "--model", "MODEL", "MODEL", "--adapter-path", "a"), "one --model, got 2"),
-        (("frequencies", "--model", "STOCK"), "no scaling of ours"),
+        (("frequencies", "--model", "STOCK"), "it has no scaling"),
     ],
 )
 def test_bad_input_is_one_line(cli, tmp_path, converted, args, match):

@@ -22,6 +22,8 @@ import numpy as np
 from mlx_clex.checkpoint.safetensors_file import array_bytes, info_of
 from mlx_clex.errors import InputError
 
+from ..read.gguf_file import import_gguf
+
 FILE = "model.gguf"
 ROPE = "rope_freqs"  # our type of rope_scaling in the config of such a model
 
@@ -55,7 +57,7 @@ def check(config: Mapping[str, Any]) -> None:
             raise InputError(f"--for llama.cpp: {key} {config[key]} has no counterpart there.")
     if "quantization" in config:
         raise InputError("--for llama.cpp cannot take MLX's quantised weights: add -d.")
-    _gguf()
+    import_gguf("--for llama.cpp")
 
 
 def write(
@@ -77,7 +79,7 @@ def write(
         name: of the model, for people.
         advance: told the number of bytes after each tensor.
     """
-    gguf = _gguf()
+    gguf = import_gguf("--for llama.cpp")
     entry = config["rope_scaling"]
     heads = config["num_attention_heads"]
     key_heads = config.get("num_key_value_heads") or heads
@@ -257,12 +259,3 @@ def _put(writer: Any, key: str, value: Any) -> None:
         writer.add_string(key, value)
     else:
         writer.add_array(key, value)
-
-
-def _gguf() -> Any:
-    try:
-        return import_module("gguf")
-    except ImportError as error:
-        raise InputError(
-            "--for llama.cpp needs the package gguf: pip install 'mlx-clex[gguf]'."
-        ) from error

@@ -1,25 +1,21 @@
 """llama-family .gguf files, rewritten as safetensors.
 
-Reads the header itself and the data one tensor at a time: `mx.load` would take the whole
-file into memory at once, and has no answer but a crash for a broken one. Weights come out
-as float16 (or as stored, where they are floats), under Hugging Face names and in Hugging
-Face's order of rows. Not covered: other architectures than `llama`, experts, and the
-tokenizer (`gguf_tokenizer.py`).
+The package `gguf` reads them: the file is mapped into memory, and one tensor at a time is
+decoded. Weights come out as float16 (or as stored, where they are floats), under Hugging
+Face names and in Hugging Face's order of rows. Not covered: other architectures than
+`llama`, experts, and the tokenizer (`gguf_tokenizer.py`).
 """
 
-import mmap
 import re
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlx_clex.checkpoint.safetensors_file import TensorInfo, write
-from mlx_clex.errors import InputError
-
-from .gguf_blocks import BLOCKS, decode
+from mlx_clex.errors import InputError, one_line
 
 # GGUF name -> Hugging Face name, of the llama architecture.
 TABLE: dict[str, str] = {
@@ -36,21 +32,10 @@ TABLE: dict[str, str] = {
     r"blk\.(\d+)\.ffn_up\.weight": "model.layers.{}.mlp.up_proj.weight",
     r"blk\.(\d+)\.ffn_down\.weight": "model.layers.{}.mlp.down_proj.weight",
 }
-_DTYPES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(np.uint16): "BF16"}
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
-_NUMBERS |= {12: "d"}
-_STRING, _ARRAY = 8, 9
-_ALIGNMENT = 32  # bytes; GGUF's default
-
-
-class Tensor(NamedTuple):
-    """One tensor as the file stores it."""
-
-    name: str
-    shape: tuple[int, ...]  # rows first, as numpy has it
-    kind: int  # ggml type
-    start: int  # bytes from the start of the file
-    nbytes: int
+_FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # kept as stored
+_CHUNK = 1 << 22  # elements decoded at once: float32 work arrays of 16 MB
+_LONGEST_ARRAY = 1 << 23  # elements of a metadata array; the largest vocabularies have 300,000
+_ROPES = ("none", "linear", "yarn")  # rope.scaling.type that is read
 
 
 class GgufFile(NamedTuple):
@@ -58,7 +43,24 @@ class GgufFile(NamedTuple):
 
     path: Path
     metadata: dict[str, Any]
-    tensors: list[Tensor]
+    tensors: list[Any]  # gguf.ReaderTensor
+
+
+def import_gguf(reason: str) -> Any:
+    """Return the package gguf.
+
+    Args:
+        reason: beginning of the error, what it is needed for.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        return import_module("gguf")
+    except ImportError as error:
+        raise InputError(
+            f"{reason} needs the package gguf: pip install 'mlx-clex[gguf]'."
+        ) from error
 
 
 def read(path: Path) -> GgufFile:
@@ -67,18 +69,22 @@ def read(path: Path) -> GgufFile:
     Raises:
         InputError: the file is no GGUF, cut off, or of a type that is not served.
     """
-    with path.open("rb") as file:
-        try:
-            blob: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError as error:
-            raise _broken(path, "it is empty") from error
-    with blob:
-        try:
-            return _parse(path, blob)
-        except InputError:
-            raise
-        except Exception as error:
-            raise _broken(path, "its header is not readable") from error
+    try:
+        reader = _bounded_reader(import_gguf(f"Reading {path}"))(path)
+        metadata = {
+            name: field.contents()
+            for name, field in reader.fields.items()
+            if not name.startswith("GGUF.")
+        }
+    except InputError:
+        raise
+    except Exception as error:  # a hostile header makes numpy raise anything
+        raise _broken(path, one_line(error)) from error
+    if reader.byte_order != "I":
+        raise InputError(f"{path} is big-endian, which is not read. Use the model's safetensors.")
+    for tensor in reader.tensors:
+        _check_tensor(path, tensor)
+    return GgufFile(path, metadata, reader.tensors)
 
 
 def config_of(gguf: GgufFile) -> dict[str, Any]:
@@ -141,13 +147,13 @@ def _config_of(gguf: GgufFile) -> dict[str, Any]:
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
         "torch_dtype": "float16",
     }
-    kind = metadata.get("llama.rope.scaling.type", "none")
-    if kind in ("linear", "yarn"):
+    kind = metadata.get("llama.rope.scaling.type", _ROPES[0])
+    if kind not in _ROPES:
+        raise InputError(f"{gguf.path} has rope scaling {kind!r}; {', '.join(_ROPES)} are read.")
+    if kind != _ROPES[0]:
         config["rope_scaling"] = {"type": kind, "factor": key("rope.scaling.factor")}
         original = metadata.get("llama.rope.scaling.original_context_length")
         config["max_position_embeddings"] = original or config["max_position_embeddings"]
-    elif kind != "none":
-        raise InputError(f"{gguf.path} has rope scaling {kind!r}; linear and yarn are read.")
     return config
 
 
@@ -158,6 +164,12 @@ def header(gguf: GgufFile) -> dict[str, TensorInfo]:
         InputError: a tensor that the llama architecture does not have.
     """
     return {_rename(gguf, tensor): _info(tensor) for tensor in gguf.tensors}
+
+
+def bits_per_weight(gguf: GgufFile) -> float:
+    """Return the mean size of a weight in the file, in bits."""
+    elements = sum(int(tensor.n_elements) for tensor in gguf.tensors)
+    return 8 * sum(int(tensor.n_bytes) for tensor in gguf.tensors) / max(elements, 1)
 
 
 def spool(gguf: GgufFile, target: Path, advance: Callable[[int], object] = lambda _: None) -> None:
@@ -171,10 +183,9 @@ def spool(gguf: GgufFile, target: Path, advance: Callable[[int], object] = lambd
     heads = gguf.metadata["llama.attention.head_count"]
     key_heads = gguf.metadata.get("llama.attention.head_count_kv", heads)
 
-    def data(tensor: Tensor) -> Callable[[], memoryview]:
+    def data(tensor: Any) -> Callable[[], memoryview]:
         def read_tensor() -> memoryview:
-            raw = np.fromfile(gguf.path, np.uint8, tensor.nbytes, offset=tensor.start)
-            array = decode(raw, tensor.kind, tensor.shape)
+            array = decode(tensor.data, tensor.tensor_type)
             if ".attn_q." in tensor.name:
                 array = unpermute(array, heads)
             elif ".attn_k." in tensor.name:
@@ -185,6 +196,34 @@ def spool(gguf: GgufFile, target: Path, advance: Callable[[int], object] = lambd
 
     entries = [(_rename(gguf, t), _info(t), data(t)) for t in gguf.tensors]
     write(target, entries, "pt", advance)
+
+
+def decode(data: np.ndarray, kind: Any) -> np.ndarray:
+    """Turn the stored bytes of a tensor into numbers, a few rows at a time.
+
+    Args:
+        data: as the package gguf maps it: floats, or uint8 with whole blocks in each row.
+        kind: gguf.GGMLQuantizationType.
+
+    Returns:
+        An array of the same rows: floats as stored (uint16 holds the bits of bfloat16),
+        float16 where blocks were decoded.
+    """
+    if kind.name in _FLOATS:
+        return data.view(_FLOATS[kind.name])
+    return np.concatenate(list(_decoded(data.reshape(-1, data.shape[-1]), kind))).reshape(
+        *data.shape[:-1], -1
+    )
+
+
+def _decoded(rows: np.ndarray, kind: Any) -> Iterator[np.ndarray]:
+    package = import_gguf("Decoding a .gguf file")
+    block, nbytes = package.GGML_QUANT_SIZES[kind]
+    step = max(1, _CHUNK // (rows.shape[-1] // nbytes * block))
+    for start in range(0, len(rows), step):
+        part = package.quants.dequantize(rows[start : start + step], kind)
+        with np.errstate(over="ignore"):  # the converter refuses what is not finite
+            yield part.astype(np.float16)
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -201,7 +240,7 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
-def _rename(gguf: GgufFile, tensor: Tensor) -> str:
+def _rename(gguf: GgufFile, tensor: Any) -> str:
     for pattern, name in TABLE.items():
         match = re.fullmatch(pattern, tensor.name)
         if match:
@@ -209,82 +248,46 @@ def _rename(gguf: GgufFile, tensor: Tensor) -> str:
     raise InputError(f"{gguf.path} has the tensor {tensor.name}, which llama does not have.")
 
 
-def _info(tensor: Tensor) -> TensorInfo:
-    return TensorInfo(_DTYPES[BLOCKS[tensor.kind].dtype], tensor.shape)
+def _info(tensor: Any) -> TensorInfo:
+    name = tensor.tensor_type.name
+    shape = tuple(int(n) for n in reversed(tensor.shape))
+    return TensorInfo(name if name in _FLOATS else "F16", shape)
 
 
-def _parse(path: Path, blob: Any) -> GgufFile:
-    if blob[:4] != b"GGUF":
-        raise _broken(path, "it does not start with GGUF")
-    version, count, pairs = struct.unpack_from("<IQQ", blob, 4)
-    if version not in (2, 3):
-        raise InputError(f"{path} is GGUF version {version}; versions 2 and 3 are read.")
-    at = 24
-    metadata: dict[str, Any] = {}
-    for _ in range(pairs):
-        key, at = _string(blob, at)
-        (kind,) = struct.unpack_from("<I", blob, at)
-        metadata[key], at = _value(path, blob, at + 4, kind)
-    table = []
-    for _ in range(count):
-        name, at = _string(blob, at)
-        (ranks,) = struct.unpack_from("<I", blob, at)
-        shape = struct.unpack_from(f"<{ranks}Q", blob, at + 4)[::-1]
-        kind, offset = struct.unpack_from("<IQ", blob, at + 4 + 8 * ranks)
-        at += 16 + 8 * ranks
-        table.append((name, shape, kind, offset))
-    alignment = metadata.get("general.alignment", _ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1:
-        raise InputError(f"{path}: general.alignment is {alignment!r}; the file is damaged.")
-    data = -(-at // alignment) * alignment
-    return GgufFile(path, metadata, [_tensor(path, len(blob), data, *row) for row in table])
-
-
-def _tensor(
-    path: Path, size: int, data: int, name: str, shape: tuple[int, ...], kind: int, offset: int
-) -> Tensor:
-    if kind not in BLOCKS:
-        raise InputError(
-            f"{path}: tensor {name} has ggml type {kind}, which is not read. Read are "
-            f"{', '.join(block.name for block in BLOCKS.values())}: take a file of one of "
-            "those, or the model's safetensors."
+def _check_tensor(path: Path, tensor: Any) -> None:
+    """Refuse a type that cannot be decoded, and empty or huge shapes."""
+    package = import_gguf(f"Reading {path}")
+    kind = tensor.tensor_type
+    traits = package.quants._type_traits  # the types that `dequantize` knows
+    if kind.name not in _FLOATS and kind not in traits:
+        known = ", ".join(
+            [*_FLOATS, *(known.name for known in traits if known.name not in _FLOATS)]
         )
-    block = BLOCKS[kind]
-    elements = int(np.prod(shape, dtype=object)) if shape else 1
-    if not shape or shape[-1] % block.elements:
-        raise _broken(path, f"the shape {shape} of {name} does not fit its type")
-    nbytes = elements // block.elements * block.nbytes
-    if data + offset + nbytes > size:
-        raise _broken(path, f"the data of {name} is past its end")
-    return Tensor(name, shape, kind, data + offset, nbytes)
+        raise InputError(
+            f"{path}: tensor {tensor.name} has type {kind.name}, which is not read. Read are "
+            f"{known}: take a file of one of those, or the model's safetensors."
+        )
+    if not len(tensor.shape) or 0 in tensor.shape or tensor.n_bytes > path.stat().st_size:
+        raise _broken(path, f"the shape of {tensor.name} does not fit its data")
 
 
-def _value(path: Path, blob: Any, at: int, kind: int) -> tuple[Any, int]:
-    if kind in _NUMBERS:
-        code = "<" + _NUMBERS[kind]
-        return struct.unpack_from(code, blob, at)[0], at + struct.calcsize(code)
-    if kind == _STRING:
-        return _string(blob, at)
-    if kind != _ARRAY:
-        raise _broken(path, f"its metadata has a value of type {kind}")
-    inner, count = struct.unpack_from("<IQ", blob, at)
-    at += 12
-    if inner in _NUMBERS:
-        code = f"<{count}{_NUMBERS[inner]}"
-        return list(struct.unpack_from(code, blob, at)), at + struct.calcsize(code)
-    values = []
-    for _ in range(count):
-        value, at = _value(path, blob, at, inner)
-        values.append(value)
-    return values, at
+def _bounded_reader(package: Any) -> Any:
+    """The package's reader, which stops where a hostile header leads past the file."""
 
+    class Reader(package.GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: Any = 1, *_: Any, **__: Any) -> Any:
+            # Raises past the end, where the package's own slice is empty and a count of 2^64
+            # would never end. Ten times as fast as slices of a memory map, too.
+            return np.frombuffer(self.data, dtype, int(count), int(offset))
 
-def _string(blob: Any, at: int) -> tuple[str, int]:
-    (length,) = struct.unpack_from("<Q", blob, at)
-    text = blob[at + 8 : at + 8 + length]
-    if len(text) != length:
-        raise IndexError("past the end")
-    return text.decode("utf-8", errors="replace"), at + 8 + length
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == package.GGUFValueType.ARRAY:
+                count = int(self._get(orig_offs + 4, np.uint64)[0])
+                if count > _LONGEST_ARRAY:
+                    raise ValueError(f"its metadata has an array of {count} elements")
+            return super()._get_field_parts(orig_offs, raw_type)
+
+    return Reader
 
 
 def _broken(path: Path, reason: str) -> InputError:

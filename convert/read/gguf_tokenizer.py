@@ -1,7 +1,7 @@
 """The tokenizer inside a .gguf file.
 
 transformers knows how to build one from the file's metadata; this hands it the metadata
-that is already read, which needs neither torch nor the gguf package.
+that is already read, which needs no torch.
 """
 
 from importlib import import_module

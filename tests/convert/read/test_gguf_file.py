@@ -1,6 +1,10 @@
 """Reading .gguf files: blocks, order of rows, config, tokenizer, damage."""
 
+import contextlib
 import json
+import sys
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_clex.convert import convert
 from mlx_clex.convert.read import gguf_file, gguf_tokenizer
-from mlx_clex.convert.read.gguf_blocks import BLOCKS, decode
 from mlx_lm.utils import load_tokenizer
 
 import mlx_clex
@@ -166,19 +169,62 @@ def test_a_sentencepiece_vocabulary_keeps_its_ids(tmp_path):
         assert tokenizer.encode(text) == [1, *model.encode(text)], repr(text)
 
 
-@pytest.mark.parametrize("kind", [k for k, block in BLOCKS.items() if block.decode])
-def test_blocks_decode_as_the_gguf_package_decodes_them(kind):
-    """A wrong nibble order gives weights of the right size and no sense."""
-    block = BLOCKS[kind]
-    raw = np.random.default_rng(kind).integers(0, 256, (8, 4 * block.nbytes), np.uint8)
+FLOATS = ("F32", "F16", "BF16")
+KINDS = [kind for kind in gguf.quants._type_traits if kind.name not in FLOATS]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_every_type_of_the_package_is_read(kind, monkeypatch):
+    """Files of IQ and three-bit types were refused; rows decoded apart are the same rows."""
+    elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(int(kind)).integers(0, 256, (8, 4 * nbytes), np.uint8)
     # Scales of moderate size, wherever a block keeps them.
-    raw.reshape(-1, block.nbytes)[:, [1, 3, block.nbytes - 1]] &= 0x3B
+    raw.reshape(-1, nbytes)[:, [1, 3, nbytes - 1]] &= 0x3B
+    with np.errstate(all="ignore"):
+        theirs = gguf.quants.dequantize(raw, kind)
+    monkeypatch.setattr(gguf_file, "_CHUNK", 3 * 4 * elements)
 
-    theirs = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(kind))
-    ours = decode(raw.reshape(-1), kind, (8, 4 * block.elements))
+    with np.errstate(all="ignore"):
+        assert np.array_equal(
+            gguf_file.decode(raw, kind), theirs.astype(np.float16), equal_nan=True
+        )
 
-    assert np.isfinite(theirs).all()
-    assert np.array_equal(ours, theirs.astype(np.float16))
+
+def test_a_file_that_grows_says_so(tiny, tmp_path, capsys):
+    """A quantised file of 0.4 GB became 1.1 GB without a word on how to keep it small."""
+    file, _ = tiny
+    convert(file, tmp_path / "out")
+    assert "8.6 bits a weight and becomes" in capsys.readouterr().err
+    convert(file, tmp_path / "small", quantize=True, q_group_size=32)
+    assert "bits a weight" not in capsys.readouterr().err
+
+
+def test_without_the_package_the_extra_is_named(tiny, tmp_path, monkeypatch):
+    """Reading .gguf files is an extra."""
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(InputError, match=r"pip install 'mlx-clex\[gguf\]'"):
+        convert(tiny[0], tmp_path / "out")
+
+
+def test_damage_anywhere_is_one_line_and_cheap(tiny, tmp_path):
+    """A count of 2^64 in the header would never end."""
+    file, _ = tiny
+    data = bytearray(file.read_bytes())
+    draw = np.random.default_rng(0)
+    tracemalloc.start()
+    started = time.perf_counter()
+    for _ in range(80):
+        broken = bytearray(data)
+        at = int(draw.integers(0, 6000))
+        size = int(draw.choice([1, 4, 8]))
+        broken[at : at + size] = draw.bytes(size) if draw.random() < 0.5 else b"\xff" * size
+        file.write_bytes(broken)
+        with contextlib.suppress(InputError):  # a changed name or number may also be readable
+            gguf_file.config_of(gguf_file.read(file))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50e6
+    assert time.perf_counter() - started < 120
 
 
 @pytest.mark.parametrize("keep", [0, 3, 20, 500, 0.5, 0.99])

@@ -16,7 +16,10 @@ from matplotlib.text import Text
 
 from mlx_clex.errors import InputError
 from mlx_clex.evaluation.results import Results, open_results
-from mlx_clex.pictures.drawing import check_path, draw, draw_frequencies, draw_training, picture
+from mlx_clex.pictures.draw import draw, picture
+from mlx_clex.pictures.frequencies import draw_frequencies
+from mlx_clex.pictures.style import check_path
+from mlx_clex.pictures.training import draw_training
 from mlx_clex.scaling import SCALINGS, build_scaling
 
 LENGTHS = (128, 256, 512, 1024, 2048)
@@ -28,6 +31,7 @@ def perplexities():
     return [
         {
             "label": label,
+            "text": "a book",
             "trained_length": 128,
             "reach": reach,
             "length": length,
@@ -66,14 +70,17 @@ def differences():
     return [
         {
             "first": first,
-            "last": first + 99,
+            "last": 2 * first - 1,
             "tokens": 100,
-            "kl": 0.1 + first / 1000,
-            "flips": first / 4000,
-            "perplexity_a": 5.0 + first / 100,
-            "perplexity_b": 6.0 + first / 100,
+            "kl": 0.1 * index + 0.1,
+            "flips": 0.025 * index,
+            "perplexity_a": 5.0 + index,
+            "perplexity_b": 6.0 + index,
+            "text": "a book",
+            "model_a": "models/one",
+            "model_b": "models/two",
         }
-        for first in (0, 100, 200)
+        for index, first in enumerate((16, 32, 64))
     ]
 
 
@@ -194,7 +201,12 @@ def test_perplexity_by_length(tmp_path, figures):
     assert axes.get_xlabel().splitlines()[1] == "Bands: 95 % intervals. Hollow: beyond the reach."
     assert past == [[256, 512, 1024, 2048], [1024, 2048], [], []]
     names = {text.get_text() for text in axes.texts}
-    assert names == {*REACHES, "trained\n128", "reach\n512", "reach\n2,048"}
+    assert names == {"trained\n128", "reach\n512", "reach\n2,048"}
+    # From the highest end to the lowest, as the lines end on the right.
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    ends = {label: points[-1][1] for label, points in lines_of(axes).items()}
+    assert legend == sorted(ends, key=ends.get, reverse=True)
+    assert axes.get_title("left") == "Perplexity of a book, by length"
 
 
 def test_what_is_no_number_is_left_out(tmp_path, figures):
@@ -236,9 +248,11 @@ def test_two_models_by_position(tmp_path, figures):
     for axes, heights in ((top, [0.1, 0.2, 0.3]), (middle, [0, 2.5, 5])):
         values, edges, _ = axes.patches[0].get_data()
         assert np.allclose(values, heights)
-        assert list(edges) == [0, 100, 200, 300]
+        assert list(edges) == [16, 32, 64, 128]
     assert [list(line.get_ydata()) for line in bottom.lines] == [[5, 6, 7, 7], [6, 7, 8, 8]]
-    assert {text.get_text() for text in bottom.texts} == {"A", "B"}
+    assert (bottom.get_xscale(), top.get_yscale(), middle.get_yscale()) == ("log",) * 3
+    assert [text.get_text() for text in bottom.get_legend().get_texts()] == ["two", "one"]
+    assert top.get_title("left") == "one against two, on a book"
 
 
 @pytest.mark.parametrize(("iterations", "window"), [(60, 1), (300, 6)])
@@ -288,9 +302,9 @@ def test_frequencies_of_every_method(tmp_path, figures, name):
     ntk = base * (2 * t - 1) ** -(i / 14) if name == "clex" else base * t ** -(i / 14)
     if name != "gene-param":
         assert np.allclose(tables[1], ntk.T, rtol=1e-5)
-    shown = lines_of(right)
-    assert np.allclose([y for _, y in next(iter(shown.values()))], base / mine, rtol=1e-5)
-    assert np.allclose([y for _, y in shown["NTK at t"]], 8 ** (i / 14), rtol=1e-5)
+    first = next(iter(lines_of(right).values()))
+    assert np.allclose([y for _, y in first], mine / (base * 8.0 ** -(i / 14)), rtol=1e-4)
+    assert right.get_ylabel() == "Inverse frequency / that of NTK at t, t = 8"
 
 
 def test_a_scale_beyond_the_reach(tmp_path):
