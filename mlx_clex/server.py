@@ -1,10 +1,10 @@
 """Command: an OpenAI-compatible server for long contexts.
 
-It is mlx_lm.server, its options and its program, with four parts replaced: models are
-loaded by ours; every request is planned for its whole prompt; a cached prefix is reused
-only where all of it was computed at the scale and gain of the new request, so an answer
-never depends on what was served before; and a prompt beyond the reach is refused with
-HTTP 400.
+It takes the options of mlx_lm.server and runs its generation thread. Models are loaded by
+`mlx_clex.load`; every request is planned for its whole prompt; a cached prefix is reused only
+where all of it was computed at the scale and gain of the new request, so an answer never
+depends on what was served before. Clients are not trusted: a request is checked wholly before
+it is admitted, and gets only the models that the server was started with.
 
 Under mlx.launch the first process listens and shares every request with the others; all of
 them make the same tokens, each from its part of the model.
