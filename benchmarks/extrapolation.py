@@ -290,6 +290,7 @@ def draw_pictures(found: dict[tuple[str, int], list[Results]], folder: Path) -> 
     for trained in sorted({length for _, length in found}):
         rows = [
             {
+                "text": f"held-out books, models trained at {trained} tokens",
                 "label": method,
                 "trained_length": TRAINED_LENGTH,
                 "reach": None,

@@ -12,12 +12,14 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
+from .bundled import PREFIX
 from .checkpoint.fingerprint import fingerprint, short
 from .commands.run_command import run_command
 from .data.corpus import Corpus
@@ -141,6 +143,7 @@ def _measure(
     results: Results,
 ) -> None:
     windows = windows_of(corpus, length, args.windows)
+    labels = dict(zip(("label_a", "label_b"), _labels(args), strict=True))
     total = np.zeros((length - 1, 4))
     with tqdm(
         total=len(windows) * (length - 1), unit="tok", unit_scale=True, leave=False, disable=None
@@ -162,8 +165,22 @@ def _measure(
                 "text": corpus.name,
                 "model_a": args.a,
                 "model_b": args.b,
+                **labels,
             }
         )
+
+
+def _labels(args: argparse.Namespace) -> list[str]:
+    """Return a short name for each model, with its adapters and its scale."""
+    names = [Path(path).name.removeprefix(PREFIX) for path in (args.a, args.b)]
+    if names[0] == names[1]:
+        names = [args.a, args.b]
+    for index, (adapters, scale) in enumerate(
+        ((args.adapter_path_a, args.scale_a), (args.adapter_path_b, args.scale_b))
+    ):
+        names[index] += f" + {Path(adapters).name}" if adapters else ""
+        names[index] += f" at scale {scale:g}" if scale else ""
+    return names
 
 
 def buckets(length: int) -> list[tuple[int, int]]:

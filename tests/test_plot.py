@@ -1,5 +1,6 @@
 """The plot command: from files and models to pictures."""
 
+import argparse
 import json
 import sys
 
@@ -13,7 +14,7 @@ from mlx_clex.evaluation.results import open_results
 from mlx_clex.loading import SHIM, load, load_scaling
 
 from .conftest import CONFIGS, stock_folder
-from .pictures.test_draw import ROWS, log
+from .pictures.rows import ROWS, log
 
 
 @pytest.fixture
@@ -84,6 +85,43 @@ def test_a_training_run(cli, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "adapters" / "log.png").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("settings", "title"),
+    [
+        (None, "Training run adapters"),
+        (
+            {"data": "texts", "model": "models/mine", "rope_scaling": {"type": "yarn"}},
+            "texts: training of mine with yarn scaling",
+        ),
+        ({"data": "texts", "model": "bundled:clex"}, "texts: training of clex"),
+    ],
+)
+def test_the_title_of_a_training_run(cli, tmp_path, monkeypatch, settings, title):
+    """The log does not say what was trained on what; the settings beside it do."""
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (adapters / "log.jsonl").write_text('{"iteration": 1, "loss": 2.0}\n')
+    if settings is not None:
+        (adapters / "adapter_config.json").write_text(json.dumps(settings))
+    seen = []
+    monkeypatch.setattr(plot, "draw_training", lambda log, path, title: seen.append(title))
+    assert cli("training", "adapters")[0] == 0
+    assert seen == [title]
+
+
+@pytest.mark.parametrize("name", ["extrapolation", "passkey", "compare", "frequencies", "training"])
+def test_help_of_each_picture_ends_with_an_example(cli, name):
+    """The example is a command line that the parser takes."""
+    status, out, _ = cli(name, "--help")
+    *_, heading, example = out.rstrip().splitlines()
+    assert (status, heading) == (0, "example:")
+    parser = argparse.ArgumentParser()
+    plot.add_arguments(parser)
+    program, command, *arguments = example.split()
+    assert (program, command) == ("mlx_clex", "plot")
+    assert parser.parse_args(arguments).picture == name
+
+
 def test_frequencies_of_models(cli, converted, monkeypatch):
     """Those of the model that generates, under the names of the folders."""
     seen = {}
@@ -150,14 +188,14 @@ def test_the_scaling_of_adapters(tmp_path, converted):
         (("passkey", "no"), "no.json is no result file"),
         (("passkey", "empty"), "lack accuracy"),
         (("compare", "a", "b"), "unrecognized arguments"),
-        (("training", "nowhere"), "--adapter-path of a mlx_clex.lora run"),
-        (("training", "text.txt"), "no log of mlx_clex.lora"),
-        (("training", "no.json"), "no log of mlx_clex.lora"),
+        (("training", "nowhere"), "--adapter-path of a mlx_clex lora run"),
+        (("training", "text.txt"), "no log of mlx_clex lora"),
+        (("training", "no.json"), "no log of mlx_clex lora"),
         (("frequencies", "--model", "/nowhere"), "no folder or file"),
         (("frequencies", "--model", "MODEL", "--max-scale", "1"), "greater than 1, got 1"),
         (("frequencies", "--model", "MODEL", "--max-scale", "9"), "within 1..8"),
         (("frequencies", "--model", "MODEL", "MODEL", "--adapter-path", "a"), "one --model, got 2"),
-        (("frequencies", "--model", "STOCK"), "it has no scaling"),
+        (("frequencies", "--model", "STOCK"), "so it has no scaling"),
     ],
 )
 def test_bad_input_is_one_line(cli, tmp_path, converted, args, match):
@@ -195,6 +233,6 @@ def test_figures_that_do_not_compare_are_not_drawn_together(cli, tmp_path):
         results.add({"label": "m", "length": 64, "perplexity": 2.0})
     status, _, err = cli("extrapolation", "whole.json", "chunked.json", "--output", "both.svg")
     assert status == 2
-    assert "their protocol differ: whole in" in err
+    assert "differ in their protocol (whole in" in err
     assert "chunked in" in err
     assert not (tmp_path / "both.svg").exists()

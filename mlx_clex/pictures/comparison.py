@@ -1,53 +1,62 @@
-"""Two models on one text, by position."""
+"""Two models on one text: divergence, first choices and perplexity, by position."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.results import Results
-from .style import LOOKS, Row, legend, log_axis, plain_ticks
+from .style import add_legend, log_axis, look, saved, set_ticks, title_of
+
+COLUMNS = (
+    *("first", "last", "kl", "flips"),
+    *("model_a", "perplexity_a", "model_b", "perplexity_b"),
+)
 
 
-def draw_comparison(figure: Any, results: Results) -> None:
-    """Divergence, changed choices and both perplexities, by position in the text."""
-    figure.set_size_inches(7.2, 6)
+def draw_comparison(results: Results, path: Path) -> None:
+    """Draw three panels over one logarithmic axis of positions.
+
+    Args:
+        results: of the kind compare, with the columns above.
+        path: the file to write; .png or .svg.
+    """
     rows = sorted(results.rows, key=lambda row: row["first"])
-    names = _names(rows[0])
     edges = [*(row["first"] for row in rows), rows[-1]["last"] + 1]
-    top, middle, bottom = figure.subplots(3, 1, sharex=True)
-    of = f", on {rows[0]['text']}" if rows[0].get("text") else ""
-    top.set_title(f"{names[0]} against {names[1]}{of}", parse_math=False)
-    for axes, column, factor, name in (
-        (top, "kl", 1, "KL divergence,\nnats per token"),
-        (middle, "flips", 100, "Other most likely\ntoken, %"),
-    ):
-        values = [math.nan if row[column] is None else factor * row[column] for row in rows]
-        axes.stairs(values, edges, color="black", linewidth=1.6)
-        axes.set_ylabel(name)
-        if any(value > 0 for value in values):
-            log_axis(axes)
-    drawn = {}
-    columns = ("perplexity_a", "perplexity_b")
-    for name, column, (colour, style, _) in zip(names, columns, LOOKS, strict=False):
-        values = [math.nan if row[column] is None else row[column] for row in rows]
-        # The last value once more, so that the last bucket is drawn as wide as it is.
-        (drawn[name],) = bottom.plot(
-            edges, [*values, values[-1]], drawstyle="steps-post", color=colour, linestyle=style
-        )
-    bottom.set_ylabel("Perplexity")
-    bottom.set_xlabel("Position in the text, tokens")
-    bottom.set_xscale("log", base=2)
-    plain_ticks(bottom.xaxis, edges)
-    log_axis(bottom)
-    legend(bottom, drawn)
+    # Names are short; result files of older versions have only what the user typed.
+    a, b = (str(rows[0].get(f"label_{x}") or rows[0][f"model_{x}"]) for x in "ab")
+    with saved(path, title_of(rows, f"comparison of {b} with {a}"), height=6) as figure:
+        top, middle, bottom = figure.subplots(3, 1, sharex=True)
+        kl = [row["kl"] for row in rows]
+        _steps(top, edges, kl, 0)
+        top.set_ylabel("KL divergence,\nnats per token")
+        if all(value is not None and value > 0 for value in kl):
+            log_axis(top)
+        else:
+            top.set_ylim(bottom=min(0, *(value or 0 for value in kl)))
+        _steps(middle, edges, [None if r["flips"] is None else 100 * r["flips"] for r in rows], 0)
+        middle.set_ylabel("Different first choice,\n% of tokens")
+        middle.set_ylim(bottom=0)
+        lines = [
+            _steps(bottom, edges, [row[f"perplexity_{x}"] for row in rows], index, name)
+            for index, (x, name) in enumerate((("a", a), ("b", b)))
+        ]
+        bottom.set_ylabel("Perplexity")
+        log_axis(bottom)
+        add_legend(bottom, lines, above=True)
+        bottom.set_xscale("log", base=2)
+        bottom.set_xlim(edges[0], edges[-1])
+        # The last position is often next to the beginning of the last bucket.
+        set_ticks(bottom.xaxis, edges if edges[-1] > 1.5 * edges[-2] else edges[:-1])
+        bottom.set_xlabel("Position in the text, tokens")
 
 
-def _names(row: Row) -> list[str]:
-    """Short names of the two models, which differ."""
-    given = [str(row.get(f"model_{which}") or which.upper()) for which in "ab"]
-    short = [Path(name).name for name in given]
-    return (
-        short
-        if short[0] != short[1]
-        else [f"{name} ({w})" for name, w in zip(short, "AB", strict=True)]
-    )
+def _steps(
+    axes: Any, edges: Sequence[int], values: Sequence[float | None], index: int, name: str = ""
+) -> Any:
+    """Draw a level for each bucket, from its first position to its last; return the line."""
+    levels = [math.nan if value is None else value for value in values]
+    style = look(index, marker=False)
+    # steps-post draws no level after the last point, so the last level is given twice.
+    (line,) = axes.plot(edges, [*levels, levels[-1]], drawstyle="steps-post", label=name, **style)
+    return line

@@ -1,19 +1,25 @@
-"""Draws result files, each kind in its own way."""
+"""Chooses the picture of a result file by the kind of its results.
+
+Not covered: measuring (the commands), and result files (`evaluation/results.py`).
+"""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ..errors import InputError, say
 from ..evaluation.results import Results
-from .comparison import draw_comparison
-from .passkey import draw_passkeys
-from .perplexity import draw_perplexity
-from .style import saved
+from . import comparison, passkey, perplexity
+
+# By the kind of the results: what draws them, and the columns it reads.
+PICTURES: dict[str, tuple[Callable[[Results, Path], None], tuple[str, ...]]] = {
+    "perplexity": (perplexity.draw_perplexity, perplexity.COLUMNS),
+    "passkey": (passkey.draw_passkey, passkey.COLUMNS),
+    "compare": (comparison.draw_comparison, comparison.COLUMNS),
+}
 
 
 def picture(results: Results) -> None:
-    """Draw results beside their files, as PREFIX.png; nothing where they have no files.
+    """Draw results beside their files, as PREFIX.png; draw nothing where they have no files.
 
     A note on stderr names the files; without matplotlib it says what to install.
     """
@@ -30,39 +36,24 @@ def picture(results: Results) -> None:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draw results as their kind is drawn.
+    """Draw the picture for this kind of results.
 
     Args:
         results: of the kind perplexity, passkey or compare.
         path: the file to write; .png or .svg.
 
     Raises:
-        InputError: another kind, no rows, columns that are missing, another suffix, or no
-            matplotlib.
+        InputError: another kind, no rows, missing columns, another suffix, or matplotlib is
+            missing.
     """
-    if results.kind not in _FIGURES:
+    if results.kind not in PICTURES:
         raise InputError(
-            f"There is no picture of {results.kind} results, only of {', '.join(_FIGURES)}."
+            f"There is no picture of {results.kind} results, only of {', '.join(PICTURES)}."
         )
     if not results.rows:
         raise InputError("The results have no rows to draw yet.")
-    figure_of, columns = _FIGURES[results.kind]
+    draw_kind, columns = PICTURES[results.kind]
     missing = {column for row in results.rows for column in columns if column not in row}
     if missing:
         raise InputError(f"The {results.kind} results lack {', '.join(sorted(missing))}.")
-    with saved(path) as figure:
-        figure_of(figure, results)
-
-
-# By the kind of results: what draws them, and the columns it reads.
-_FIGURES: dict[str, tuple[Callable[[Any, Results], None], tuple[str, ...]]] = {
-    "perplexity": (
-        draw_perplexity,
-        ("label", "length", "perplexity", "low", "high", "trained_length", "reach"),
-    ),
-    "passkey": (
-        draw_passkeys,
-        ("task", "label", "length", "depth", "trials", "accuracy", "trained_length"),
-    ),
-    "compare": (draw_comparison, ("first", "last", "kl", "flips", "perplexity_a", "perplexity_b")),
-}
+    draw_kind(results, path)

@@ -1,98 +1,87 @@
-"""What a scaling has learned: the frequency of every pair at every scale."""
+"""Frequencies of scalings as a ratio to NTK-aware scaling, by pair of dimensions."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..scaling import Scaling
-from ..scaling.ntk import Ntk
-from .style import LOOKS, lines, log_axis, plain_ticks, saved
+from ..scaling import SCALINGS, Scaling
+from .style import add_legend, draw_lines, listed, log_axis, saved
 
-_NTK = "NTK at t"
+_SCALES = 4  # drawn: the largest, its half, its quarter, ...
+_MARKERS = 16  # on a line, at most
+_USUAL_SCALE = 16.0  # the largest, for a scaling that does not say how far it goes
 
 
-def draw_frequencies(scalings: Mapping[str, Scaling], path: Path, max_scale: float = 0) -> None:
-    """Draw how fast every pair turns at every scale, a row of panels a model.
+def draw_frequencies(
+    scalings: Mapping[str, Scaling], path: Path, max_scale: float | None = None
+) -> None:
+    """Draw the frequency of each pair / its frequency under NTK-aware scaling, by scale.
 
-    Left, the inverse frequency of every pair along the scale; right, at the largest scale, its
-    ratio to that of NTK-aware scaling. Beside what the model has learned, what it started from.
+    Both are at the same scale. For a learned scaling, grey lines show the same ratio at
+    the start of its training.
 
     Args:
         scalings: by the names to show.
         path: the file to write; .png or .svg.
-        max_scale: the largest scale, target length / trained length; 0 takes each model's
-            reach, or 16 where it has none.
+        max_scale: the largest scale, target length / trained length. None takes each
+            scaling's own largest one, or 16 where it has none.
 
     Raises:
-        InputError: a scale out of range, another suffix, or no matplotlib.
+        InputError: a scale out of range, another suffix, or matplotlib is missing.
     """
     largest = {name: max_scale or _largest_scale(scaling) for name, scaling in scalings.items()}
     for name, scaling in scalings.items():
         if scaling.hard_reach:
             scaling.check_scale(largest[name])
-    with saved(path) as figure:
-        figure.set_size_inches(8, 3.4 * len(scalings))
-        grid = figure.subplots(len(scalings), 2, squeeze=False, width_ratios=(10, 9))
-        for (left, right), (name, scaling) in zip(grid, scalings.items(), strict=True):
-            _every_pair(left, name, scaling, largest[name])
-            _ratio_to_ntk(right, scaling, largest[name])
+    title = f"Frequencies of {listed(scalings)} against NTK-aware scaling, by scale t"
+    with saved(path, title, height=0.5 + 2.9 * len(scalings)) as figure:
+        panels = figure.subplots(len(scalings), 1, squeeze=False)[:, 0]
+        for axes, (name, scaling) in zip(panels, scalings.items(), strict=True):
+            _ratios(axes, name, scaling, largest[name])
+
+
+def _ratios(axes: Any, name: str, scaling: Scaling, largest: float) -> None:
+    halved = [largest / 2**n for n in range(_SCALES)]
+    scales = sorted(scale for scale in halved if scale > 1)
+    ntk = SCALINGS["ntk"](**vars(scaling.shape))
+    pairs = scaling.dims // 2
+
+    def ratios(of: Scaling) -> dict[str, list[tuple[float, float]]]:
+        found = {scale: _frequencies(of, scale) / _frequencies(ntk, scale) for scale in scales}
+        return {f"t = {scale:.4g}": list(enumerate(its, 1)) for scale, its in found.items()}
+
+    marks = [axes.axhline(1, color="0.4", linewidth=1, linestyle="--", label="NTK-aware scaling")]
+    if scaling.learned:
+        untrained = type(scaling)(scaling.config, **vars(scaling.shape))
+        for points in ratios(untrained).values():
+            marks += axes.plot(
+                *zip(*points, strict=True),
+                color="0.65",
+                linewidth=1,
+                label=f"untrained: {scaling.untrained}",
+            )
+    lines = draw_lines(axes, ratios(scaling))
+    for line in lines:
+        line.set_markevery(-(-pairs // _MARKERS))
+    heads = ", median of all heads" if scaling.by_layer else ""
+    method = "" if scaling.name in name else f": {scaling.name}"
+    axes.set_title(f"{name}{method}{heads}", parse_math=False)
+    axes.set_xlabel("Pair of dimensions, from the fastest to the slowest")
+    axes.set_xlim(0.5, pairs + 0.5)
+    axes.locator_params(axis="x", integer=True)
+    axes.set_ylabel("Frequency /\nNTK-aware frequency")
+    log_axis(axes)
+    add_legend(axes, lines, marks[:2])
 
 
 def _largest_scale(scaling: Scaling) -> float:
-    reach = scaling.reach or 0
-    return reach / scaling.trained_length if reach > scaling.trained_length else 16.0
+    return scaling.largest_scale if scaling.largest_scale > 1 else _USUAL_SCALE
 
 
 def _frequencies(scaling: Scaling, scale: float) -> np.ndarray:
-    """Radians per token, (D/2,); where layers and heads have their own, the median."""
+    """Radians per token, (D/2,); the median where layers and heads have their own."""
     layers = range((scaling.shape.layers or 1) if scaling.by_layer else 1)
     found = np.stack([np.array(scaling.inv_freq(scale, layer)) for layer in layers])
     return np.median(found.reshape(-1, found.shape[-1]), axis=0)
-
-
-def _compared(scaling: Scaling) -> dict[str, Scaling]:
-    """The scaling, what its training began with, and NTK-aware scaling, by their names."""
-    shape = vars(scaling.shape)
-    name = scaling.name
-    ntk = {_NTK: Ntk(**shape)}
-    if not scaling.learned:
-        return {name: scaling} | ntk
-    fresh = type(scaling)(scaling.config, **shape)
-    return {f"{name}, learned": scaling, f"untrained: {scaling.untrained}": fresh} | ntk
-
-
-def _every_pair(axes: Any, name: str, scaling: Scaling, largest: float) -> None:
-    scales = np.geomspace(1, largest, 65)
-    for what, (colour, style, _) in zip(_compared(scaling).values(), LOOKS[:2], strict=False):
-        table = np.stack([_frequencies(what, float(scale)) for scale in scales])
-        axes.plot(scales, table, color=colour, linestyle=style, linewidth=0.8)
-    heads = ", median of all heads" if scaling.by_layer else ""
-    axes.set_title(name + heads, parse_math=False)
-    axes.set_xscale("log", base=2)
-    plain_ticks(axes.xaxis, [2.0**n for n in range(int(math.log2(largest)) + 1)])
-    axes.set_xlabel("Scale t, target length / trained length")
-    axes.set_yscale("log")
-    axes.set_ylabel("Inverse frequency, radians per token")
-
-
-def _ratio_to_ntk(axes: Any, scaling: Scaling, largest: float) -> None:
-    """Inverse frequency of every pair over that of NTK-aware scaling, at the largest scale."""
-    compared = _compared(scaling)
-    ntk = _frequencies(compared.pop(_NTK), largest)
-    points = {
-        name: list(enumerate((_frequencies(what, largest) / ntk).tolist(), 1))
-        for name, what in compared.items()
-    }
-    drawn = lines(axes, points)
-    for line in drawn.values():
-        line.set_markevery(max(1, len(ntk) // 16))
-    axes.axhline(1, color="0.4", linewidth=1, linestyle=":")
-    axes.locator_params(axis="x", integer=True)
-    axes.set_xlabel("Pair of dimensions, from the fastest")
-    axes.set_ylabel(f"Inverse frequency / that of {_NTK}, t = {largest:g}")
-    log_axis(axes)
-    for text in axes.legend(loc="best").get_texts():
-        text.set_parse_math(False)
