@@ -252,18 +252,19 @@ class Scaling(nn.Module, ABC):
                     "The file is damaged or its training diverged: use an earlier save."
                 )
 
-    def check_frequencies(self, scale: float | None = None) -> str | None:
+    def check_frequencies(self, scale: float | None = None, *, order: bool = False) -> str | None:
         """Check the frequencies of every layer at every scale the model can have.
 
         Where they are not learned, or the scale grows without end, the first is enough.
 
         Args:
             scale: the one the model is held at; None: it follows the text.
+            order: also report pairs that are faster than the one before. Trained curves may
+                have them and be of use.
 
         Returns:
             A line for the user where learned frequencies are finite, and yet faster than pi
-            radians per token, too slow for float32, or not falling from pair to pair; else
-            None.
+            radians per token, too slow for float32, or out of order; else None.
 
         Raises:
             InputError: they are not finite; the message has the method, scale and pair.
@@ -276,12 +277,13 @@ class Scaling(nn.Module, ABC):
             for layer in range((self.shape.layers or 1) if self.by_layer else 1):
                 inv_freq = self._finite(at, layer)
                 for kind, where in _suspicious(inv_freq) if self.learned else ():
-                    found.setdefault(kind, f"{where} at scale {at:g}")
+                    if order or kind != "order":
+                        found.setdefault(kind, f"{where} at scale {at:g}")
         if not found:
             return None
         return (
             f"The learned frequencies of {self.name} are suspicious: {'; '.join(found.values())}. "
-            "Expect wrong answers from there on."
+            "Longer texts may be answered wrongly: measure with mlx_clex perplexity."
         )
 
     def _base_inv_freq(self) -> np.ndarray:
@@ -396,7 +398,7 @@ def _suspicious(inv_freq: np.ndarray) -> Iterator[tuple[str, str]]:
     size = np.abs(inv_freq)
     for where in np.argwhere(size > math.pi)[:1]:
         speed = size[tuple(where)]
-        yield "fast", f"pair {where[-1]} turns {speed:.3g} radians per token (more than pi aliases)"
+        yield "fast", f"pair {where[-1]} turns {speed:.3g} radians per token (above pi it aliases)"
     for where in np.argwhere(size < np.finfo(np.float32).tiny)[:1]:
         yield "lost", f"pair {where[-1]} is too slow for float32 and does not turn"
     for where in np.argwhere(np.diff(inv_freq) > 0)[:1]:
