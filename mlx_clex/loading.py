@@ -31,6 +31,7 @@ from .checkpoint.folder import (
     tied_override,
 )
 from .errors import InputError, one_line, say
+from .model.finite import check_finite
 from .model.scaled_model import scaled
 from .model.sharding import share_out, wait_for_all
 from .model_file import Model, ModelArgs
@@ -75,8 +76,8 @@ def load(
         (model, tokenizer), as `mlx_lm.load` gives them.
 
     Raises:
-        InputError: the checkpoint is missing, incomplete or damaged, or asks for
-            something unknown; the message says what.
+        InputError: the checkpoint is missing, incomplete or damaged, asks for something
+            unknown, or gives no finite numbers; the message says what.
     """
     if group is not None and group.size() == 1:
         group = None
@@ -111,9 +112,9 @@ def load(
     # Nothing lazy may be left: it would belong to the streams of this thread, and a server
     # generates in another one.
     mx.eval(model.parameters())
-    if scaling is not None:
-        # CLEX is solved while loading, not at the first token.
-        scaling.inv_freq(model.scale_at(1))
+    if scaling is not None and (message := scaling.check_frequencies(scale)):
+        say(message)
+    check_finite(model)
     # Its only complaint is that transformers does not know our rope_scaling types.
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
     tokenizer_options = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
@@ -152,6 +153,8 @@ def load_scaling(path_or_hub_id: str | Path, adapter_path: str | Path | None = N
             f"{path_or_hub_id} was not converted with mlx_clex, so it has no scaling. Convert "
             "it with --scaling NAME first."
         )
+    if message := scaling.check_frequencies(order=True):
+        say(message)
     return scaling
 
 

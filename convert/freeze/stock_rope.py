@@ -169,6 +169,8 @@ def _difference(theirs: Any, ours: Any, head_dim: int, length: int) -> float:
                 for side in (theirs, ours)
             ]
             error = abs(scores[0].item() - scores[1].item())
+            if not math.isfinite(error):
+                return math.inf  # NaN would pass for the smallest error
             worst = max(worst, error / (_SCORES + _ROUNDING * at))
     return worst
 
