@@ -26,7 +26,8 @@ from mlx_lm.chat import setup_arg_parser
 from .commands.chat_options import add_chat_arguments, check_chat_options, load_conversation
 from .commands.run_command import run_command
 from .errors import InputError, RunError
-from .serving.conversation import Context, Conversation, Stopped, read_text
+from .serving.conversation import Context, Conversation, Stopped
+from .serving.prompt import read_text
 
 HOST = "127.0.0.1"
 
@@ -255,6 +256,7 @@ def main() -> None:
             prog="mlx_clex.web",
             description="Talk with a model in the browser, long documents included.",
             parents=[setup_arg_parser()],
+            example="mlx_clex web --model long-model --port 7861",
         )
     )
 
