@@ -20,7 +20,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from jinja2.exceptions import TemplateError
 from mlx_lm.generate import stream_generate, wired_limit
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
@@ -28,7 +27,7 @@ from ..checkpoint.fingerprint import Fingerprint
 from ..errors import InputError, RunError
 from ..model.plans import planned_caches
 from ..model.scaled_model import make_prompt_cache, scaled
-from .prompt import encode_text, normalise_text, pass_size, without_bos
+from .prompt import encode_text, normalise_text, pass_size, render_messages, without_bos
 from .saved_conversation import read_conversation, write_conversation
 
 # Stand for the last message and the new one while the chat template is rendered.
@@ -302,18 +301,14 @@ class Conversation:
             messages.append({"role": "user", "content": _NEW})
         if self.system_prompt:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        try:
-            rendered = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-            before, after = rendered.split(_NEW)
-            if self.messages:
-                _, before = before.split(_LAST)
-        except (TemplateError, ValueError) as error:
+        rendered = render_messages(self.tokenizer, messages, add_generation_prompt=True)
+        if rendered.count(_NEW) != 1 or rendered.count(_LAST) != bool(self.messages):
             raise InputError(
-                f"This model's chat template does not take the conversation: {error}"
-            ) from error
-        return before, after
+                "This model's chat template does not show each message once, so a conversation "
+                "cannot be read turn by turn."
+            )
+        before, after = rendered.split(_NEW)
+        return before.rpartition(_LAST)[2], after
 
     def _encode(self, before: str, text: str, after: str = "") -> tuple[list[int], int]:
         """Return the tokens to read, and how many of the context's they stand behind."""

@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx_lm.generate import DEFAULT_PROMPT
 
 from ..bundled import DEFAULT, OPENING
-from ..errors import InputError, say
+from ..errors import InputError, one_line, say
 from ..model.scaled_model import scaled
 
 # Tokens of a pass below which a GPU computes fewer tokens a second.
@@ -176,9 +176,9 @@ def _apply_template(args: argparse.Namespace, tokenizer: Any, text: str, continu
         messages.append({"role": "assistant", "content": args.prefill_response})
 
     def render() -> str:
-        return tokenizer.apply_chat_template(
+        return render_messages(
+            tokenizer,
             messages,
-            tokenize=False,
             continue_final_message=prefilled,
             add_generation_prompt=not prefilled,
             **extra,
@@ -189,7 +189,27 @@ def _apply_template(args: argparse.Namespace, tokenizer: Any, text: str, continu
         return rendered
     # The cache ends where the user's message begins.
     messages[-2 if prefilled else -1]["content"] = "<query>"
-    return rendered[render().index("<query>") :]
+    end = render().find("<query>")
+    if end < 0:
+        raise InputError(
+            "This model's chat template drops the message. Give --ignore-chat-template."
+        )
+    return rendered[end:]
+
+
+def render_messages(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
+    """Return the text that a model's chat template makes of messages.
+
+    Raises:
+        InputError: the template does not take them. It is a stranger's program and may raise
+            anything.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:
+        raise InputError(
+            f"This model's chat template does not take the messages: {one_line(error)}"
+        ) from error
 
 
 def template_options(args: argparse.Namespace) -> dict[str, Any]:

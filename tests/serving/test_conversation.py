@@ -247,6 +247,33 @@ def test_a_new_system_prompt_starts_anew(templated, plain):
     assert untemplated.context() == before
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no') }}", "does not take the messages: no"),
+        ("{{ messages + 1 }}", "does not take the messages: can only concatenate"),
+        ("{{ 1 // 0 }}", "does not take the messages: .*by zero"),
+        ("{% if %}", "does not take the messages: "),
+        ("{{ 2 ** 'x' }}", "does not take the messages: "),
+        ("hello", "does not show each message once"),
+        ("{{ messages[-1].content }}", "does not show each message once"),
+        ("{% for m in messages %}{{ m.content * 2 }}{% endfor %}", "does not show each message"),
+    ],
+)
+def test_templates_that_cannot_be_used(templated, template, reason):
+    """A template that raised anything but jinja's errors ended the chat."""
+    model, tokenizer = load(templated)
+    conversation = Conversation(model, tokenizer, max_tokens=4)
+    answer_of(conversation, "A cat.")
+    good, before = tokenizer._tokenizer.chat_template, conversation.context()
+    tokenizer._tokenizer.chat_template = template
+    with pytest.raises(InputError, match=reason):
+        answer_of(conversation, "A dog.")
+    tokenizer._tokenizer.chat_template = good
+    assert conversation.context() == before
+    answer_of(conversation, "A dog.")
+
+
 def test_one_bos_token(plain, templated):
     """A text that begins with the BOS text got two, and the answer was another."""
     for folder in (plain, templated):
