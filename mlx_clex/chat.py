@@ -1,11 +1,10 @@
 """Command: a conversation in the terminal that can hold long documents.
 
-It takes the options of `mlx_lm.chat`. A line is a message, or a command that begins with
-a slash (`COMMANDS`). Ctrl-C stops what is being read or written, between two passes of
-the model, so that the conversation stays whole.
+Takes the options of `mlx_lm.chat`, and its lines `q`, `r` and `h`. A line is a message, or
+a command that begins with a slash (`COMMANDS`). Ctrl-C stops reading or answering between
+two passes of the model, so the conversation stays whole.
 
-Not covered: sharding over several machines, and `--max-kv-size`, whose window would drop
-the text that a scaling is there to reach.
+Not covered: several machines, and `--max-kv-size`, whose window would drop the long text.
 """
 
 import argparse
@@ -17,22 +16,27 @@ from collections.abc import Iterator
 from typing import Any
 
 from mlx_lm.chat import setup_arg_parser
-from tqdm import tqdm
 
 from .commands.chat_options import add_chat_arguments, check_chat_options, load_conversation
+from .commands.progress import reading_bar
 from .commands.run_command import run_command
 from .errors import InputError, RunError
-from .serving.conversation import Conversation, Progress, Stopped, read_text
+from .serving.conversation import Conversation, Progress, Stopped
+from .serving.prompt import read_text
 
 COMMANDS = {
     "/load": "FILE: read a text file into the context",
+    "/retry": "answer the last message again (at --temp 0 the answer is the same)",
+    "/system": "TEXT: set the system prompt and start anew",
     "/context": "tokens used, reach, scale and memory",
     "/save": "FILE: write the conversation with its cache",
-    "/restore": "FILE: go on with a saved one; nothing is read again",
-    "/reset": "forget everything",
+    "/restore": "FILE: go on with a saved conversation; nothing is read again",
+    "/reset": "start anew",
     "/help": "this list; a line that begins with a space is always a message",
     "/quit": "leave, as Ctrl-D does; Ctrl-C stops an answer",
 }
+_SHORT = {"q": "/quit", "r": "/reset", "h": "/help"}  # the commands of mlx_lm.chat
+_LONG_MESSAGE = 128  # tokens from which reading a message shows a bar
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,10 +52,12 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.model}: {conversation.context()}")
     if not conversation.templated:
         print("It has no chat template: it goes on with the text that you type.")
-    print("/load FILE reads a document, /help lists all commands.")
+    print("/load FILE reads a document, /retry answers again, /system TEXT sets the system prompt.")
+    print("q quits, r starts anew, h lists all commands; Ctrl-C stops an answer.")
     while True:
         try:
             line = input("\n> ")
+            line = _SHORT.get(line, line)
             if line.rstrip() == "/quit":
                 return
             _obey(conversation, line)
@@ -74,11 +80,12 @@ def _obey(conversation: Conversation, line: str) -> None:
                 _answer(conversation, line.strip())
         return
     command, _, rest = line.strip().partition(" ")
-    file = rest.strip().strip("'\"")
+    rest = rest.strip()
+    file = rest.strip("'\"")
     if command not in COMMANDS:
         raise InputError(
-            f"There is no command {command}; it has {', '.join(COMMANDS)}. To send the line as a "
-            "message, begin it with a space."
+            f"There is no command {command}. The commands are {', '.join(COMMANDS)}. To send the "
+            "line as a message, begin it with a space."
         )
     if COMMANDS[command].startswith("FILE") and not file:
         raise InputError(f"{command} needs a file: {command} FILE.")
@@ -87,10 +94,19 @@ def _obey(conversation: Conversation, line: str) -> None:
     elif command == "/reset":
         conversation.reset()
         print("The context is empty.")
+    elif command == "/retry":
+        with _interruptible(conversation):
+            _answer(conversation, None)
+    elif command == "/system":
+        if not rest:
+            now = conversation.system_prompt or "none"
+            raise InputError(f"/system needs a text: /system TEXT. The system prompt is: {now}")
+        conversation.begin(rest)
+        print("The system prompt is set. The context is empty.")
     elif command == "/context":
         print(conversation.context())
     elif command == "/load":
-        with _interruptible(conversation), _bar(always=True) as progress:
+        with _interruptible(conversation), _bar() as progress:
             count = conversation.read(read_text(file), progress)
         print(f"Read {count} tokens: {conversation.context()}")
     elif command == "/save":
@@ -103,9 +119,14 @@ def _obey(conversation: Conversation, line: str) -> None:
         print(f"Restored: {conversation.context()}")
 
 
-def _answer(conversation: Conversation, message: str) -> None:
-    with _bar(always=False) as progress:
-        for piece in conversation.answer(message, progress):
+def _answer(conversation: Conversation, message: str | None) -> None:
+    """Print the answer to a message; None stands for the last one."""
+    with _bar(_LONG_MESSAGE) as progress:
+        if message is None:
+            pieces = conversation.retry(progress)
+        else:
+            pieces = conversation.answer(message, progress)
+        for piece in pieces:
             print(piece, end="", flush=True)
     ends = {
         "length": "cut at --max-tokens; ",
@@ -133,24 +154,18 @@ def _interruptible(conversation: Conversation) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _bar(*, always: bool) -> Iterator[Progress]:
-    """A progress bar on stderr, from the second pass on if not `always`."""
-    bar: Any = None
+def _bar(least: int = 1) -> Iterator[Progress]:
+    """Yield a callback that shows a bar where at least so many tokens are read."""
+    with contextlib.ExitStack() as stack:
+        move: Progress | None = None
 
-    def progress(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None and (always or done < total):
-            bar = tqdm(total=total, unit="tok", desc="Reading")
-        if bar is not None:
-            bar.update(done - bar.n)
-            if done == total:
-                bar.close()
+        def progress(done: int, total: int) -> None:
+            nonlocal move
+            if move is None:
+                move = stack.enter_context(reading_bar(total, enabled=total >= least))
+            move(done, total)
 
-    try:
         yield progress
-    finally:
-        if bar is not None:
-            bar.close()
 
 
 def main() -> None:
@@ -162,6 +177,7 @@ def main() -> None:
             prog="mlx_clex.chat",
             description="Talk with a model in the terminal, long documents included.",
             parents=[setup_arg_parser()],
+            example="mlx_clex chat --model long-model --max-tokens 512",
         )
     )
 

@@ -107,6 +107,47 @@ def test_a_talk_over_a_document(chat, model, tmp_path):
     assert child.exitstatus == 0
 
 
+def test_the_bar_stands_before_the_first_pass(chat, model, tmp_path):
+    """One chunk showed nothing, and then 100 % at 21 million tokens a second."""
+    (tmp_path / "fox.txt").write_text(SENTENCE * 3)
+    shown = say(chat(model), "/load fox.txt")
+    bars = re.findall(r"Reading: +(\d+)%\|", shown)
+    assert (bars[0], bars[-1]) == ("0", "100")
+    rate = float(re.findall(r"([\d.]+)tok/s", shown)[-1])
+    assert 1 < rate < 1_000_000
+    assert "Reading" not in say(chat(model, "-m", 2), "A cat.")
+
+
+def test_the_short_commands_of_mlx_lm(chat, endless, tmp_path):
+    """q, r and h were sent to the model as messages."""
+    child = chat(endless, "-m", 5)
+    assert "q quits, r starts anew, h lists all commands" in child.before
+    say(child, "A cat.")
+    assert "\n/retry " in say(child, "h")
+    assert "The context is empty." in say(child, "r")
+    assert tokens_of(say(child, "/context")) == 0
+    assert tokens_of(say(child, " r")) > 5
+    child.sendline("q")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 0
+
+
+def test_retry_and_a_new_system_prompt(chat, model, endless):
+    """The last answer is replaced; a system prompt starts anew."""
+    child = chat(model, "-m", 10)
+    assert "no answer to replace" in say(child, "/retry")
+    answer = say(child, "Who jumps?")
+    again = say(child, "/retry")
+    assert spoken(again).split("\r\n", 1)[1] == spoken(answer).split("\r\n", 1)[1]
+    assert tokens_of(again) == tokens_of(answer)
+    assert "The system prompt is: none" in say(child, "/system")
+    assert "The context is empty." in say(child, "/system Be brief.")
+    assert tokens_of(say(child, "Who jumps?")) > tokens_of(answer)
+    assert "The system prompt is: Be brief." in say(child, "/system")
+    assert "needs a chat template" in say(chat(endless), "/system Be brief.")
+
+
 def test_saved_in_one_process_and_restored_in_another(chat, model, endless, tmp_path):
     """The same context and the same next answer; another model refuses the file."""
     child = chat(model, "-m", 10)
@@ -123,8 +164,7 @@ def test_saved_in_one_process_and_restored_in_another(chat, model, endless, tmp_
     assert spoken(say(again, "And then?")) == spoken(answer)
     other = chat(endless)
     refused = say(other, "/restore talk.safetensors")
-    assert "is a conversation with another model: " in refused
-    assert "rope_scaling: " in refused
+    assert "cannot be used: made with another m, whose config.json and weights differs" in refused
 
 
 def spoken(shown):
@@ -178,7 +218,7 @@ def test_commands_and_their_mistakes(chat, model):
     """/help lists what there is; what there is not is said in one line."""
     child = chat(model)
     shown = say(child, "/help")
-    for command in ("/load", "/context", "/save", "/restore", "/reset", "/quit"):
+    for command in ("/load", "/context", "/save", "/restore", "/reset", "/quit", "/retry"):
         assert f"\n{command} " in shown
     assert "There is no command /lod" in say(child, "/lod x")
     assert "/load needs a file" in say(child, "/load")
@@ -195,7 +235,7 @@ def test_commands_and_their_mistakes(chat, model):
         (("--model", "m", "--pipeline"), "several machines"),
         (("--model", "m", "--temp", "-1"), "--temp must be within"),
         (("--model", "m", "--max-tokens", "0"), "--max-tokens must be"),
-        (("--model", "./nothing"), "neither a folder"),
+        (("--model", "./nothing"), "There is no folder or file"),
     ],
 )
 def test_bad_options_are_one_line(options, reason, capsys):
@@ -209,5 +249,5 @@ def test_bad_options_are_one_line(options, reason, capsys):
     )
     assert status == 2
     err = capsys.readouterr().err
-    assert re.fullmatch(r"mlx_clex\.chat: error: .*\n", err)
+    assert re.fullmatch(r"mlx_clex chat: error: .*\n", err)
     assert reason in err

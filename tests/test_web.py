@@ -2,7 +2,7 @@
 
     python -m tests.test_web MODEL docs/web.png
 
-takes the picture in the README, with a model that can talk.
+takes the picture of docs/chat-and-serve.md, with a model that can talk.
 """
 
 import json
@@ -12,14 +12,16 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
 from mlx_clex.serving.conversation import Context
-from mlx_clex.web import meter
+from mlx_clex.serving.page import Read, meter
 
 from .conftest import GOLDEN
 
@@ -27,7 +29,7 @@ SENTENCE = "The quick brown fox jumps over the lazy dog. "
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    *("--disable-dev-shm-usage", "--window-size=1200,820"),
+    *("--disable-dev-shm-usage", "--window-size=1280,800"),
 )
 
 
@@ -61,7 +63,14 @@ class Page:
             chrome.add_argument(flag)
         chrome.set_capability("goog:loggingPrefs", {"performance": "ALL"})
         self.browser = webdriver.Chrome(chrome, Service(shutil.which("chromedriver")))
+        self.resize(1280, 800)
         self.browser.get(self.address)
+
+    def resize(self, width, height):
+        """Give the page, without the window's frame, this size."""
+        self.browser.set_window_size(width, height)
+        inner = self.browser.execute_script("return [innerWidth, innerHeight]")
+        self.browser.set_window_size(2 * width - inner[0], 2 * height - inner[1])
 
     def find(self, selector):
         """The first element, once it is there."""
@@ -83,7 +92,12 @@ class Page:
     def tokens(self):
         """How many the meter shows; -1 while it is not there."""
         figures = self.text("#meter .figures").split()
-        return int(figures[0]) if figures else -1
+        return int(figures[0].replace(",", "")) if figures else -1
+
+    def box(self, selector):
+        """Top and bottom of an element, in pixels from the window's top."""
+        script = "const b = document.querySelector(arguments[0]).getBoundingClientRect();"
+        return self.browser.execute_script(script + "return [b.top, b.bottom]", selector)
 
     def send(self, message):
         self.find("#message textarea").send_keys(message + "\n")
@@ -110,23 +124,160 @@ class Page:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    """The page over clex_llama, which reaches 256 tokens and has no chat template."""
+def browsing(tmp_path_factory):
+    """A function from a golden checkpoint and options to its page, in float32."""
     pytest.importorskip("gradio", reason="the page needs gradio, extra `web`")
     pytest.importorskip("selenium", reason="selenium drives the browser")
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("chromium or chromedriver is not installed")
     from mlx_clex.convert import convert
 
-    folder = tmp_path_factory.mktemp("f32") / "m"
-    convert(GOLDEN / "clex_llama", folder, dtype="float32")
-    page = Page(folder, "--max-tokens", "40")
-    yield page
-    page.close()
+    pages = []
+
+    def start(name, *options, template=None):
+        folder = tmp_path_factory.mktemp("f32") / "m"
+        convert(GOLDEN / name, folder, dtype="float32")
+        if template is not None:
+            file = folder / "tokenizer_config.json"
+            entries = json.loads(file.read_text()) | {"chat_template": template}
+            file.write_text(json.dumps(entries))
+        pages.append(Page(folder, *options))
+        return pages[-1]
+
+    yield start
+    for page in pages:
+        page.close()
+
+
+@pytest.fixture(scope="module")
+def page(browsing):
+    """The page over clex_llama, which reaches 256 tokens and has no chat template."""
+    return browsing("clex_llama", "--max-tokens", "40")
+
+
+@pytest.fixture(scope="module")
+def endless(browsing):
+    """The page over gene_llama, which has no end, with a chat template."""
+    template = (
+        "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant {% endif %}"
+    )
+    options = ("--max-tokens", "8", "--prefill-step-size", "64", "--system-prompt", "Be brief.")
+    return browsing("gene_llama", *options, template=template)
+
+
+@pytest.mark.parametrize("size", [(1280, 800), (900, 1200)])
+def test_the_page_fills_the_window(page, size):
+    """The talk was 420 pixels high, whatever the window."""
+    page.resize(*size)
+    page.until(lambda: page.tokens() >= 0)
+    height = size[1]
+    page.until(lambda: height - 20 < page.box("#message")[1] <= height)
+    assert page.box("#talk")[1] - page.box("#talk")[0] > height - 200
+    assert page.browser.execute_script("return document.documentElement.scrollHeight") <= height
+    for part in ("#document", "#meter", "#new"):
+        assert page.box(part)[1] <= height
+
+
+def test_an_empty_page_says_what_to_do_first(page):
+    """It was an empty rectangle."""
+    page.find("#new").click()
+    page.until(lambda: "Drop a text file" in page.text("#talk"))
+    assert "up to 256 tokens" in page.text("#talk")
+    assert "continues the text that you write" in page.text("#talk")
+    assert not page.browser.find_elements("css selector", "#system")  # no chat template
+
+
+def test_the_settings_are_used(endless):
+    """System prompt, temperature and longest answer could be set at the start alone."""
+    page = endless
+    box = page.find("#system textarea")
+    page.until(lambda: box.get_attribute("value") == "Be brief." and box.is_enabled())
+    page.send("A cat.")
+    page.until(lambda: page.tokens() > 0 and "Cut at the longest answer." in page.text("#note"))
+    brief = page.tokens()
+    page.until(lambda: not page.find("#system textarea").is_enabled())
+    page.find("#new").click()
+    page.until(lambda: page.tokens() == 0 and page.find("#system textarea").is_enabled())
+    page.find("#system textarea").send_keys(" Answer in one word and no more.")
+    most = page.find("#most input")
+    most.clear()
+    most.send_keys("20\t")
+    page.send("A cat.")
+    page.until(lambda: page.tokens() > brief + 12 + 5)
+    most.clear()
+    most.send_keys("0\t")
+    page.send("A cat.")
+    page.until(lambda: "must be at least 1 token" in page.text("#note"))
+
+
+def test_there_is_one_way_to_start_anew(page):
+    """A bin in the corner did the same as the button."""
+    page.send("A cat.")
+    page.until(lambda: page.tokens() > 20)
+    buttons = page.browser.find_elements("css selector", "#talk button")
+    names = [button.get_attribute("title") for button in buttons if button.is_displayed()]
+    assert "Copy message" in names
+    assert "Clear" not in names
+    page.find("#new").click()
+    page.until(lambda: page.tokens() == 0)
+
+
+def test_reading_shows_its_progress_and_stops(endless, tmp_path):
+    """The note said "Reading ..." for minutes."""
+    page = endless
+    page.find("#new").click()
+    page.until(lambda: page.tokens() == 0)
+    (tmp_path / "long.txt").write_text(SENTENCE * 3000)
+    page.drop(tmp_path / "long.txt")
+    page.until(lambda: "tokens/s" in page.text("#note"))
+    done, total = (
+        int(page.find("#note progress").get_attribute(name)) for name in ("value", "max")
+    )
+    assert 0 < done < total
+    page.find("#stop").click()
+    page.until(lambda: page.text("#note") == "Stopped.")
+    assert page.tokens() == 0
+
+
+def test_the_rate_is_that_of_the_time_gone_by():
+    """It was told after the first pass alone, over no time."""
+    assert Read(0, 2000, 0.0).bar().startswith("Reading: 0 of 2,000 tokens<")
+    assert "1,500 of 2,000 tokens, 300 tokens/s" in Read(1500, 2000, 5.0).bar()
+
+
+def test_a_picture_in_a_text_is_not_fetched(page, tmp_path):
+    """Fetching it tells its owner who reads the text, and could carry the answer away."""
+    asked = []
+
+    class Owner(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+
+        def log_message(self, *_):
+            pass
+
+    owner = HTTPServer(("127.0.0.1", 0), Owner)
+    threading.Thread(target=owner.serve_forever, daemon=True).start()
+    try:
+        page.find("#new").click()
+        page.until(lambda: page.tokens() == 0)
+        text = f"![seen](http://127.0.0.1:{owner.server_port}/seen.png)"
+        (tmp_path / "<b>bold.txt").write_text(text)
+        page.drop(tmp_path / "<b>bold.txt")
+        page.until(lambda: "bold.txt" in page.text("#note") and page.tokens() > 0)
+        page.until(lambda: page.browser.find_elements("css selector", "#talk img"))
+        time.sleep(1)
+        assert asked == []
+        assert not page.browser.find_elements("css selector", "#note b")
+    finally:
+        owner.shutdown()
+        owner.server_close()
 
 
 def test_talk_drop_and_read(page, tmp_path):
     """Type, read the streamed answer, drop a document, run into the reach, start anew."""
+    page.find("#new").click()
     page.until(lambda: page.tokens() == 0)
     page.send("A cat.")
     page.until(lambda: page.tokens() > 20)
@@ -137,7 +288,7 @@ def test_talk_drop_and_read(page, tmp_path):
     page.drop(tmp_path / "fox.txt")
     page.until(lambda: "of fox.txt" in page.text("#note"))
     assert page.tokens() > before + 20
-    assert "of 256 tokens" in page.text("#meter")
+    assert f"of 256 tokens, {page.tokens() / 256:.0%}" in page.text("#meter")
     assert page.find("#meter progress").get_attribute("value") == str(page.tokens())
 
     (tmp_path / "long.txt").write_text(SENTENCE * 30)
@@ -175,7 +326,12 @@ def test_ctrl_c_ends_an_answer_and_the_page():
 
 
 @pytest.mark.parametrize(
-    ("reach", "shown"), [(256, 'value="12" max="256"'), (None, "<b>12</b> no limit tokens")]
+    ("reach", "shown"),
+    [
+        (256, 'value="12" max="256"'),
+        (256, "<b>12</b> of 256 tokens, 5%"),
+        (None, "<b>12</b> tokens, no limit"),
+    ],
 )
 def test_the_meter(reach, shown):
     """A context without an end had a bar of no length."""
@@ -184,11 +340,11 @@ def test_the_meter(reach, shown):
 
 def picture(folder: str, file: str) -> None:
     """Ask about a document, and save what the page shows then."""
-    page = Page(folder, "--max-tokens", "60")
+    page = Page(folder)
     try:
         with tempfile.TemporaryDirectory() as scratch:
             document = Path(scratch) / "library.txt"
-            command = [sys.executable, "examples/long_document.py", "--characters", "3200"]
+            command = [sys.executable, "examples/long_document.py", "--characters", "11500"]
             document.write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)
             page.drop(document)
             page.until(lambda: "of library.txt" in page.text("#note"), seconds=300)

@@ -7,12 +7,14 @@ Not covered: making the caches (`cache_prompt`), and batches.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache, save_prompt_cache
 
 from ..errors import InputError, RunError, one_line
@@ -20,9 +22,10 @@ from ..model.plans import planned_caches, single_caches
 from ..model.scaled_model import make_prompt_cache
 from .files import new_file
 from .fingerprint import Fingerprint, difference
+from .safetensors_file import read_header
 
 # What libraries raise on a file that is broken, or something else.
-_BROKEN = (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError)
+_BROKEN = (ValueError, ArithmeticError, RuntimeError, LookupError, TypeError, AttributeError)
 _ENTRY = "mlx_clex"
 _SUFFIX = ".safetensors"  # mlx writes and reads no other
 
@@ -82,21 +85,23 @@ def load_cache(
         only the kinds of caches are compared: see `is_ours`.
 
     Raises:
-        InputError: no such file, no saved cache, or one that belongs to another model,
-            adapter or scaling; the message says what differs.
+        InputError: no such file, no saved cache, a damaged one, or one that belongs to
+            another model, adapter or scaling; the message says what differs.
     """
     file = _existing(name)
     try:
+        read_header(file)  # mlx reads data past the end of a file as it is needed
         caches, metadata = load_prompt_cache(str(file), return_metadata=True)
         metadata = dict(metadata or {})
-        entry = json.loads(metadata[_ENTRY]) if is_ours(metadata) else None
-        if entry is not None:
+        there = here
+        if is_ours(metadata):
+            entry = json.loads(metadata[_ENTRY])
             there = dict(entry["fingerprint"])
             for cache, scale in zip(planned_caches(caches), entry["scales"], strict=True):
                 cache.scale = scale
     except _BROKEN as error:
         raise InputError(f"{name} is no saved cache: {one_line(error)}") from error
-    if entry is not None and (what := difference(there, here)):
+    if what := difference(there, here):
         raise InputError(
             f"{name} cannot be used: {what}. Give what it was made with, or make it again."
         )
@@ -106,6 +111,12 @@ def load_cache(
             f"{name} holds other caches than this model uses: {_counted(kinds)} there, "
             f"{_counted(wanted)} here. Make it again with the --model and --scale it is for."
         )
+    try:
+        whole = _are_whole(caches, model)
+    except _BROKEN:
+        whole = False
+    if not whole:
+        raise InputError(f"{name} is a damaged cache. Make it again.")
     return caches, metadata
 
 
@@ -139,6 +150,81 @@ def is_ours(metadata: Mapping[str, str]) -> bool:
 def quantised(caches: Sequence[Any]) -> Any:
     """The first quantised cache, which knows its bits and group size, or None."""
     return next((c for c in single_caches(caches) if isinstance(c, QuantizedKVCache)), None)
+
+
+def length_of(caches: Sequence[Any]) -> int | None:
+    """Return how many tokens the caches hold; None where no cache counts them."""
+    lengths = [c.offset for c in single_caches(caches) if hasattr(c, "offset")]
+    return max(lengths, default=None)
+
+
+def _are_whole(caches: Sequence[Any], model: nn.Module) -> bool:
+    """Whether the caches have the sizes that this model gives them, and finite numbers."""
+    made = make_prompt_cache(model)
+    model(mx.array([[0]]), cache=made)  # for the shapes alone: nothing is computed
+    length = length_of(caches) or 0
+    return all(
+        _is_whole(cache, like, length)
+        for cache, like in zip(single_caches(caches), single_caches(made), strict=True)
+    )
+
+
+def _is_whole(cache: Any, like: Any, length: int) -> bool:
+    """Whether a cache of `length` tokens fits to one of the same model that holds one token."""
+    if isinstance(cache, QuantizedKVCache):
+        like = like.to_quantized(group_size=cache.group_size, bits=cache.bits)
+    if not hasattr(like, "keys"):  # a state of fixed size (Mamba)
+        return _fit(cache.state, like.state) or (length == 0 and cache.empty())
+    counts = [cache.offset, getattr(cache, "_idx", 0), getattr(cache, "start_position", 0)]
+    if not all(type(count) is int and 0 <= count <= cache.offset for count in counts):
+        return False
+    settings = ("keep", "max_size", "chunk_size")
+    if any(getattr(cache, name, None) != getattr(like, name, None) for name in settings):
+        return False
+    if hasattr(cache, "expected_length") and not (
+        type(cache.expected_length) is int
+        and cache.expected_length >= 0
+        and (cache.scale is None or 1 <= cache.scale < math.inf)
+        and (cache.offset == 0 or (cache.scale is None) == (like.scale is None))
+    ):
+        return False
+    if cache.offset != length * like.offset:  # a layer that shares keys has none of its own
+        return False
+    if cache.offset == 0:
+        return cache.keys is None or _fit(cache.keys, like.keys, 0)
+    held = min(cache.offset - counts[2], getattr(cache, "max_size", cache.offset))
+    held = max(held, counts[1])
+    return _fit(cache.keys, like.keys, held) and _fit(cache.values, like.values, held)
+
+
+def _fit(there: Any, here: Any, length: int | None = None) -> bool:
+    """Whether arrays have the shapes of others, and finite numbers.
+
+    Args:
+        there: nested arrays of a file.
+        here: those of the model.
+        length: the least size of axis 2, tokens; None: all axes are equal.
+    """
+    ours = dict(tree_flatten(here))
+    theirs = dict(tree_flatten(there))
+    if ours.keys() != theirs.keys():
+        return False
+    for name, like in ours.items():
+        array = theirs[name]
+        if not isinstance(array, mx.array) or not isinstance(like, mx.array):
+            if array is not None or like is not None:
+                return False
+            continue
+        shape, wanted = list(array.shape), list(like.shape)
+        if length is not None and len(shape) == len(wanted):
+            if shape.pop(2) < length:
+                return False
+            wanted.pop(2)
+        floating = mx.issubdtype(like.dtype, mx.floating)
+        same_kind = mx.issubdtype(array.dtype, mx.floating) == floating
+        if shape != wanted or not same_kind or not mx.isfinite(array).all().item():
+            return False
+    return True
 
 
 def _kinds(caches: Sequence[Any]) -> list[str]:

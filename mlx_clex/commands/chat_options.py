@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
@@ -14,7 +15,7 @@ from .options import check_ranges, scale_policy
 
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `mlx_lm.chat` does not have, or has otherwise."""
+    """Add the options that `mlx_lm.chat` does not have, or has with another meaning."""
     parser.add_argument(
         "--model", default=None, help="A folder with a model, a .gguf file, or a Hugging Face id."
     )
@@ -23,9 +24,9 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
         type=scale_policy,
         default="prompt",
         metavar="prompt|grow|NUMBER",
-        help="prompt (default): each turn has the scale of the whole conversation from its first "
-        "chunk on, then growing with the answer. grow: that of what has been read so far. "
-        "NUMBER: fixed for good.",
+        help="prompt (default): the scale of the whole conversation at the start of a turn, which "
+        "then grows with the answer. grow: the scale of the text read so far. NUMBER: a fixed "
+        "scale.",
     )
     parser.add_argument(
         "--max-kv-size", type=int, default=None, help="Refused: it would drop the long context."
@@ -52,7 +53,7 @@ def check_chat_options(args: argparse.Namespace) -> None:
 
 
 def load_conversation(args: argparse.Namespace) -> Callable[[], Conversation]:
-    """Load the model; the result starts a conversation with it.
+    """Load the model, and return a function that starts a conversation with it.
 
     Raises:
         InputError: the model cannot be loaded.
@@ -66,13 +67,6 @@ def load_conversation(args: argparse.Namespace) -> Callable[[], Conversation]:
         trust_remote_code=args.trust_remote_code,
     )
     identity = fingerprint(model, folder, args.adapter_path)
-    sampler = make_sampler(
-        args.temp,
-        args.top_p,
-        xtc_probability=args.xtc_probability,
-        xtc_threshold=args.xtc_threshold,
-        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
-    )
 
     def start() -> Conversation:
         return Conversation(
@@ -83,7 +77,20 @@ def load_conversation(args: argparse.Namespace) -> Callable[[], Conversation]:
             system_prompt=args.system_prompt,
             max_tokens=args.max_tokens,
             prefill_step_size=args.prefill_step_size,
-            sampler=sampler,
+            sampler=sampler_at(args.temp, args, tokenizer),
         )
 
     return start
+
+
+def sampler_at(
+    temperature: float, args: argparse.Namespace, tokenizer: Any
+) -> Callable[[mx.array], mx.array]:
+    """Return mlx-lm's sampler at this temperature, with the other options as given."""
+    return make_sampler(
+        temperature,
+        args.top_p,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )

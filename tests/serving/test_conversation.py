@@ -9,7 +9,8 @@ from mlx_clex.convert import convert
 from mlx_clex import load, make_prompt_cache
 from mlx_clex.checkpoint.fingerprint import fingerprint
 from mlx_clex.errors import InputError
-from mlx_clex.serving.conversation import Conversation, Stopped, read_text
+from mlx_clex.serving.conversation import Conversation, Stopped
+from mlx_clex.serving.prompt import read_text
 
 from ..conftest import GOLDEN
 
@@ -91,12 +92,11 @@ def test_a_turn_reads_only_what_is_new(plain):
     conversation = Conversation(model, tokenizer, max_tokens=10)
     answer_of(conversation, SENTENCE * 2)
     before = len(conversation.tokens)
-    counts = []
-    answer_of_progress = conversation.answer(SENTENCE, lambda done, total: counts.append(total))
-    list(answer_of_progress)
+    calls = []
+    list(conversation.answer(SENTENCE, lambda *call: calls.append(call)))
 
-    added = len(conversation.tokens) - before - conversation.generated
-    assert counts == [added - 1]  # the last one is fed by the generation
+    new = len(conversation.tokens) - before - conversation.generated - 1
+    assert calls == [(0, new), (new, new)]  # the last one is fed by the generation
 
 
 def test_answers_are_those_of_one_pass_at_a_fixed_scale(plain):
@@ -122,7 +122,8 @@ def test_the_scale_follows_the_conversation(plain):
     for name, conversation in (("prompt", planned), ("grow", grown)):
         scales = seen[name] = []
         conversation.read(
-            SENTENCE, lambda *_, c=conversation, s=scales: s.append(c._cache[0].scale)
+            SENTENCE,
+            lambda done, _, c=conversation, s=scales: s.append(c._cache[0].scale) if done else None,
         )
         answer_of(conversation, SENTENCE)
         assert conversation.context().scale == model.scale_at(len(conversation.tokens))
@@ -187,6 +188,106 @@ def test_a_hard_reach_is_refused_and_the_conversation_goes_on(plain):
     conversation.max_tokens = 4
     answer_of(conversation, SENTENCE)
     assert conversation.context().tokens > 4
+
+
+def test_reading_tells_its_progress_from_the_start(templated):
+    """A document of one chunk showed nothing, and then 100 % at millions of tokens a second."""
+    conversation = Conversation(*load(templated))
+    calls = []
+    count = conversation.read(SENTENCE * 100, lambda *call: calls.append(call))
+
+    done = [call[0] for call in calls]
+    assert done[0] == 0
+    assert done[-1] == count
+    assert len(done) > 4
+    assert {call[1] for call in calls} == {count}
+
+
+def test_retry_replaces_the_last_answer(plain):
+    """Nothing is read again, and the conversation has one answer to the message."""
+    model, tokenizer = load(plain, scale=8)
+    conversation = Conversation(model, tokenizer, policy=8.0, max_tokens=8)
+    with pytest.raises(InputError, match="no answer to replace"):
+        list(conversation.retry())
+    conversation.read(SENTENCE)
+    wanted = answer_of(conversation, "A cat.")
+    tokens, messages = list(conversation.tokens), list(conversation.messages)
+    calls = []
+    assert "".join(conversation.retry(lambda *call: calls.append(call))) == wanted
+    assert (conversation.tokens, conversation.messages, calls) == (tokens, messages, [])
+
+    conversation.sampler = lambda logprobs: mx.array([7])
+    other = "".join(conversation.retry())
+    assert conversation.messages[-1]["content"] == other != wanted
+    assert len(conversation.messages) == 2
+    assert conversation._cache[0].offset == len(conversation.tokens)
+    conversation.sampler = None
+    assert "".join(conversation.retry()) == wanted
+
+    conversation.read(SENTENCE)
+    with pytest.raises(InputError, match="no answer to replace"):
+        list(conversation.retry())
+
+
+def test_a_new_system_prompt_starts_anew(templated, plain):
+    """It stands once, before the first message."""
+    conversation = Conversation(*load(templated), max_tokens=4)
+    answer_of(conversation, "A cat.")
+    conversation.begin("Be brief.")
+    assert conversation.context().tokens == 0
+    answer_of(conversation, "A dog.")
+    text = squeezed(conversation.tokenizer.decode(conversation.tokens))
+    assert text.startswith(squeezed("<s>system Be brief.</s> <s>user A dog.</s>"))
+
+    untemplated = Conversation(*load(plain), max_tokens=4)
+    answer_of(untemplated, "A cat.")
+    before = untemplated.context()
+    with pytest.raises(InputError, match="needs a chat template"):
+        untemplated.begin("Be brief.")
+    assert untemplated.context() == before
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no') }}", "does not take the messages: no"),
+        ("{{ messages + 1 }}", "does not take the messages: can only concatenate"),
+        ("{{ 1 // 0 }}", "does not take the messages: .*by zero"),
+        ("{% if %}", "does not take the messages: "),
+        ("{{ 2 ** 'x' }}", "does not take the messages: "),
+        ("hello", "does not show each message once"),
+        ("{{ messages[-1].content }}", "does not show each message once"),
+        ("{% for m in messages %}{{ m.content * 2 }}{% endfor %}", "does not show each message"),
+    ],
+)
+def test_templates_that_cannot_be_used(templated, template, reason):
+    """A template that raised anything but jinja's errors ended the chat."""
+    model, tokenizer = load(templated)
+    conversation = Conversation(model, tokenizer, max_tokens=4)
+    answer_of(conversation, "A cat.")
+    good, before = tokenizer._tokenizer.chat_template, conversation.context()
+    tokenizer._tokenizer.chat_template = template
+    with pytest.raises(InputError, match=reason):
+        answer_of(conversation, "A dog.")
+    tokenizer._tokenizer.chat_template = good
+    assert conversation.context() == before
+    answer_of(conversation, "A dog.")
+
+
+def test_one_bos_token(plain, templated):
+    """A text that begins with the BOS text got two, and the answer was another."""
+    for folder in (plain, templated):
+        model, tokenizer = load(folder)
+        asked = []
+        for text in ("A cat.", tokenizer.bos_token + "A cat."):
+            conversation = Conversation(model, tokenizer, max_tokens=4)
+            answer_of(conversation, text)
+            asked.append(conversation.tokens[: conversation._asked])
+            answer_of(conversation, text)
+        # This template has one BOS text before each message.
+        bos = [tokens.count(tokenizer.bos_token_id) for tokens in asked]
+        assert bos == ([2, 2] if folder == templated else [1, 1])
+        assert asked[0] == asked[1]
 
 
 def known(folder, **options):

@@ -1,0 +1,278 @@
+"""The page of a conversation: a place to drop a document, settings, a meter of the context.
+
+Not covered: serving it (`web.py`), and more than one user.
+"""
+
+import html
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import InputError, RunError
+from .conversation import Context, Conversation, Stopped
+from .prompt import read_text
+from .turns import Tell, Turns
+
+# The columns have the height of the window. gradio's own button to clear the talk is hidden:
+# "New conversation" does it.
+CSS = """
+footer, #talk button[aria-label="Clear"], #talk button[title="Clear"] { display: none !important }
+.main.fillable { padding: 12px !important }
+#columns { height: calc(100vh - 24px); flex-wrap: nowrap }
+#left { height: 100%; flex-wrap: nowrap; min-width: 0 !important }
+#talk { flex: 1 1 0 !important; min-height: 0 }
+#talk .placeholder { padding: 0 24px }
+#left > .row, #note { flex: 0 0 auto }
+#note { padding: 0 12px !important; min-height: 24px !important }
+#note .html-container { padding: 0 }
+#right { flex: 0 0 280px !important; flex-wrap: nowrap; overflow-y: auto }
+#right > * { flex: none }
+#system textarea:disabled { background: var(--background-fill-secondary); opacity: 0.6 }
+#stop { flex: 0 0 90px; min-width: 90px }
+progress { appearance: none; width: 100%; height: 8px; border: 0; border-radius: 4px;
+  background: var(--border-color-primary); overflow: hidden }
+progress::-webkit-progress-bar { background: var(--border-color-primary) }
+progress::-webkit-progress-value { background: var(--color-accent) }
+progress::-moz-progress-bar { background: var(--color-accent) }
+"""
+
+# A text may hold a link to a picture; fetching it would tell its owner who reads the text.
+HEAD = (
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'self' 'unsafe-inline' "
+    "'unsafe-eval' data: blob:\">"
+)
+
+
+@dataclass(frozen=True)
+class Read:
+    """How far reading is."""
+
+    done: int  # tokens
+    total: int  # tokens
+    seconds: float  # since it began
+
+    def bar(self) -> str:
+        """Return a bar and its figures."""
+        rate = f", {self.done / self.seconds:,.0f} tokens/s" if self.done else ""
+        return (
+            f"Reading: {self.done:,} of {self.total:,} tokens{rate}"
+            f'<progress value="{self.done}" max="{self.total}"></progress>'
+        )
+
+
+def reading(tell: Tell) -> Callable[[int, int], None]:
+    """Return a progress callback that tells `Read`s, timed from now on."""
+    begun = time.perf_counter()
+    return lambda done, total: tell(Read(done, total, time.perf_counter() - begun))
+
+
+def meter(context: Context) -> str:
+    """Return the context as HTML: a bar where it has an end, and its figures."""
+    bar, reach = "", "tokens, no limit"
+    if context.reach is not None:
+        bar = f'<progress value="{context.tokens}" max="{context.reach}"></progress>'
+        reach = f"of {context.reach:,} tokens, {context.tokens / context.reach:.0%}"
+    return (
+        f'Context {bar}<div class="figures"><b>{context.tokens:,}</b> {reach}<br>'
+        f"Scale <b>{context.scale:.3g}</b><br>"
+        f"{context.nbytes / 1e6:,.1f} MB of keys and values</div>"
+    )
+
+
+def welcome(conversation: Conversation) -> str:
+    """Return what an empty page says, as Markdown."""
+    context = conversation.context()
+    reach = "any number of" if context.reach is None else f"up to {context.reach:,}"
+    lines = [
+        "### Ask about a long document",
+        "1. Drop a text file on the right. The model reads it once.",
+        "2. Write a question below and press Enter.",
+        "",
+        f"A conversation holds {reach} tokens. You can also start without a document.",
+    ]
+    if not conversation.templated:
+        lines += ["", "This model has no chat template: it continues the text that you write."]
+    return "\n".join(lines)
+
+
+def _excerpt(text: str) -> str:
+    """Return the two ends of a long text: a page that shows a whole book is slow."""
+    return text if len(text) <= 1000 else f"{text[:300]}\n\n[...]\n\n{text[-300:]}"
+
+
+def build_page(
+    turns: Turns,
+    title: str,
+    *,
+    temperature: float,
+    sampler_at: Callable[[float], Callable[[mx.array], mx.array]],
+) -> Any:
+    """Return the page as gradio Blocks.
+
+    Args:
+        turns: has the conversation, whose settings the page starts with.
+        title: of the page.
+        temperature: at which the conversation samples now.
+        sampler_at: returns the sampler of a temperature.
+    """
+    import gradio as gr
+
+    conversation = turns.conversation
+
+    def shown() -> list[dict[str, str]]:
+        return [
+            {"role": message["role"], "content": _excerpt(message["content"])}
+            if message["role"] == "user"
+            else dict(message)
+            for message in conversation.messages
+        ]
+
+    def view(text: str = "", *, busy: bool = False) -> dict[Any, Any]:
+        """Show the conversation as it is, with a note."""
+        return {
+            talk: shown(),
+            figures: meter(conversation.context()),
+            note: html.escape(text),
+            stop: gr.update(interactive=busy),
+            # It stands before the first message, so it cannot change later.
+            system: gr.update(interactive=not (busy or conversation.tokens)),
+        }
+
+    def take(wanted: str) -> None:
+        """Start with this system prompt if nothing has been read yet."""
+        if not conversation.tokens and conversation.templated:
+            conversation.begin(wanted.strip())
+
+    def send(message: str, wanted: str, heat: float, most: float) -> Iterator[dict]:
+        """Stream the answer to a message."""
+        if not message.strip():
+            yield view()
+            return
+        if most is None or (most < 1 and most != -1):
+            yield view("The longest answer must be at least 1 token, or -1 for no limit.")
+            return
+
+        def turn(tell: Tell) -> Iterator[str]:
+            take(wanted)
+            conversation.sampler = sampler_at(heat)
+            conversation.max_tokens = int(most)
+            yield from conversation.answer(message.strip(), reading(tell))
+
+        said = [*shown(), {"role": "user", "content": message}]
+        yield {**view("Reading ...", busy=True), talk: said, box: ""}
+        text, ended = "", ""
+        try:
+            for piece in turns.run(turn):
+                if isinstance(piece, Read):
+                    yield {note: piece.bar()}
+                    continue
+                text += piece
+                answer = {"role": "assistant", "content": text}
+                yield {talk: [*said, answer], figures: meter(conversation.context()), note: ""}
+        except Stopped:
+            ended = "Stopped."
+        except (InputError, RunError) as error:
+            ended = str(error)
+        ends = {
+            "stopped": "Stopped.",
+            "length": "Cut at the longest answer.",
+            "reach": "Cut at the reach of the model.",
+        }
+        yield view(ended or ends.get(conversation.finish or "", ""))
+
+    def drop(file: str | None, wanted: str) -> Iterator[dict]:
+        """Read a document into the context."""
+        if file is None:
+            return
+        name = Path(file).name
+
+        def turn(tell: Tell) -> Iterator[str]:
+            take(wanted)
+            count = conversation.read(read_text(file), reading(tell))
+            yield f"Read {count:,} tokens of {name}."
+
+        yield {**view(f"Reading {name} ...", busy=True), document: None}
+        try:
+            for told in turns.run(turn):
+                ended = told
+                if isinstance(told, Read):
+                    yield {note: told.bar()}
+        except Stopped:
+            ended = "Stopped."
+        except (InputError, RunError) as error:
+            ended = str(error)
+        yield view(ended)
+
+    def reset() -> dict[Any, Any]:
+        """Start anew."""
+
+        def forgetting(_: Tell) -> Iterator[None]:
+            conversation.reset()
+            yield None
+
+        list(turns.run(forgetting))
+        return view()
+
+    with gr.Blocks(analytics_enabled=False, title=title, fill_height=True, fill_width=True) as page:
+        with gr.Row(elem_id="columns"):
+            with gr.Column(elem_id="left"):
+                talk = gr.Chatbot(
+                    label=title,
+                    elem_id="talk",
+                    height="100%",
+                    buttons=["copy"],
+                    placeholder=welcome(conversation),
+                )
+                note = gr.HTML(elem_id="note", padding=False)
+                with gr.Row(equal_height=True):
+                    box = gr.Textbox(
+                        label="Message",
+                        elem_id="message",
+                        placeholder="Write a message; Enter sends it",
+                        submit_btn="Send",
+                        lines=1,
+                        max_lines=8,
+                        autofocus=True,
+                    )
+                    stop = gr.Button("Stop", elem_id="stop", interactive=False)
+            with gr.Column(elem_id="right"):
+                document = gr.File(label="Drop a document", elem_id="document", height=150)
+                figures = gr.HTML(elem_id="meter")
+                system = gr.Textbox(
+                    conversation.system_prompt or "",
+                    label="System prompt",
+                    info="Put before the first message",
+                    elem_id="system",
+                    lines=2,
+                    max_lines=6,
+                    visible=conversation.templated,
+                )
+                heat = gr.Slider(
+                    0,
+                    max(2, temperature),
+                    temperature,
+                    step=0.05,
+                    label="Temperature",
+                    info="0: always the likeliest token",
+                    elem_id="temperature",
+                )
+                most = gr.Number(
+                    conversation.max_tokens,
+                    precision=0,
+                    label="Longest answer (tokens)",
+                    info="-1: no limit",
+                    elem_id="most",
+                )
+                new = gr.Button("New conversation", elem_id="new")
+        state = [talk, figures, note, stop, system]
+        page.load(view, None, state, show_progress="hidden")
+        settings = [system, heat, most]
+        box.submit(send, [box, *settings], [*state, box], show_progress="hidden")
+        document.upload(drop, [document, system], [*state, document], show_progress="hidden")
+        stop.click(conversation.stop.set, queue=False)
+        new.click(reset, None, state, show_progress="hidden")
+    return page
