@@ -20,6 +20,7 @@ from ..scaling.none import NoScaling
 SHIM = "mlx_clex_model.py"  # the model_file of converted checkpoints
 OURS = "mlx_clex_rope_scaling"  # in place of rope_scaling, where transformers refuses ours
 BASE_ROPE = "mlx_clex_base_rope"  # the rope_scaling that the source brings, under ours
+_YARN_TYPES = ("yarn", "deepseek_yarn", "telechat3-yarn")  # that mlx-lm runs as YaRN
 _PLAIN = "default"  # transformers' name of a rope without scaling
 
 # The largest values that any model has, with room to spare.
@@ -101,7 +102,8 @@ def unread_keys(config: Mapping[str, Any]) -> str | None:
         config: config.json in its normal spelling.
     """
     entry = config.get("rope_scaling") or {}
-    if "yarn" not in str(entry.get("type")) or is_ours(config, str(entry.get("type"))):
+    kind = str(entry.get("type"))
+    if kind not in _YARN_TYPES or is_ours(config, kind):
         return None
     factor = entry.get("factor")
     usual = 0.1 * math.log(factor) + 1 if isinstance(factor, int | float) and factor >= 1 else 1
