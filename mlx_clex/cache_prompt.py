@@ -19,11 +19,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.cache_prompt import setup_arg_parser
 from mlx_lm.generate import generate_step
-from tqdm import tqdm
 
 from .checkpoint.fingerprint import fingerprint
 from .checkpoint.prompt_cache import file_for, save_cache
 from .commands.options import check_cache_options, scale_policy
+from .commands.progress import reading_bar
 from .commands.run_command import run_command
 from .errors import InputError, generating
 from .loading import load, resolve
@@ -141,7 +141,14 @@ def _expected_length(args: argparse.Namespace, model: nn.Module, length: int) ->
 
 
 def _read(args: argparse.Namespace, model: nn.Module, tokens: list[int], caches: list[Any]) -> None:
-    with tqdm(total=len(tokens), unit="tok", desc="Reading") as bar:
+    read = 0
+
+    def count(done: int, total: int) -> None:
+        nonlocal read
+        read = done
+        progress(done, total)
+
+    with reading_bar(len(tokens)) as progress:
         steps = generate_step(
             mx.array(tokens),
             model,
@@ -150,9 +157,9 @@ def _read(args: argparse.Namespace, model: nn.Module, tokens: list[int], caches:
             kv_bits=args.kv_bits,
             kv_group_size=args.kv_group_size,
             quantized_kv_start=args.quantized_kv_start,
-            prompt_progress_callback=lambda done, _: bar.update(done - bar.n),
+            prompt_progress_callback=count,
         )
-        with generating(lambda: f"after {bar.n} tokens"):
+        with generating(lambda: f"after {read} tokens"):
             for _ in steps:
                 pass
 

@@ -8,7 +8,6 @@ is there to reach.
 """
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +17,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import DEFAULT_PROMPT, setup_arg_parser, stream_generate
 from mlx_lm.sample_utils import make_sampler
-from tqdm import tqdm
 
 from .bundled import DEFAULT, OPENING
 from .checkpoint.fingerprint import fingerprint
 from .checkpoint.prompt_cache import is_ours, load_cache, metadata_of, quantised
 from .commands.options import check_cache_options, check_ranges, scale_policy
+from .commands.progress import reading_bar
 from .commands.run_command import run_command
 from .errors import InputError, generating, say
 from .loading import load, resolve
@@ -31,6 +30,8 @@ from .model.plans import plan_at, plan_of, planned_caches, single_caches
 from .model.scaled_model import make_prompt_cache, scaled
 from .model.sharding import one_voice, shared_seed
 from .serving.prompt import cap_max_tokens, encode_prompt, template_options
+
+_LONG_PROMPT = 256  # tokens, above which a bar shows how much is read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -265,22 +266,17 @@ def _stream(
     options: dict[str, Any],
 ) -> None:
     """Run mlx-lm's generation and print what comes, then the figures."""
-    long = len(prompt) > args.prefill_step_size and options["draft_model"] is None
-    bar = tqdm(total=len(prompt), unit="tok", desc="Reading", disable=not (long and args.verbose))
-
-    def progress(done: int, total: int) -> None:
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
-
+    long = len(prompt) > _LONG_PROMPT and options["draft_model"] is None
     text, last = "", None
     if args.verbose:
         print("=" * 10)
-    responses = stream_generate(
-        model, tokenizer, prompt, prompt_progress_callback=progress, **options
-    )
-    with contextlib.closing(bar), generating(lambda: f"after {len(text)} characters"):
-        for last in responses:
+    with (
+        reading_bar(len(prompt), enabled=long and args.verbose) as progress,
+        generating(lambda: f"after {len(text)} characters"),
+    ):
+        for last in stream_generate(
+            model, tokenizer, prompt, prompt_progress_callback=progress, **options
+        ):
             text += last.text
             if args.verbose:
                 print(last.text, end="", flush=True)

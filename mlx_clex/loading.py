@@ -9,6 +9,7 @@ Not covered: conversion itself (`mlx_clex.convert`).
 
 import functools
 import logging
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from .checkpoint.folder import (
     read_config,
     tied_override,
 )
+from .checkpoint.lock import locked
 from .errors import InputError, one_line, say
 from .model.finite import check_finite
 from .model.scaled_model import scaled
@@ -113,7 +115,7 @@ def load(
     # generates in another one.
     mx.eval(model.parameters())
     if scaling is not None and (message := scaling.check_frequencies(scale)):
-        say(message)
+        warnings.warn(message, stacklevel=2)
     check_finite(model)
     # Its only complaint is that transformers does not know our rope_scaling types.
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
@@ -154,7 +156,7 @@ def load_scaling(path_or_hub_id: str | Path, adapter_path: str | Path | None = N
             "it with --scaling NAME first."
         )
     if message := scaling.check_frequencies(order=True):
-        say(message)
+        warnings.warn(message, stacklevel=2)
     return scaling
 
 
@@ -259,12 +261,14 @@ def _from_hub(hub_id: str, revision: str | None, cache: Path) -> Path:
 
 def _converted(source: str, target: Path, *, revision: str | None = None) -> Path:
     """The conversion of `source`, made now if it is not there."""
-    if not target.is_dir():
-        from .convert import convert
+    if target.is_dir():
+        return target
+    from .convert import convert
 
-        say(f"Converting {source} into {target}, once.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        convert(source, target, revision=revision)
+    with locked(target):
+        if not target.is_dir():  # another process may have made it
+            say(f"Converting {source} into {target}, once.")
+            convert(source, target, revision=revision)
     return target
 
 

@@ -22,6 +22,7 @@ from mlx_lm.tuner.datasets import create_dataset
 
 from ..checkpoint.digest import digest_of
 from ..checkpoint.files import new_folder
+from ..checkpoint.lock import locked
 from ..errors import InputError, say
 from ..loading import expect_long_texts
 from .hub_data import Entries, documents, fingerprint_of, is_hub_id, load_hub_data, name_of
@@ -92,9 +93,10 @@ def load_corpora(
 
     def tokenised(name: str, key: str, size: str, texts: Callable[[], Documents]) -> Corpus:
         target = cache_dir.expanduser() / "tokens" / _cache_key(key, tokenizer, mask_prompt)
-        if not target.is_dir():
-            say(f"Tokenising {size}.")
-            _write(target, name, texts())
+        with locked(target):
+            if not target.is_dir():
+                say(f"Tokenising {size}.")
+                _write(target, name, texts())
         return Corpus(
             name=name,
             tokens=np.memmap(target / "tokens.bin", np.uint32, "r"),
@@ -175,22 +177,18 @@ def _texts(folder: Path) -> list[Path]:
 def _write(target: Path, name: str, texts: Documents) -> None:
     """Tokenise into a folder that appears when it is complete."""
     starts, prompts, total = [], [], 0
-    try:
-        with new_folder(target) as folder:
-            with (folder / "tokens.bin").open("wb") as out:
-                for ids, prompt in texts:
-                    if prompt is not None:
-                        starts.append(total)
-                        prompts.append(prompt)
-                    out.write(np.asarray(ids, np.uint32).tobytes())
-                    total += len(ids)
-            if not total:
-                raise InputError(f"{name} has no text.")
-            np.save(folder / "starts.npy", np.array(starts, np.int64))
-            np.save(folder / "prompts.npy", np.array(prompts, np.int64))
-    except OSError:
-        if not target.is_dir():  # another process has not made it meanwhile
-            raise
+    with new_folder(target) as folder:
+        with (folder / "tokens.bin").open("wb") as out:
+            for ids, prompt in texts:
+                if prompt is not None:
+                    starts.append(total)
+                    prompts.append(prompt)
+                out.write(np.asarray(ids, np.uint32).tobytes())
+                total += len(ids)
+        if not total:
+            raise InputError(f"{name} has no text.")
+        np.save(folder / "starts.npy", np.array(starts, np.int64))
+        np.save(folder / "prompts.npy", np.array(prompts, np.int64))
 
 
 def _documents(files: list[Path], tokenizer: Any, mask_prompt: bool) -> Documents:

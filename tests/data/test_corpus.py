@@ -176,7 +176,7 @@ def test_broken_lines_are_named(tmp_path, lines, match):
     (tmp_path / "train.jsonl").write_bytes(lines)
     with pytest.raises(InputError, match=match):
         load_from(tmp_path, tmp_path)
-    assert not list((tmp_path / "cache").rglob("*"))
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 def test_missing_and_empty_data_are_refused(tmp_path):
@@ -383,7 +383,5 @@ def test_too_little_data_says_how_much_there_is():
         InputError, match="1 texts with a token to learn within --max-seq-length 10, fewer"
     ):
         Batches(corpus, packing="plain", length=10, batch_size=2, seed=0)
-    with pytest.raises(InputError, match="concat, plain"):
-        Batches(corpus, packing="pack", length=10, batch_size=2, seed=0)
     small = Batches(corpus_of(np.arange(12)), packing="concat", length=10, batch_size=3, seed=0)
     assert small.next().tokens.shape == (3, 10)
