@@ -139,8 +139,8 @@ def drop_scaling(folder):
 DAMAGE = {
     "empty folder": (lambda f: [p.unlink() for p in f.iterdir()], "no config.json"),
     "no weights": (lambda f: [p.unlink() for p in f.glob("model*")], "no weights"),
-    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "no readable JSON"),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "no JSON object"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "not readable JSON"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
     "truncated weights": (truncate, "exceeding the size of the file"),
     "garbage weights": (
         lambda f: next(f.glob("model*.safetensors")).write_bytes(b"\xff" * 100),
@@ -187,7 +187,7 @@ def test_adapters_without_their_tensors_are_not_made_up(folder, tmp_path, rank):
     config["lora_parameters"]["rank"] = rank
     (adapters / "adapter_config.json").write_text(json.dumps(config))
     mx.save_safetensors(str(adapters / "adapters.safetensors"), {})
-    with pytest.raises(InputError, match=r"adapters\.safetensors lacks|do not load"):
+    with pytest.raises(InputError, match=r"adapters\.safetensors lacks|cannot be loaded"):
         load(folder, adapter_path=adapters)
 
 

@@ -1,10 +1,11 @@
-"""One spelling of the rotary settings in a Hugging Face config.json.
+"""Normalise the rotary settings of a Hugging Face config.json.
 
-Published configs name the same thing in several ways: `rope_type` for `type`,
-`rope_parameters` since transformers 5, `rotary_emb_base` in gpt_neox, keys left out by
-the first CLEX release. Every other file reads only what `normalise_config` returns.
-Not covered: settings nested under `text_config`, and settings given per
-layer type; both are left as they are.
+Published configs spell the same setting in several ways: `rope_type` for `type`,
+`rope_parameters` since transformers 5, `rotary_emb_base` in gpt_neox, and keys that the
+first CLEX release left out. All other modules read only what `normalise_config` returns.
+
+Not covered: settings nested under `text_config`, and settings for each layer type. Both
+stay unchanged.
 """
 
 from copy import deepcopy
@@ -14,10 +15,10 @@ from ..errors import InputError
 from ..scaling import SCALINGS
 from ..scaling.none import NoScaling
 
-_PLAIN = "default"  # transformers' name of a rope without scaling
+_PLAIN = "default"  # transformers' name for a rope without scaling
 
-# What a family's own configuration class takes when config.json does not say. Families
-# that are not here keep the default of their mlx-lm class.
+# Default rope_theta of the family's configuration class in transformers. Families that are
+# not listed keep the default of their mlx-lm class.
 _DEFAULT_BASE = {
     "llama": 10_000.0,
     "mistral": 10_000.0,
@@ -25,7 +26,7 @@ _DEFAULT_BASE = {
     "gpt_neox": 10_000.0,
     "mixtral": 1_000_000.0,
 }
-# The largest values that any model has, with room to spare.
+# Upper bounds, well above the values of any published model.
 _SIZES = {
     "num_hidden_layers": 10_000,
     "hidden_size": 1 << 20,
@@ -37,32 +38,31 @@ _SIZES = {
     "vocab_size": 1 << 24,
 }
 _LENGTH_KEYS = ("max_position_embeddings", "max_sequence_length", "n_positions")
-# Inside rope_parameters, but settings of the model and not of the method.
+# Settings of the model that transformers 5 keeps inside rope_parameters.
 _MODEL_KEYS = ("rope_theta", "partial_rotary_factor")
 
 
 def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Give rotary settings one place and one name each.
+    """Return a copy of a config with one place and one name for each rotary setting.
 
-    Applying it twice changes nothing more.
+    Normalising a normalised config changes nothing.
 
     Args:
         config: the content of config.json; it is not changed.
 
     Returns:
-        A copy with, as far as the config or its family tells them, top-level
-        `rope_theta` (float), `max_position_embeddings` (tokens, int) and `rope_scaling`
-        ({"type": name, **fields}; the key is absent for plain RoPE). For CLEX,
-        `log_scale`, `act` and `time_dt` are always spelt out in `rope_scaling`.
-        `auto_map` is gone: it names code that is never run.
+        A copy with the top-level keys `rope_theta` (float), `max_position_embeddings` (tokens,
+        int) and `rope_scaling` ({"type": name, **fields}; absent for plain RoPE), as far as
+        the config or its family define them. For CLEX, `rope_scaling` always has `log_scale`,
+        `act` and `time_dt`. `auto_map` is removed because its code is never run.
 
     Raises:
-        InputError: `rope_scaling`, `rope_theta` or the length is no usable value.
+        InputError: `rope_scaling`, `rope_theta`, the length or a size is not usable.
     """
     if not isinstance(config, dict):
         raise InputError(
-            f"config.json holds a {type(config).__name__}, not an object of settings. "
-            "Is it the model's own config.json?"
+            f"config.json holds a {type(config).__name__}, not a JSON object. "
+            "Copy the model's own config.json."
         )
     config = deepcopy(config)
     config.pop("auto_map", None)
@@ -83,7 +83,7 @@ def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merged_scaling(config: dict[str, Any]) -> dict[str, Any]:
-    """`rope_scaling` and transformers 5's `rope_parameters` as one dict."""
+    """Remove `rope_scaling` and transformers 5's `rope_parameters`; return them as one dict."""
     merged: dict[str, Any] = {}
     for key in ("rope_parameters", "rope_scaling"):
         value = config.get(key)
@@ -92,11 +92,11 @@ def _merged_scaling(config: dict[str, Any]) -> dict[str, Any]:
             continue
         if not isinstance(value, dict):
             raise InputError(
-                f"config.json has {key} = {value!r}; it must be an object such as "
-                '{"type": "clex", "max_factor": 16}, or null.'
+                f"config.json has {key} = {value!r}. It must be null or an object such as "
+                '{"type": "clex", "max_factor": 16}.'
             )
         if key == "rope_parameters" and any(isinstance(v, dict) for v in value.values()):
-            continue  # one entry per layer type: the family's own business
+            continue  # one entry for each layer type; the family's own code reads them
         config.pop(key)
         value = dict(value)
         alias = value.pop("rope_type", None)
@@ -107,20 +107,20 @@ def _merged_scaling(config: dict[str, Any]) -> dict[str, Any]:
     if name is None and set(merged) - set(_MODEL_KEYS):
         raise InputError(
             f"config.json has rope_scaling {merged!r} without a type. "
-            'Add "type", for example "clex" or "yarn".'
+            f'Add "type", one of: {", ".join(SCALINGS)}.'
         )
     return {"type": name, **merged} if name else merged
 
 
 def _hoist(config: dict[str, Any], scaling: dict[str, Any]) -> None:
-    """Settings of the model go to the top level."""
+    """Move settings of the model from rope_scaling to the top level."""
     for key in _MODEL_KEYS:
         if key in scaling:
             config[key] = scaling.pop(key)
 
 
 def _mirror_gpt_neox(config: dict[str, Any]) -> None:
-    """mlx-lm's gpt_neox knows only the old names; the rest of the project ours."""
+    """Give gpt_neox settings both names: mlx-lm's class reads only the old ones."""
     if config.get("model_type") != "gpt_neox":
         return
     for ours, theirs in zip(_MODEL_KEYS, ("rotary_emb_base", "rotary_pct"), strict=True):
@@ -141,8 +141,7 @@ def _set_base(config: dict[str, Any]) -> None:
     number = isinstance(base, int | float) and not isinstance(base, bool)
     if not number or not 1 < base < float("inf"):
         raise InputError(
-            f"config.json has rope_theta = {base!r}; it must be a number above 1, "
-            "10000 in most models."
+            f"config.json has rope_theta = {base!r}. It must be a number above 1, such as 10000."
         )
     config["rope_theta"] = float(base)
 
@@ -151,7 +150,7 @@ def _set_length(config: dict[str, Any], scaling: dict[str, Any]) -> None:
     original = None
     name = scaling.get("type")
     if name in SCALINGS and SCALINGS[name].in_transformers:
-        # Theirs: the length before stretching. Ours is always that one.
+        # In transformers this key has the trained length, max_position_embeddings the reach.
         original = scaling.pop("original_max_position_embeddings", None)
     found = [config[key] for key in _LENGTH_KEYS if config.get(key) is not None]
     length = original if original is not None else (found[0] if found else None)
@@ -160,14 +159,14 @@ def _set_length(config: dict[str, Any], scaling: dict[str, Any]) -> None:
     whole = isinstance(length, int | float) and not isinstance(length, bool)
     if not whole or not 1 <= length < float("inf") or length % 1:
         raise InputError(
-            f"config.json has max_position_embeddings = {length!r}; it must be the "
+            f"config.json has max_position_embeddings = {length!r}. It must be the "
             "trained length in tokens, a whole number above 0."
         )
     config["max_position_embeddings"] = int(length)
 
 
 def _check_sizes(config: dict[str, Any]) -> None:
-    """Refuse numbers under which building the model would never end."""
+    """Refuse sizes so large that building the model would not finish."""
     for key, most in _SIZES.items():
         value = config.get(key)
         if value is None or isinstance(value, list):
@@ -175,5 +174,5 @@ def _check_sizes(config: dict[str, Any]) -> None:
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole or not 1 <= value <= most:
             raise InputError(
-                f"config.json has {key} = {value!r}; it must be a whole number within 1..{most}."
+                f"config.json has {key} = {value!r}. It must be a whole number within 1..{most}."
             )
