@@ -1,1 +1,1 @@
-"""Programs that measure; `python -m benchmarks.NAME`, from the root of the project."""
+"""Benchmarks. Run `python -m benchmarks.NAME` in the root of the project."""

@@ -1,10 +1,8 @@
-"""Command: make the bundled models, from the text alone.
+"""Command: make the bundled models from their training text.
 
-Writes the training data, a tokenizer and a LLaMA with random weights, and trains it and its
-two fine-tunes with `mlx_clex.lora`, each in a process of its own and resumable: begun again,
-the command goes on where it was.
-
-Not covered: anything that `mlx_clex.lora` and `mlx_clex.fuse` do.
+The command writes the training data, a tokenizer and a LLaMA with random weights. It then
+trains the base and its two fine-tunes with `mlx_clex.lora`, each in its own process. An
+interrupted run continues when the command is run again.
 """
 
 import argparse
@@ -44,9 +42,9 @@ _ARCHITECTURE = {
     "max_position_embeddings": TRAINED_LENGTH,
     "tie_word_embeddings": True,
 }
-_KEYS = 8000  # texts that tell a key several times
+_KEYS = 8000  # texts that state a key several times
 _SEED = 0
-# Settings of `mlx_clex.lora`: of all three models, of the base, and of the fine-tunes.
+# Settings of `mlx_clex.lora` for all runs; those of single runs follow.
 _TRAINING = {
     "train": True,
     "fine_tune_type": "full",
@@ -66,13 +64,13 @@ _TRAINING = {
     "seed": _SEED,
 }
 _BASE = {"scaling": "none", "iters": 2800, "learning_rate": 4e-3}
-# Between the base and its fine-tunes: how to recall a key of one digit, over a few words. In
-# whole sequences a model of this size does not find out within thousands of steps.
+# Trained after the base and before the fine-tunes: recall of a one-digit key over a few words.
+# A model of this size does not learn recall from full sequences within thousands of steps.
 _LESSONS = {
     **{"scaling": "none", "iters": 400, "learning_rate": 3e-3, "cosine": False},
     **{"packing": "plain", "max_seq_length": 32, "batch_size": 128},
 }
-# Sequences of four times the trained length carry further than those of the length itself.
+# Training at four times the trained length extrapolates further than at the trained length.
 _TUNING = {
     **{"iters": 1000, "learning_rate": 1e-3},
     **{"max_seq_length": 4 * TRAINED_LENGTH, "batch_size": 8},
@@ -84,17 +82,17 @@ _FINE_TUNES: dict[str, dict[str, Any]] = {
 
 
 def write_data(folder: Path, *, digits: int = 4) -> None:
-    """train.jsonl and valid.jsonl: books; in the first also verses that tell a key between.
+    """Write train.jsonl (books, and verses with a key stated between them) and valid.jsonl (books).
 
     Args:
-        folder: to write.
-        digits: of a key.
+        folder: the folder to write.
+        digits: digits of a key.
     """
     rng = np.random.default_rng(_SEED)
     verses = [line for line in training_text().splitlines() if len(line) > 20]
     texts = _books(training_text())
     for _ in range(_KEYS):
-        # Most fit few sequences of the base; the others are for longer training lengths.
+        # Three quarters are short enough for the base; the rest suits longer training lengths.
         count = rng.integers(1, 4) if rng.random() < 0.75 else rng.integers(4, 16)
         at = int(rng.integers(len(verses) - count))
         line = statement("".join(str(digit) for digit in rng.integers(0, 10, digits)))
@@ -108,7 +106,7 @@ def write_data(folder: Path, *, digits: int = 4) -> None:
 
 
 def write_lessons(folder: Path) -> None:
-    """train.jsonl: a key of one digit told twice, with up to four words between."""
+    """Write train.jsonl: a one-digit key stated twice, with up to four words between."""
     rng = np.random.default_rng(_SEED)
     words = [
         word for line in training_text().splitlines() if len(line) > 20 for word in line.split()
@@ -123,7 +121,7 @@ def write_lessons(folder: Path) -> None:
 
 
 def _books(text: str) -> list[str]:
-    """A text cut where a chapter 1 begins."""
+    """Split a text into books, at the headings of first chapters."""
     found: list[str] = []
     for chapter in text.split("\n\n"):
         if chapter.split("\n", 1)[0].endswith(" 1") or not found:
@@ -142,17 +140,17 @@ def _write_lines(path: Path, texts: list[str]) -> None:
 
 
 def write_random(folder: Path, data: Path, *, seed: int = _SEED, **architecture: int) -> None:
-    """A tokenizer trained on the data, and a model with random weights.
+    """Write a tokenizer trained on the data and a model with random weights.
 
     Args:
-        folder: to write.
-        data: what `write_data` wrote.
-        seed: of the weights.
-        architecture: entries of config.json in place of the bundled models'.
+        folder: the folder to write.
+        data: the folder that `write_data` wrote.
+        seed: seed of the weights.
+        architecture: entries of config.json that replace those of the bundled models.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
-    # A key is read and written digit by digit.
+    # Each digit is a token, so that a model can copy a key digit by digit.
     digits = pre_tokenizers.Digits(individual_digits=True)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
@@ -177,7 +175,7 @@ def write_random(folder: Path, data: Path, *, seed: int = _SEED, **architecture:
 
 
 def _train(model: Path, data: Path, fused: Path, settings: dict[str, Any]) -> Path:
-    """Train all weights of a model with `mlx_clex.lora`, and fuse; what is done is kept."""
+    """Train all weights of a model with `mlx_clex.lora` and fuse, unless `fused` exists."""
     adapters, recipe = fused.with_name(f"{fused.name}-run"), fused.with_suffix(".yaml")
     if not fused.exists():
         recipe.write_text(yaml.safe_dump(_TRAINING | settings), encoding="utf-8")
@@ -188,14 +186,14 @@ def _train(model: Path, data: Path, fused: Path, settings: dict[str, Any]) -> Pa
 
 
 def command(name: str, *arguments: Any) -> None:
-    """Run one of this package's commands in a process of its own; its output is passed on.
+    """Run a command of mlx_clex in its own process and show its output.
 
     Raises:
-        RunError: it failed.
+        RunError: the command failed.
     """
     line = [sys.executable, "-m", f"mlx_clex.{name}", *map(str, arguments)]
     if subprocess.run(line).returncode:
-        raise RunError(f"This failed: {shlex.join(line)}")
+        raise RunError(f"This command failed: {shlex.join(line)}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -204,10 +202,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Make what is not there yet, and put copies in half precision into WORK/bundled."""
+    """Make the models that are missing, and write float16 copies to WORK/bundled."""
     work = args.work
     start, books, lessons, keys = (work / name for name in ("start", "books", "lessons", "keys"))
-    if not (start / "config.json").exists():  # which is written last
+    if not (start / "config.json").exists():  # the file that is written last
         write_data(books)
         write_data(keys, digits=1)
         write_lessons(lessons)
@@ -230,7 +228,7 @@ def main() -> None:
             add_arguments,
             run,
             prog="bundled_models",
-            description="Make the bundled models anew.",
+            description="Make the bundled models from their training text.",
         )
     )
 

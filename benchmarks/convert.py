@@ -1,10 +1,11 @@
-"""Memory and speed of a conversion, on a large checkpoint made for the purpose.
+"""Measure memory and speed of a conversion on a large random checkpoint.
 
     python -m benchmarks.convert [--quick] [--folder FOLDER]
 
-Writes a random LLaMA checkpoint of 3 GB in six shards of bfloat16, converts it as it is and to
-4 bits, each in a process of its own, and reports the largest resident memory of that process
-less what its imports take. Needs twice the checkpoint's size on disk; removes what it wrote.
+The benchmark writes a random LLaMA checkpoint of 3 GB in six bfloat16 shards. It converts the
+checkpoint unchanged, to float16 and to 4 bits, each in its own process, and reports the peak
+resident memory of the process minus that of its imports. It needs disk space of twice the
+checkpoint's size and deletes its files at the end.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 SHARDS = 6
-TOKENIZER = Path(__file__).parents[1] / "tests" / "golden" / "clex_llama"  # of 512 tokens
+TOKENIZER = Path(__file__).parents[1] / "tests" / "golden" / "clex_llama"  # vocabulary 512
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -39,13 +40,13 @@ CONFIG: dict[str, Any] = {
     "torch_dtype": "bfloat16",
 }
 
-# Run in the child: the conversion, and its memory before and at its largest, in bytes.
+# The child process converts; it prints status, memory before and peak memory (bytes), seconds.
 CHILD = """
 import json, resource, sys, time
 import mlx_clex.convert.__main__ as command
 
 def peak():
-    try:  # on Linux ru_maxrss starts from the parent's
+    try:  # on Linux ru_maxrss includes the parent's peak
         status = open("/proc/self/status").read()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except OSError:
@@ -62,7 +63,7 @@ print(json.dumps([status, imports, peak(), seconds]))
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors, in the order in which they are stored."""
+    """Return the shape of each tensor by name, in the order of the file."""
     hidden, inner = CONFIG["hidden_size"], CONFIG["intermediate_size"]
     block: dict[str, tuple[int, ...]] = {}
     block |= {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
@@ -78,7 +79,7 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def write_checkpoint(folder: Path, gigabytes: float) -> tuple[int, int]:
-    """Write the checkpoint; return its size and its largest shard's, in bytes."""
+    """Write the checkpoint; return its size and the size of its largest shard, in bytes."""
     a_layer = sum(int(np.prod(s)) for n, s in shapes(1).items() if "layers" in n)
     layers = max(SHARDS, round(gigabytes * 1e9 / 2 / a_layer))
     folder.mkdir(parents=True)
@@ -94,7 +95,7 @@ def write_checkpoint(folder: Path, gigabytes: float) -> tuple[int, int]:
         file = f"model-{shard:05}-of-{SHARDS:05}.safetensors"
         tensors = {}
         for name in (names[i] for i in part):
-            # The bits of bfloat16 numbers between -2 and 2: random, and quick to make.
+            # Random bits of bfloat16 numbers between -2 and 2; faster than drawing numbers.
             bits = rng.integers(0, 1 << 16, table[name], dtype=np.uint16) & 0xBFFF
             tensors[name] = mx.array(bits).view(mx.bfloat16)
             weight_map[name] = file
@@ -106,7 +107,7 @@ def write_checkpoint(folder: Path, gigabytes: float) -> tuple[int, int]:
 
 
 def convert(source: Path, target: Path, options: list[str]) -> tuple[float, float]:
-    """Convert in a process of its own; return its peak less its imports in bytes, and seconds."""
+    """Convert in a child process; return (peak minus imports in bytes, seconds)."""
     arguments = ["--hf-path", str(source), "--mlx-path", str(target), "--scaling", "clex"]
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *arguments, *options],
@@ -126,7 +127,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--gigabytes", type=float, default=3.0, help="size of the checkpoint")
-    parser.add_argument("--folder", default=None, help="where to write; default: a temporary one")
+    parser.add_argument("--folder", default=None, help="parent of the temporary folder")
     parser.add_argument("--quick", action="store_true", help="0.6 GB")
     args = parser.parse_args()
     gigabytes = 0.6 if args.quick else args.gigabytes
@@ -143,7 +144,7 @@ def main() -> None:
         print("| conversion | seconds | MB/s read | memory above imports | allowed |")
         print("|---|---|---|---|---|")
         for name, options in {
-            "as it is": [],
+            "unchanged": [],
             "float16": ["--dtype", "float16"],
             "4 bits": ["-q", "--q-bits", "4"],
         }.items():

@@ -1,12 +1,12 @@
-"""Speed of a model with CLEX attached against the same model without it.
+"""Compare the speed of a model with CLEX attached and without it.
 
     python -m benchmarks.decode --model build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf [--quick]
 
-For each length of context: blocks of decoding, and blocks of reading the last tokens of the
-context again. A block of the stock model, one with CLEX and one of the stock model once more
-take turns, so that whatever else the machine does falls on all three. The ratio of speeds is
-that of neighbouring blocks; its median comes with a 95 % bootstrap interval, and the ratio of
-stock to stock says how much of it is noise. One more run decodes across a step of the scale.
+For each context length the benchmark times blocks of decoding and blocks of prefill (the last
+tokens of the context). The stock model, the model with CLEX and the stock model again take
+turns, so that other load on the machine affects all three. The ratio of speeds compares
+neighbouring blocks; the table has its median and a 95 % bootstrap interval. The ratio of
+stock to stock shows the noise. A last run decodes across a step of the scale.
 """
 
 import argparse
@@ -25,33 +25,33 @@ import numpy as np
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import trim_prompt_cache
 
-TRAINED_LENGTH = 1024  # tokens: what the attached scaling takes as L0
-CHUNK = 512  # tokens a pass while reading
+TRAINED_LENGTH = 1024  # tokens: L0 of the attached scaling
+CHUNK = 512  # tokens in one pass of prefill
 KINDS = ("stock", "clex", "stock again")
 
 
 @dataclass
 class Bench:
-    """A model with its cache, filled up to the context."""
+    """A model and its cache."""
 
     model: nn.Module
     cache: list[Any]
-    tokens: mx.array  # (L,), the context and one token more
+    tokens: mx.array  # the context and one more token, (L,)
 
     @property
     def length(self) -> int:
-        """Tokens in the cache."""
+        """Return the number of tokens in the cache."""
         return int(self.cache[0].offset)
 
     def read(self, start: int, stop: int) -> None:
-        """Read tokens[start:stop] in chunks, from a cache of `start` tokens."""
+        """Trim the cache to `start` tokens and read tokens[start:stop] in chunks."""
         trim_prompt_cache(self.cache, self.length - start)
         for at in range(start, stop, CHUNK):
             self.model(self.tokens[None, at : min(at + CHUNK, stop)], cache=self.cache)
             mx.eval([cache.state for cache in self.cache])
 
     def decode(self, start: int, count: int) -> None:
-        """Decode `count` tokens with mlx-lm's own loop, from a cache of `start` tokens."""
+        """Trim the cache to `start` tokens and decode `count` tokens with mlx-lm's loop."""
         trim_prompt_cache(self.cache, self.length - start)
         last = self.tokens[start : start + 1]
         for _ in generate_step(last, self.model, max_tokens=count, prompt_cache=self.cache):
@@ -64,7 +64,7 @@ def interleave(
     blocks: int,
     prepare: Callable[[Bench], None] = lambda bench: None,
 ) -> dict[str, list[float]]:
-    """Seconds of every block of each kind; who goes first changes from round to round."""
+    """Return the seconds of each block by kind; the order of kinds rotates each round."""
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for number in range(blocks + 1):
         for kind in KINDS[number % 3 :] + KINDS[: number % 3]:
@@ -77,7 +77,7 @@ def interleave(
 
 
 def interval(ratios: list[float]) -> tuple[float, float]:
-    """95 % of the medians of 10,000 resamplings."""
+    """Return the 95 % bootstrap interval of the median, from 10,000 resamplings."""
     rng = np.random.default_rng(0)
     medians = np.median(rng.choice(ratios, (10_000, len(ratios))), axis=1)
     low, high = np.percentile(medians, (2.5, 97.5))
@@ -98,7 +98,7 @@ def report(what: str, tokens: int, seconds: dict[str, list[float]]) -> None:
 
 
 def fill(model: nn.Module, tokens: mx.array, context: int, planned: bool) -> Bench:
-    """Read `context` tokens into a new cache, at the scale of the whole where `planned`."""
+    """Read `context` tokens into a new cache, at the scale of their length if `planned`."""
     cache = mlx_clex.make_prompt_cache(model, expected_length=context if planned else None)
     bench = Bench(model, cache, tokens)
     bench.read(0, context)
@@ -109,14 +109,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="a folder, a .gguf file or a hub id")
-    parser.add_argument("--contexts", type=int, nargs="*", default=[2000, 6000], help="tokens")
-    parser.add_argument("--blocks", type=int, default=9, help="of each kind")
-    parser.add_argument("--tokens", type=int, default=32, help="decoded in a block")
     parser.add_argument(
-        "--step-tokens", type=int, default=128, help="decoded in a block across a step"
+        "--model", required=True, help="a folder, a .gguf file or a Hugging Face id"
     )
-    parser.add_argument("--quick", action="store_true", help="short: context 300, 3 blocks")
+    parser.add_argument(
+        "--contexts", type=int, nargs="*", default=[2000, 6000], help="context lengths, tokens"
+    )
+    parser.add_argument("--blocks", type=int, default=9, help="blocks of each kind")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens decoded in a block")
+    parser.add_argument(
+        "--step-tokens",
+        type=int,
+        default=128,
+        help="tokens decoded in a block across a step of the scale",
+    )
+    parser.add_argument("--quick", action="store_true", help="context 300 and 3 blocks")
     args = parser.parse_args()
     if args.quick:
         args.contexts, args.blocks, args.tokens, args.step_tokens = [300], 3, 8, 16
@@ -150,7 +157,7 @@ def main() -> None:
     clex = fill(scaled, tokens, start, planned=False)
     benches = dict(zip(KINDS, (plain, clex, plain), strict=True))
     block = partial(Bench.decode, start=start, count=args.step_tokens)
-    # Before each block, a token at its start brings the keys back to the scale before the step.
+    # Decoding one token before each block moves the keys back to the scale before the step.
     seconds = interleave(benches, block, args.blocks, partial(Bench.decode, start=start, count=1))
     report(f"decode {start} to {start + args.step_tokens}", args.step_tokens, seconds)
 

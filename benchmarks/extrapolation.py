@@ -1,16 +1,14 @@
-"""How far each method reaches: perplexity by length after the same training.
+"""Compare how the methods extrapolate: perplexity by length after the same training.
 
     python -m benchmarks.extrapolation --quick [--only NAME ...] [--output FOLDER]
 
-Every run fine-tunes all weights of one small base with `mlx_clex.lora`, at the trained length
-L0 or at four times that, for the same number of steps and tokens, and is measured at 1 to
-32 x L0 on the very same tokens of a held-out text, cut into windows of that length, each read
-whole. `--quick` starts from the base that
-comes with the package; the full form trains a larger one first, for each of three seeds, and
-is for a GPU. A run that is interrupted goes on where it stopped; finished ones are not
-repeated.
+Each run fine-tunes all weights of a small base with `mlx_clex.lora`, at the trained length L0
+or at 4 x L0, with the same number of steps and tokens. Perplexity is measured at 1 to 32 x L0
+on the same tokens of a held-out text, in whole windows. `--quick` starts from the bundled
+base. Without it, a larger base is trained first for each of three seeds, which needs a GPU.
+An interrupted run continues, and finished runs are not repeated.
 
-Not covered: anything above four million parameters, other texts, retrieval.
+Not covered: models above four million parameters, other texts, retrieval.
 """
 
 import argparse
@@ -37,19 +35,19 @@ from mlx_clex.loading import load
 from mlx_clex.model.scaled_model import ScaledModel
 from mlx_clex.pictures.draw import picture
 
-TARGET = 32  # x L0: the length that every method is set up for
-MULTIPLES = (1, 2, 4, 8, 16, 32)  # x L0, measured
-MEASURED = 32_768  # tokens of the held-out text
+TARGET = 32  # x L0: the reach of every method
+MULTIPLES = (1, 2, 4, 8, 16, 32)  # x L0: the measured lengths
+MEASURED = 32_768  # measured tokens of the held-out text
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is trained, and for how long."""
+    """The base model and the amount of training."""
 
     seeds: int
     steps: int
-    tokens: int  # a step
-    base_steps: int  # 0: the base that comes with the package
+    tokens: int  # in a step
+    base_steps: int  # steps of training the base; 0 takes the bundled base
     learning_rate: float
     architecture: dict[str, int]
 
@@ -69,8 +67,8 @@ _SKIPS = ["--sampling", "skips"]
 _CLEX = ["--scaling", "clex", "--max-factor", str(TARGET)]
 _GENE = ["--scaling", "gene", "--factor", str(TARGET)]
 _GENE_PARAM = ["--scaling", "gene-param", "--factor", str(TARGET)]
-# What is asked of mlx_clex.lora. Static methods are trained at their one scale; dynamic, with
-# the factor that makes it CLEX's own start, at that of the training length.
+# Options of mlx_clex.lora. Methods with a fixed scale are trained at that scale; dynamic is
+# trained at the scale of the training length, with the factor that equals untrained CLEX.
 METHODS = {
     "none": ["--scaling", "none"],
     "linear": ["--scaling", "linear", "--factor", str(TARGET)],
@@ -87,13 +85,13 @@ METHODS = {
 
 
 def _network(share: float) -> list[str]:
-    """CLEX's network at this share of the model's learning rate."""
+    """Return options that train CLEX's network at a share of the model's learning rate."""
     return ["--scaling-learning-rate", f"{share * QUICK.learning_rate:g}"]
 
 
 _FAR = ["--scaling", "clex", "--max-factor", str(2 * TARGET)]
 _NO_PLAIN = ["--plain-share", "0"]
-# The search for what makes CLEX best, at four times the trained length; of the quick form only.
+# Variants of CLEX's training, at four times the trained length and with --quick only.
 TRIED = {
     "clex, skips, no plain steps": [*_CLEX, *_SKIPS, *_NO_PLAIN],
     "clex, skips, reach of 64 x": [*_FAR, *_SKIPS],
@@ -102,7 +100,7 @@ TRIED = {
     "clex, skips, network 0.1 x": [*_CLEX, *_SKIPS, *_network(0.1)],
     "clex, release, network 0.01 x": [*_CLEX, "--release-recipe", *_network(0.01)],
 }
-# The mark is for three seeds.
+# Variants that --quick repeats with two more seeds.
 BEST = ("clex, skips", "clex, skips, no plain steps", "clex, skips, reach of 64 x")
 
 
@@ -111,19 +109,19 @@ class Run:
     """One fine-tune."""
 
     method: str
-    options: tuple[str, ...]  # of mlx_clex.lora
-    length: int  # of its sequences, tokens
+    options: tuple[str, ...]  # options of mlx_clex.lora
+    length: int  # length of the training sequences, tokens
     seed: int
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Return the name of the run's folder."""
         method = self.method.replace(", ", "-").replace(" ", "")
         return f"{method}_{self.length}_{self.seed}"
 
 
 def all_runs(size: Size) -> list[Run]:
-    """In the order in which they are of use."""
+    """Return all runs, the main comparison first."""
     seeds = range(size.seeds)
     lengths = (TRAINED_LENGTH, 4 * TRAINED_LENGTH)
     runs = [
@@ -145,7 +143,7 @@ def all_runs(size: Size) -> list[Run]:
 
 
 def make_base(size: Size, seed: int, folder: Path) -> str:
-    """The model that all runs of a seed start from."""
+    """Return the model that all runs of a seed start from; train it if it is missing."""
     if not size.base_steps:
         return "bundled:base"
     start, adapters, base = folder / f"start_{seed}", folder / f"train_{seed}", folder / f"{seed}"
@@ -160,7 +158,7 @@ def make_base(size: Size, seed: int, folder: Path) -> str:
 
 
 def train_and_measure(run: Run, size: Size, folder: Path, base: str) -> None:
-    """Do what is left of a run; its perplexities end up in its folder."""
+    """Train and measure a run, as far as that is not done; its results are in its folder."""
     adapters = folder / run.name
     if (adapters / "perplexity.json").exists() and len(
         read_results(adapters / "perplexity").rows
@@ -191,7 +189,7 @@ def _lora(
     learning_rate: float,
     data: Path,
 ) -> None:
-    """`mlx_clex.lora`, going on with what an earlier one has left."""
+    """Run `mlx_clex.lora` and resume an interrupted run."""
     _command(
         "lora",
         *("--train", "--resume", "--model", base, "--data", data / "data"),
@@ -216,7 +214,7 @@ def _python(arguments: list[str]) -> None:
 
 
 def measure(adapters: Path, base: str, data: Path) -> None:
-    """Perplexity at each length, into the folder of the adapters."""
+    """Measure the perplexity at each length; the results go into the folder of the adapters."""
     model, tokenizer = load(base, adapter_path=adapters)
     assert isinstance(model, ScaledModel)
     corpus = load_corpora(
@@ -254,7 +252,7 @@ def measure(adapters: Path, base: str, data: Path) -> None:
 
 
 def summary(runs: Sequence[Run], folder: Path) -> dict[tuple[str, int], list[Results]]:
-    """The finished runs by method and training length, one for each seed."""
+    """Return the results by method and training length, one entry for each seed."""
     found: dict[tuple[str, int], list[Results]] = {}
     for run in runs:
         file = folder / run.name / "perplexity.json"
@@ -264,7 +262,7 @@ def summary(runs: Sequence[Run], folder: Path) -> dict[tuple[str, int], list[Res
 
 
 def print_table(found: dict[tuple[str, int], list[Results]]) -> None:
-    """Perplexity by length, with the spread over seeds where there are several."""
+    """Print perplexity by length, with the standard deviation over several seeds."""
     print("| method | trained at | " + " | ".join(f"{m}x" for m in MULTIPLES) + " |")
     print("|---" * (len(MULTIPLES) + 2) + "|")
     for (method, length), results in found.items():
@@ -280,13 +278,13 @@ def _with_spread(values: list[float]) -> str:
 
 
 def _perplexities(results: Sequence[Results], length: int) -> list[float]:
-    """Of all seeds that have been measured at a length."""
+    """Return the perplexities of all seeds that are measured at a length."""
     rows = (result.find(length=length) for result in results)
     return [row["perplexity"] for row in rows if row is not None]
 
 
 def draw_pictures(found: dict[tuple[str, int], list[Results]], folder: Path) -> None:
-    """Perplexity against length, one picture for each training length; means over seeds."""
+    """Draw perplexity against length (mean over seeds), one picture for each training length."""
     for trained in sorted({length for _, length in found}):
         rows = [
             {
@@ -316,15 +314,19 @@ def _curve(results: Results) -> str:
 
 
 def main() -> None:
-    """Run what is left, print the table and draw the picture."""
+    """Run what is missing, print the table and draw the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="0.9 M parameters, about an hour.")
     parser.add_argument("--output", type=Path, help="Default: build/extrapolation-quick or -full.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time. Default: 1.")
-    parser.add_argument("--only", nargs="+", metavar="METHOD", help="Of these methods.")
-    parser.add_argument("--at", type=int, metavar="TOKENS", help="Trained at this length.")
-    parser.add_argument("--seed", type=int, help="Of this seed.")
-    parser.add_argument("--table", action="store_true", help="Of what there is; run nothing.")
+    parser.add_argument("--only", nargs="+", metavar="METHOD", help="Only runs of these methods.")
+    parser.add_argument(
+        "--at", type=int, metavar="TOKENS", help="Only runs trained at this length."
+    )
+    parser.add_argument("--seed", type=int, help="Only runs with this seed.")
+    parser.add_argument(
+        "--table", action="store_true", help="Print finished runs; train and measure nothing."
+    )
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--base", help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
@@ -355,7 +357,7 @@ def main() -> None:
             for name, future in futures.items():
                 try:
                     future.result()
-                except RunError as error:  # a method may not survive its own procedure
+                except RunError as error:  # a diverged run must not stop the others
                     print(f"{name}: {error}", file=sys.stderr)
     found = summary(runs, folder)
     print_table(found)

@@ -1,9 +1,9 @@
-"""How long CLEX's solve takes at load, and how far it is from a fine float64 solve.
+"""Measure the time of CLEX's ODE solve at load and its error against a fine float64 solve.
 
     python -m benchmarks.ode [--quick]
 
-The reference is the release's formulation, dz/dt as it stands in the paper, integrated with
-the 3/8 rule in float64 at step 0.01. It shares no code with mlx_clex.
+The reference integrates the paper's dz/dt, as the release does, with the 3/8 rule in float64
+at step 0.01. It shares no code with mlx_clex.
 """
 
 import argparse
@@ -25,7 +25,7 @@ STEP = 0.01  # in t
 
 
 def weights(deviation: float, seed: int = 0) -> dict[str, mx.array]:
-    """W_up as it is initialised and a W_down of this standard deviation."""
+    """Return an initial W_up and a random W_down of this standard deviation."""
     rng = np.random.default_rng(seed)
     up = rng.uniform(-1, 1, (DIMS // 2, DIMS)) / math.sqrt(DIMS)
     down = rng.normal(0, deviation, (DIMS, DIMS // 2))
@@ -36,7 +36,7 @@ def weights(deviation: float, seed: int = 0) -> dict[str, mx.array]:
 
 
 def build(max_factor: int, tensors: dict[str, mx.array]) -> Scaling:
-    """A CLEX scaling that has not been solved yet."""
+    """Return a CLEX scaling whose ODE is not solved yet."""
     return build_scaling(
         {"type": "clex", "max_factor": max_factor},
         dims=DIMS,
@@ -47,7 +47,7 @@ def build(max_factor: int, tensors: dict[str, mx.array]) -> Scaling:
 
 
 def reference(max_factor: int, tensors: dict[str, mx.array]) -> np.ndarray:
-    """ln inv_freq at the scales 1..max_factor, float64, (max_factor, D/2)."""
+    """Return ln inv_freq at the scales 1..max_factor, float64, (max_factor, D/2)."""
     up = np.array(tensors["scaling.up_proj"], np.float64)
     down = np.array(tensors["scaling.down_proj"], np.float64)
     i = np.arange(0, DIMS, 2)
@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="three timings each, not 21")
+    parser.add_argument("--quick", action="store_true", help="3 timings instead of 21")
     parser.add_argument(
         "--deviation", type=float, default=0.005, help="standard deviation of W_down"
     )

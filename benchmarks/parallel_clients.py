@@ -1,10 +1,10 @@
-"""Do eight clients at once get the answers that each gets alone, and how fast?
+"""Compare the answers and times of eight clients, one by one and all at once.
 
     python -m benchmarks.parallel_clients --model build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-Converts the model, float32, as if it had been trained at 1,024 tokens, serves it, and asks it
-through the openai package: prompts of 100 to 6,000 tokens, each of them at its own scale, first one
-by one, then all at once. Needs the extra `dev`.
+The benchmark converts the model to float32 with a trained length of 1,024 tokens and serves
+it. It sends prompts of 100 to 6,000 tokens through the openai package, each at its own scale:
+first one by one, then all at once. It needs the extra `dev`.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from typing import Any
 
 from openai import OpenAI
 
-LENGTHS = (100, 300, 700, 1000, 1500, 2500, 4000, 6000)  # tokens, about
-TRAINED = 1024  # the length the conversion is told, tokens
+LENGTHS = (100, 300, 700, 1000, 1500, 2500, 4000, 6000)  # approximate prompt lengths, tokens
+TRAINED = 1024  # --trained-length of the conversion, tokens
 WORDS = ["river", "stone", "lamp", "garden", "winter", "paper", "bridge", "copper", "orchard"]
 
 
@@ -32,8 +32,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="a .gguf file, a folder or a hub id")
-    parser.add_argument("--max-tokens", type=int, default=20, help="of each answer (default: 20)")
+    parser.add_argument(
+        "--model", required=True, help="a folder, a .gguf file or a Hugging Face id"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=20, help="length limit of an answer (default: 20)"
+    )
     parser.add_argument("--quick", action="store_true", help="only prompts up to 1,500 tokens")
     args = parser.parse_args()
     lengths = LENGTHS[:5] if args.quick else LENGTHS
@@ -43,7 +47,7 @@ def main() -> None:
         convert = ("--hf-path", args.model, "--mlx-path", folder, "--dtype", "float32")
         scaling = ("--scaling", "clex", "--trained-length", TRAINED)
         run("mlx_clex.convert", *convert, *scaling)
-        # None of the prompts may be found in the cache the second time.
+        # Without a prompt cache, the second round must read every prompt again.
         with served(folder, "--prompt-cache-size", 0) as client:
 
             def ask(prompt: str) -> Any:
@@ -69,7 +73,7 @@ def main() -> None:
 
 
 def text(seed: int, tokens: int) -> str:
-    """About that many tokens of English, the same for a seed."""
+    """Return English text of about `tokens` tokens, which depends only on the seed."""
     rng = random.Random(seed)
     lines = []
     for number in range(tokens // 12):
@@ -80,7 +84,7 @@ def text(seed: int, tokens: int) -> str:
 
 @contextmanager
 def served(folder: Path, *options: object) -> Iterator[OpenAI]:
-    """A client of a server of its own."""
+    """Start a server and yield a client of it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

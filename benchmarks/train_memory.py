@@ -1,10 +1,9 @@
-"""Peak memory and time of a training step, against mlx_lm.lora on the same model.
+"""Compare peak memory and time of a training step with mlx_lm.lora on the same model.
 
-Every case runs in processes of its own, in turn, `--rounds` times: the peak is MLX's own
-count, reset after one step to warm up; seconds are the median of the rounds' fastest steps.
-`head` is the loss head's share: the peak less that of the same step with the mean of the
-hidden states as its loss. `cpu` counts the seconds of all cores together, and so depends less
-on what else the machine does.
+Each case runs `--rounds` times, each time in a new process. `peak` is MLX's peak memory after
+one warm-up step; seconds are the median over rounds of the fastest step. `head` is the memory
+of the loss head: the peak minus the peak of the same step with the mean of the hidden states
+as its loss. `cpu` is the sum of seconds over all cores, which depends less on other load.
 
     python -m benchmarks.train_memory [--length 4096] [--model FOLDER] [--rounds 3] [--json]
 
@@ -21,7 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from mlx_clex import attach, load  # first: it finds OpenBLAS
+from mlx_clex import attach, load  # before mlx.core: on Linux it looks for OpenBLAS
 
 import mlx.core as mx  # isort: skip
 import mlx.nn as nn
@@ -42,7 +41,7 @@ STEPS = 3
 
 
 def build(path: str | None, ours: bool) -> Any:
-    """The model, with LoRA layers; stock, or with CLEX."""
+    """Return the model with LoRA layers, with CLEX if `ours`."""
     mx.random.seed(0)
     if path:
         model: Any = load(path)[0]
@@ -72,7 +71,7 @@ def build(path: str | None, ours: bool) -> Any:
 
 
 def stock_step(model: Any, tokens: np.ndarray, *, body: bool) -> Callable[[], object]:
-    """The step of mlx_lm.lora, whose loop cannot be called a step at a time."""
+    """Return the training step of mlx_lm.lora, copied because its loop has no function for it."""
     trainer.grad_checkpoint(model.layers[0])
     optimizer = optim.Adam(learning_rate=1e-5)
     batch = mx.array(tokens)
@@ -94,7 +93,7 @@ def stock_step(model: Any, tokens: np.ndarray, *, body: bool) -> Callable[[], ob
 
 
 def our_step(model: Any, tokens: np.ndarray, *, body: bool) -> Callable[[], object]:
-    """A step of mlx_clex.lora with CLEX and its default procedure."""
+    """Return the training step of mlx_clex.lora with CLEX and its default procedure."""
     step = TrainingStep(model, optim.Adam(learning_rate=1e-5), grad_checkpoint=True)
     if body:
 
@@ -102,7 +101,7 @@ def our_step(model: Any, tokens: np.ndarray, *, body: bool) -> Callable[[], obje
             value = hidden_states(model, tokens).mean().astype(mx.float32)
             return value, mx.stop_gradient(value)
 
-        # In place of the loss that the step module imported.
+        # Replaces the loss that the step module imported.
         vars(step_module)["loss_for_gradient"] = mean_hidden
     draws = Draws(model.scaling, procedure_for(model.scaling), np.random.default_rng(0))
     ones = np.ones((len(tokens), tokens.shape[1] - 1), np.float32)
@@ -111,7 +110,7 @@ def our_step(model: Any, tokens: np.ndarray, *, body: bool) -> Callable[[], obje
 
 
 def measure(case: str, path: str | None, length: int) -> dict[str, float]:
-    """Peak in bytes, and the fastest of some steps in seconds."""
+    """Return the peak in bytes and the seconds of the fastest step."""
     ours, body = case.startswith("ours"), case.endswith("body")
     model = build(path, ours)
     tokens = np.random.default_rng(0).integers(0, model.args.vocab_size, (1, length + 1))
@@ -125,14 +124,17 @@ def measure(case: str, path: str | None, length: int) -> dict[str, float]:
 
 
 def timed(call: Callable[[], object]) -> tuple[float, float]:
-    """Seconds by the clock, and of all cores together."""
+    """Return (wall-clock seconds, CPU seconds of all cores) of a call."""
     started, cpu = time.perf_counter(), time.process_time()
     call()
     return time.perf_counter() - started, time.process_time() - cpu
 
 
 def scaling_time() -> dict[str, float]:
-    """Seconds a step for CLEX's frequencies, forward and backward, D 128, p 1, t to 16."""
+    """Return seconds per step of CLEX's frequencies, forward and backward.
+
+    D is 128, param_factor 1, and the scale t runs from 2 to 16.
+    """
     scaling = build_scaling(
         {"type": "clex", "max_factor": 16}, dims=128, base=1e4, trained_length=4096
     )

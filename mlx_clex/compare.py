@@ -1,10 +1,10 @@
-"""Command: how far two models differ on the same text.
+"""Command: compare the predictions of two models on the same text.
 
-Converted against quantised, unfrozen against frozen, bfloat16 against float32: at every token
-both answer with a distribution over the vocabulary. What lies between the two is told by how
-far into the text it is, since errors of a rotation grow with the position.
+Examples: a converted and a quantised model, an unfrozen and a frozen one, bfloat16 and
+float32. The command compares the next-token distributions and prints the differences by
+position, because rotation errors grow with the position.
 
-Not covered: models with different tokenizers, whose distributions are over other things.
+Not covered: models with different tokenizers.
 """
 
 import argparse
@@ -41,7 +41,7 @@ _FIRST = 16  # positions below are one bucket; the others begin at powers of two
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    for which, role in (("a", "the one held against"), ("b", "the other one")):
+    for which, role in (("a", "the reference model"), ("b", "the model to compare with it")):
         parser.add_argument(
             which,
             metavar=which.upper(),
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--scale-{which}",
             type=float,
-            help=f"Hold {which.upper()} at this scale. Default: that of each length.",
+            help=f"Fixed scale of {which.upper()}. Default: the scale of the length.",
         )
     parser.add_argument(
         "--data", help="A text as for mlx_clex perplexity. Default: the bundled text."
@@ -65,14 +65,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split",
         default="train",
         choices=("train", "valid", "test"),
-        help="Which part of a folder. Default: train, which is all of a folder of texts.",
+        help="Split of a folder or dataset. Default: train, which holds all files of a folder "
+        "without splits.",
     )
     parser.add_argument(
         "--length", type=int, help="Length of the windows, tokens. Default: A's trained length."
     )
-    parser.add_argument("--windows", type=int, default=8, help="Windows at most.")
+    parser.add_argument("--windows", type=int, default=8, help="Largest number of windows.")
     parser.add_argument(
-        "--output", metavar="PREFIX", help="Write PREFIX.json, PREFIX.csv and PREFIX.png."
+        "--output",
+        metavar="PREFIX",
+        help="Write PREFIX.json, PREFIX.csv and PREFIX.png. Default: no files.",
     )
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     parser.add_argument(
@@ -81,10 +84,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compare, and print a table.
+    """Compare two models and print a table.
 
     Raises:
-        InputError: models that do not compare, or a text or length that cannot be used.
+        InputError: the models cannot be compared, or the text or length cannot be used.
     """
     if args.windows < 1:
         raise InputError(f"--windows must be at least 1, got {args.windows}.")
@@ -93,12 +96,12 @@ def run(args: argparse.Namespace) -> None:
     b, tokenizer = _load(args, "b")
     if corpus_of(args.data, args.split, tokenizer).digest != corpus.digest:
         raise InputError(
-            f"{args.a} and {args.b} read the text as different tokens, so there is nothing to hold "
-            "against each other."
+            f"{args.a} and {args.b} tokenise the text differently. Compare models with the same "
+            "tokenizer."
         )
     length = scaled(a).trained_length if args.length is None else args.length
     if length is None:
-        raise InputError(f"{args.a} does not say its trained length: give --length.")
+        raise InputError(f"The trained length of {args.a} is unknown. Give --length.")
     for model in (a, b):
         check_lengths(model, corpus, [length])
     settings = {
@@ -110,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         "windows": args.windows,
     }
     results = open_results(args.output, kind="compare", settings=settings, keys=["first"])
-    # A run that stopped while it wrote them lacks the last ones.
+    # A run that was killed while writing may lack the last rows.
     if len(results.rows) < len(buckets(length)):
         _measure(args, a, b, corpus, length, results)
     picture(results)
@@ -184,7 +187,10 @@ def _labels(args: argparse.Namespace) -> list[str]:
 
 
 def buckets(length: int) -> list[tuple[int, int]]:
-    """First and last position of each bucket, for texts of this length: 1..15, 16..31, ..."""
+    """Return the first and last position of each bucket, for texts of this length.
+
+    The buckets are 1..15, 16..31, 32..63, ...; the last one ends at length - 1.
+    """
     starts = [1]
     while max(_FIRST, 2 * starts[-1]) < length:
         starts.append(max(_FIRST, 2 * starts[-1]))
@@ -193,10 +199,13 @@ def buckets(length: int) -> list[tuple[int, int]]:
 
 def _print_table(args: argparse.Namespace, results: Results) -> None:
     print(f"A: {args.a}. B: {args.b}.")
-    print("KL(A || B) of what they expect, in nats; flips: share of first choices that differ.")
+    print(
+        "KL: KL(A || B) of the next-token distributions, nats; flips: share of positions where the "
+        "most likely tokens differ."
+    )
     heads = ("tokens", "KL", "flips", "perplexity A", "perplexity B")
     print(f"{'position':>15}" + "".join(f" {head:>12}" for head in heads))
-    # A figure that is none is None in the rows.
+    # Rows store NaN as None.
     rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in results.rows]
     for row in [*rows, _whole(rows)]:
         place = f"{row['first']}-{row['last']}" if "first" in row else "all"
@@ -207,7 +216,7 @@ def _print_table(args: argparse.Namespace, results: Results) -> None:
 
 
 def _whole(rows: list[dict[str, Any]]) -> Mapping[str, Any]:
-    """All buckets in one row."""
+    """Return the row of all positions together."""
     tokens = np.array([row["tokens"] for row in rows])
 
     def mean(values: Any) -> float:
@@ -230,7 +239,7 @@ def main() -> None:
             add_arguments,
             run,
             prog="mlx_clex.compare",
-            description="How far two models differ on the same text, by position.",
+            description="Compare the predictions of two models on the same text, by position.",
             example="mlx_clex compare my-model my-model-4bit --length 4096",
         )
     )

@@ -1,8 +1,8 @@
-"""Says what this machine runs on, what a model is, and, with --self-test, whether all is right.
+"""Command: print versions and device, describe a model, and run a self-test.
 
-The self-test needs no network and no model: a tiny checkpoint with the published code's answers
-lies in `golden/` (made by tests/make_self_test_data.py). It prints one block, to be pasted
-into an issue as it is.
+The self-test needs no network and no model. It uses a tiny checkpoint in `golden/` with the
+outputs of the published code (made by tests/make_self_test_data.py). The output is one block
+that can be pasted into an issue.
 
 Not covered: quantised models, and speed at the size of a real model.
 """
@@ -33,20 +33,20 @@ from .model.scaled_model import attach, make_prompt_cache
 from .scaling import PREFIX
 
 PACKAGES = ("mlx-clex", "mlx", "mlx-lm", "transformers", "numpy")
-START = 60  # tokens of the golden text read in one pass; the others follow one by one
+START = 60  # tokens of the golden text that are read in one pass; the rest is decoded
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check measured, and the bound it has to keep."""
+    """The measurement of a check and its bound."""
 
     measured: float
     bound: float
-    at_least: bool = False  # the bound is a lower one
+    at_least: bool = False  # the bound is a lower bound
 
     @property
     def passed(self) -> bool:
-        """False for NaN, which keeps no bound."""
+        """Return whether the measurement is within the bound; False for NaN."""
         return self.measured >= self.bound if self.at_least else self.measured <= self.bound
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class Outcome:
 
 
 def golden_model() -> tuple[nn.Module, dict[str, mx.array]]:
-    """The shipped two-layer CLEX model, trained length 32, and the answers expected of it."""
+    """Return the packaged two-layer CLEX model (trained length 32) and its expected outputs."""
     file = importlib.resources.files("mlx_clex") / "golden" / "clex_llama.safetensors"
     with importlib.resources.as_file(file) as path:
         loaded: Any = mx.load(str(path), return_metadata=True)
@@ -78,12 +78,12 @@ def golden_model() -> tuple[nn.Module, dict[str, mx.array]]:
 
 
 def largest(difference: mx.array) -> float:
-    """The largest absolute entry."""
+    """Return the largest absolute entry."""
     return float(mx.abs(difference).max())
 
 
 def golden_frequencies() -> Outcome:
-    """Frequencies at every scale, relative, against the published code's."""
+    """Compare the frequencies at each scale with the published code's; relative error."""
     model, golden = golden_model()
     expected = golden["frequencies"]
     ours = mx.stack([model.scaling.inv_freq(t + 1.0) for t in range(len(expected))])
@@ -91,14 +91,14 @@ def golden_frequencies() -> Outcome:
 
 
 def golden_prefill() -> Outcome:
-    """Logits of one pass over 100 tokens, scale 4."""
+    """Compare the logits of one pass over 100 tokens, at scale 4, with the published code's."""
     model, golden = golden_model()
     logits = model(golden["tokens"][None])[:, -8:]
     return Outcome(largest(logits - golden["prefill_logits"]), 5e-4)
 
 
 def golden_decode() -> Outcome:
-    """Logits token by token over steps of the scale, keys moving in the cache."""
+    """Compare the logits of token-by-token decoding while the scale grows and keys move."""
     model, golden = golden_model()
     tokens = golden["tokens"][None]
     cache = make_prompt_cache(model)
@@ -109,12 +109,12 @@ def golden_decode() -> Outcome:
 
 
 def _keys(length: int) -> mx.array:
-    """Random keys, (B, H, L, head_dim), variance 1."""
+    """Return random keys, (B, H, L, head_dim), variance 1."""
     return mx.random.normal((1, 2, length, 16), key=mx.random.key(0))
 
 
 def moved_keys(dtype: mx.Dtype = mx.float32, bound: float = 1e-4) -> Outcome:
-    """Keys moved through seven steps of the scale against keys rotated fresh; RMS."""
+    """Compare keys moved through seven steps of the scale with fresh keys; RMS error."""
     model, golden = golden_model()
     steps = [model.scaling.inv_freq(t + 1.0) for t in range(len(golden["frequencies"]))]
     keys = _keys(300).astype(dtype)
@@ -126,12 +126,12 @@ def moved_keys(dtype: mx.Dtype = mx.float32, bound: float = 1e-4) -> Outcome:
 
 
 def moved_keys_bfloat16() -> Outcome:
-    """The same in bfloat16, where every move rounds once."""
+    """Run `moved_keys` in bfloat16, where each move rounds once."""
     return moved_keys(mx.bfloat16, 2e-2)
 
 
 def fused_rotation() -> Outcome:
-    """`mx.fast.rope` against plain cosines and sines, up to position 8,191."""
+    """Compare `mx.fast.rope` with plain cosines and sines, up to position 8,191."""
     model, _ = golden_model()
     inv_freq = model.scaling.inv_freq(4.0)
     errors = []
@@ -143,7 +143,7 @@ def fused_rotation() -> Outcome:
 
 
 def plain_gradients() -> Outcome:
-    """Gradients of CLEX's network through the plain rotation, against the published code's."""
+    """Compare the gradients of CLEX's network with the published code's; plain rotation."""
     model, golden = golden_model()
     length, scale = 32, 5
     sampled = golden["train_t5_sampled_positions"] + 1
@@ -170,7 +170,7 @@ def plain_gradients() -> Outcome:
 
 
 def decode_ratio() -> Outcome:
-    """Tokens a second with CLEX attached over stock, on a small random model."""
+    """Measure decoding speed with CLEX / without it, on a small random model."""
     args = llama.ModelArgs(
         model_type="llama",
         hidden_size=512,
@@ -215,7 +215,7 @@ CHECKS: tuple[Callable[[], Outcome], ...] = (
 
 
 def versions() -> dict[str, str]:
-    """What is installed here and what it runs on, ready to print."""
+    """Return the versions of the packages, the device and the platform, as texts by name."""
     lines = {}
     for package in PACKAGES:
         try:
@@ -246,7 +246,7 @@ def self_test(checks: Iterable[Callable[[], Outcome]]) -> int:
         try:
             outcome = check()
             verdict, detail = ("PASS" if outcome.passed else "FAIL"), str(outcome)
-        # Whatever a device cannot do is a finding; the other checks still run.
+        # A check that raises has failed; the other checks still run.
         except Exception as error:
             verdict, detail = "FAIL", f"{type(error).__name__}: {' '.join(str(error).split())}"
         failed += verdict == "FAIL"
@@ -255,19 +255,19 @@ def self_test(checks: Iterable[Callable[[], Outcome]]) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's options."""
+    """Add the options."""
     parser.add_argument(
         "model",
         nargs="?",
         default=None,
-        help="Also look at this model: a folder, a .gguf file or a hub id. Its weights are not "
-        "read.",
+        help="Also describe this model: a folder, a .gguf file or a Hugging Face id. Its weights "
+        "are not read.",
     )
     parser.add_argument(
         "--self-test",
         action="store_true",
-        help="Also check golden logits, moved keys, rotations, gradients and decoding speed: a "
-        "minute.",
+        help="Also check golden logits, moved keys, rotations, gradients and decoding speed. Takes "
+        "a minute.",
     )
 
 
@@ -275,7 +275,7 @@ def run(args: argparse.Namespace) -> None:
     """Print the block.
 
     Raises:
-        InputError: there is no such model.
+        InputError: the model is not found.
         RunError: a check of the self-test failed.
     """
     rows = report(args.model) if args.model is not None else []
@@ -290,17 +290,17 @@ def run(args: argparse.Namespace) -> None:
         print(f"{len(CHECKS)} checks in {time.perf_counter() - start:.0f} s, {failed} failed")
     print("```")
     if args.self_test and failed:
-        raise RunError(f"{failed} of {len(CHECKS)} checks failed: please report the block above.")
+        raise RunError(f"{failed} of {len(CHECKS)} checks failed. Please report the block above.")
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command and exit with its status."""
     sys.exit(
         run_command(
             add_arguments,
             run,
             prog="mlx_clex.doctor",
-            description="Print versions and device, look at a model, check this machine.",
+            description="Print versions and device, describe a model, run a self-test.",
             example="mlx_clex doctor my-model",
         )
     )

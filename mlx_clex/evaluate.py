@@ -1,10 +1,10 @@
-"""Command: LongBench, RULER, InfiniteBench and every other task of lm-evaluation-harness.
+"""Command: score a model on LongBench, RULER, InfiniteBench and other lm-eval tasks.
 
-The tasks, their prompts and their scores are the harness's; the model is read as `generate`
-reads it, each prompt at the scale of its own length. No prompt is cut without a word. With
---output, answers are kept as they come, in PREFIX.answers-*.db: none is asked for again.
+lm-evaluation-harness supplies tasks, prompts and scores. Each prompt is read at the scale of
+its own length, as in `generate`. If prompts are cut, the command prints how many. With
+--output each answer is stored at once in PREFIX.answers-*.db, and the next run reuses it.
 
-Not covered: what `harness.py` leaves out.
+Not covered: what `evaluation/harness.py` does not cover.
 """
 
 import argparse
@@ -40,65 +40,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="Of tasks, groups or tags of lm-evaluation-harness: longbench, longbench2, ruler, "
+        help="Tasks, groups or tags of lm-evaluation-harness: longbench, longbench2, ruler, "
         "infinitebench, niah_single_1, ...",
     )
     parser.add_argument(
-        "--include-path", type=Path, metavar="FOLDER", help="Task files of your own. Default: none."
+        "--include-path",
+        type=Path,
+        metavar="FOLDER",
+        help="Folder with your own task files. Default: none.",
     )
     parser.add_argument(
         "--metadata",
         default="{}",
         metavar="JSON",
-        help="An object that reaches the tasks, e.g. '{\"max_seq_lengths\": [4096, 8192]}' for "
-        "RULER.",
+        help="JSON object passed to the tasks, for RULER e.g. '{\"max_seq_lengths\": [4096]}'.",
     )
     parser.add_argument(
         "--limit",
         type=int,
-        help="Documents of each task, and of each of RULER's lengths, at most. Default: all.",
+        help="Largest number of documents for each task; in RULER, for each length. Default: all.",
     )
     parser.add_argument(
         "--num-shots",
         "--num-fewshot",
         type=int,
-        help="Examples in a prompt. Default: as the task says.",
+        help="Examples in a prompt. Default: the task's own number.",
     )
     parser.add_argument(
         "--max-length",
         type=int,
         metavar="TOKENS",
-        help="Of prompt and answer together; a longer prompt loses its middle, as in LongBench. "
-        "Default: the reach of a model that ends there (CLEX), else none.",
+        help="Upper bound of prompt and answer together. A longer prompt loses its middle, as in "
+        "LongBench. Default: the reach if the model refuses longer texts (CLEX), else none.",
     )
     parser.add_argument(
         "--scale",
         type=scale_policy,
         default="prompt",
         metavar="prompt|NUMBER",
-        help="prompt (default): each request has the scale of its whole length. NUMBER: fixed.",
+        help="prompt (default): each request uses the scale of its whole length. NUMBER: a fixed "
+        "scale.",
     )
     parser.add_argument(
         "--apply-chat-template",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="Prompts are messages of a user. Default: where the model has a template.",
+        help="Render prompts as user messages with the chat template. Default: on if the model has "
+        "one.",
     )
     parser.add_argument(
         "--chat-template-args",
         default="{}",
         metavar="JSON",
-        help="An object of settings of the chat template, e.g. '{\"enable_thinking\": false}'.",
+        help="JSON object of chat template settings, e.g. '{\"enable_thinking\": false}'.",
     )
     parser.add_argument(
         "--confirm-run-unsafe-code",
         action="store_true",
-        help="Run tasks that execute what the model has written.",
+        help="Run tasks that execute code written by the model.",
     )
     parser.add_argument(
         "--effective-length",
         action="store_true",
-        help="Report RULER's effective context length. Without --tasks: of the results in "
+        help="Report RULER's effective context length. Without --tasks, use the results in "
         "--output.",
     )
     parser.add_argument(
@@ -114,17 +118,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--output-dir": "Use --output PREFIX, for example --output DIR/scores.",
             "--batch-size": "Requests are read one by one, each at its own scale. Leave it out.",
             "--max-tokens": "Each task sets the length of its answers. Leave it out.",
-            "--fewshot-as-multiturn": "Examples stand in one message. Leave it out.",
+            "--fewshot-as-multiturn": "All examples are in one message. Leave it out.",
             **dict.fromkeys(("--seed", "--temp", "--top-p", "--top-k"), greedy),
         },
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluate, and print a table.
+    """Run the tasks and print a table of scores.
 
     Raises:
-        InputError: options, tasks, data or a model that cannot be used.
+        InputError: an option, a task, its data or the model cannot be used.
         RunError: MLX failed.
     """
     _check(args)
@@ -135,39 +139,39 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse options before anything is loaded."""
+    """Refuse invalid options before anything is loaded."""
     if not args.tasks and not (args.effective_length and args.output):
-        raise InputError("No task: give names as --tasks, such as longbench or ruler.")
+        raise InputError("No task. Give --tasks, for example longbench or ruler.")
     if args.tasks and args.model is None:
-        raise InputError("No model: give a folder, a .gguf file or a Hugging Face id as --model.")
+        raise InputError("No model. Give a folder, a .gguf file or a Hugging Face id as --model.")
     if args.scale == "grow":
-        raise InputError("--scale grow would let a score depend on how its prompt is read.")
+        raise InputError("--scale grow is not allowed here. Use --scale prompt or a number.")
     for option, least in (("limit", 1), ("num_shots", 0), ("max_length", 2)):
         value = getattr(args, option)
         if value is not None and value < least:
             name = option.replace("_", "-")
             raise InputError(f"--{name} must be at least {least}, got {value}.")
     if args.include_path is not None and not args.include_path.is_dir():
-        raise InputError(f"--include-path {args.include_path} is no folder.")
+        raise InputError(f"--include-path {args.include_path} is not a folder.")
     _json_object(args, "chat_template_args")
     if args.tasks and importlib.util.find_spec("lm_eval") is None:
         raise InputError("The tasks need lm-eval: pip install 'mlx-clex[evaluate]'.")
 
 
 def _json_object(args: argparse.Namespace, key: str) -> dict[str, Any]:
-    """The value of an option that takes a JSON object."""
+    """Return the value of an option that takes a JSON object."""
     option, text = f"--{key.replace('_', '-')}", getattr(args, key)
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise InputError(f"{option} is no JSON ({error}): {text}") from error
+        raise InputError(f"{option} is not JSON ({error}): {text}") from error
     if not isinstance(value, dict):
         raise InputError(f"{option} must be a JSON object, got {text}.")
     return value
 
 
 def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
-    # Here, since it takes seconds, and the extra.
+    # Imported here: it takes seconds and needs the extra `evaluate`.
     from .evaluation.harness import PlannedLM, load_tasks, run_tasks
 
     folder = resolve(args.model)
@@ -184,7 +188,7 @@ def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
     if templated is None:
         templated = tokenizer.has_chat_template
     elif templated and not tokenizer.has_chat_template:
-        raise InputError(f"{args.model} has no chat template: leave --apply-chat-template out.")
+        raise InputError(f"{args.model} has no chat template. Leave out --apply-chat-template.")
     max_length = args.max_length or scaled(model).limit
     scaled(model).check_length(args.max_length or 0, "--max-length")
     _check_made_lengths(metadata.get("max_seq_lengths"), max_length)
@@ -198,7 +202,7 @@ def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
             "max_length": max_length,
             "chat_template": templated,
             "chat_template_args": _json_object(args, "chat_template_args"),
-            # Lengths are in the rows.
+            # Lengths are in the rows, so a later run may add more of them.
             "metadata": {key: metadata[key] for key in metadata if key != "max_seq_lengths"},
             "lm_eval": version("lm_eval"),
         },
@@ -231,41 +235,41 @@ def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
         _print_table(rows, first=name == args.tasks[0])
     if lm.cut:
         say(
-            f"{lm.cut} of {lm.prompts} prompts had no room in {max_length} tokens and lost their "
-            "middle (--max-length)."
+            f"{lm.cut} of {lm.prompts} prompts were longer than {max_length} tokens (--max-length) "
+            "and lost their middle."
         )
     return results
 
 
 def _check_lengths_of(tasks: Mapping[str, Any]) -> None:
-    """Refuse --effective-length where no task has it, before hours of answers."""
+    """Refuse --effective-length if no task has documents of several lengths."""
     by_length = (found for each in tasks.values() for found in each.documents(1).values())
     if not any("" not in found for found in by_length):
         raise InputError(
-            f"--effective-length is of RULER's tasks, and {' '.join(tasks)} has none of them: "
-            "leave it out."
+            f"--effective-length needs a task of RULER, and --tasks {' '.join(tasks)} has none. "
+            "Leave it out."
         )
 
 
 def _check_made_lengths(lengths: Any, max_length: int | None) -> None:
-    """Refuse to score documents made for more tokens than the model is given.
+    """Refuse documents that are longer than `max_length`.
 
-    A document of RULER that has lost its middle has lost what it asks for.
+    A document of RULER without its middle may have lost the answer.
     """
     made = lengths if isinstance(lengths, list) else [lengths]
     longest = max((n for n in made if isinstance(n, int)), default=0)
     if max_length is not None and longest > max_length:
         raise InputError(
-            f"--metadata asks for documents of {longest} tokens, and the model is given "
-            f"{max_length} at most: leave out lengths beyond that, or raise --max-length up to "
-            "the model's reach."
+            f"--metadata asks for documents of {longest} tokens, but the longest length is "
+            f"{max_length}. Leave out longer documents, or raise --max-length up to the model's "
+            "reach."
         )
 
 
 def _tokenizer_of(folder: Path, args: argparse.Namespace) -> dict[str, str]:
-    """For tasks that make their documents up to a length, with the tokenizer."""
+    """Return the metadata entry with the tokenizer, for tasks that generate their documents."""
     runs_code = "auto_map" in read_config(folder) | _tokenizer_config(folder)
-    # The harness would run it unasked.
+    # The harness always runs a tokenizer's own code.
     return {} if runs_code and not args.trust_remote_code else {"tokenizer": str(folder)}
 
 
@@ -293,13 +297,12 @@ def _report_effective_length(results: Results) -> None:
     }
     if not any(means for means, _ in found.values()):
         raise InputError(
-            "--effective-length needs results of RULER at several lengths, the same for some task; "
-            "there are none. "
+            "--effective-length needs a task of RULER with results at all lengths; there is none. "
             "Run --tasks ruler with --metadata '{\"max_seq_lengths\": [4096, 8192]}'."
         )
     for label, (means, effective) in found.items():
         if not means:
-            print(f"{label}: no results of RULER whose tasks have all of the lengths")
+            print(f"{label}: no task of RULER has results at all lengths")
             continue
         tasks = [
             task
@@ -307,10 +310,10 @@ def _report_effective_length(results: Results) -> None:
             if len(scores) == len(means)
         ]
         print(f"{label}: " + ", ".join(f"{length}: {mean:.1%}" for length, mean in means.items()))
-        told = "none of these" if effective is None else f"{effective} tokens"
+        told = "none of these lengths" if effective is None else f"{effective} tokens"
         print(
-            f"Effective context length: {told} (above {RULER_THRESHOLD:.1%}, what Llama-2-7B has "
-            f"at 4,096 tokens; {len(tasks)} of RULER's {_RULER_TASKS} tasks)"
+            f"Effective context length: {told} (above {RULER_THRESHOLD:.1%}, the score of "
+            f"Llama-2-7B at 4,096 tokens; {len(tasks)} of RULER's {_RULER_TASKS} tasks)"
         )
 
 

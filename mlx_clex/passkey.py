@@ -1,11 +1,11 @@
-"""Command: a fact hidden in a long text, and how often the model finds it again.
+"""Command: measure how often a model finds a fact that is hidden in a long text.
 
-A grid of lengths and depths. The length is that of prompt and answer together, in tokens:
-a prompt is filled up until one more piece of filler would not fit. Every prompt is read at
-the scale of its own length, as `generate` reads it. Trials of one grid share most of what
-stands before the hidden fact; it is read once wherever that gives the same answer.
+The command measures a grid of lengths and depths. A length is that of prompt and answer
+together, in tokens; a prompt has as much filler as fits. Each prompt is read at the scale of
+its own length, as in `generate`. Prompts of a grid share most of the text before the fact,
+which is read once if that does not change the answers.
 
-Not covered: chat templates (the prompts are to be continued, not answered), and sampling.
+Not covered: chat templates (the model continues the prompt), and sampling.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from .model.scaled_model import scaled
 from .pictures.draw import picture
 
 _KEYS = ("task", "label", "length", "depth")
-_TRAINED_LENGTHS = (1, 2, 4)  # --lengths, unless given
+_TRAINED_LENGTHS = (1, 2, 4)  # default of --lengths, in trained lengths
 _BUNDLED_LENGTHS = (1, 2, 4, 8, 16)
 
 
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=list(TASKS),
         help="passkey: a number in repeated sentences, as in GeNE. number, kv: InfiniteBench's "
         "retrieval of a number and of a value by its key. words: a number among verses, which the "
-        "bundled models have learned. Default: passkey; of the bundled models, words.",
+        "bundled models have learned. Default: passkey; for the bundled models, words.",
     )
     parser.add_argument(
         "--lengths",
@@ -57,8 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="TOKENS",
         help="Tokens of prompt and answer together. Default: 1, 2 and 4 times the trained length; "
-        "of the "
-        "bundled models, up to 16 times.",
+        "for the bundled models, up to 16 times.",
     )
     parser.add_argument(
         "--depths",
@@ -66,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[0, 0.25, 0.5, 0.75, 1],
         metavar="SHARE",
-        help="Where the fact is, 0 (before the filler) to 1 (behind it). Default: five, evenly.",
+        help="Position of the fact, 0 (before the filler) to 1 (after it). Default: 0 0.25 0.5 "
+        "0.75 1.",
     )
     parser.add_argument("--trials", type=int, default=10, help="Trials at each length and depth.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the facts.")
@@ -75,16 +75,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=scale_policy,
         default="prompt",
         metavar="prompt|grow|NUMBER",
-        help="prompt: each prompt has the scale of its own length. grow: that of what has been "
-        "read "
-        "so far. NUMBER: fixed for good.",
+        help="prompt: each prompt uses the scale of its own length. grow: the scale of the length "
+        "read so far. NUMBER: a fixed scale.",
     )
     parser.add_argument(
         "--prefill-step-size", type=int, default=2048, help="Tokens read in one pass."
     )
     parser.add_argument("--kv-bits", type=int, help="Bits of the KV cache. Default: not quantised.")
     parser.add_argument(
-        "--kv-group-size", type=int, default=64, help="Values of the KV cache that share a scale."
+        "--kv-group-size",
+        type=int,
+        default=64,
+        help="Values of the KV cache that share a quantisation scale.",
     )
     parser.add_argument(
         "--quantized-kv-start",
@@ -96,8 +98,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         metavar="PREFIX",
-        help="Write PREFIX.json, PREFIX.csv and PREFIX.png; a run that was interrupted goes on "
-        "from them.",
+        help="Write PREFIX.json, PREFIX.csv and PREFIX.png. An interrupted run continues from "
+        "them. Default: no files.",
     )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="Let the tokenizer run its own Python."
@@ -105,14 +107,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, and print a table a model.
+    """Run the trials and print a table for each model.
 
     Raises:
-        InputError: options, lengths or models that cannot be used.
+        InputError: an option, a length or a model cannot be used.
         RunError: MLX failed.
     """
     _check(args)
-    # All of them, before hours go into the first.
+    # Find all models before the first is measured, which may take hours.
     folders = {label: resolve(source) for label, source in _sources(args).items()}
     results = open_results(args.output, kind="passkey", settings=_settings(args), keys=_KEYS)
     try:
@@ -123,16 +125,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse options before anything is loaded; fill in those that depend on each other."""
+    """Refuse invalid options before anything is loaded, and set the default of --task."""
     if args.task is None:
         args.task = "words" if _only_bundled(args) else "passkey"
     if not args.model and args.task != "words":
         raise InputError(
-            f"No model for --task {args.task}: give one as --model. The bundled models have "
-            "learned --task words."
+            f"No model for --task {args.task}. Give --model, or use --task words with the bundled "
+            "models."
         )
     if args.adapter_path and len(args.model or MODELS) > 1:
-        raise InputError("--adapter-path goes with a single --model.")
+        raise InputError("--adapter-path needs a single --model.")
     check_cache_options(args)
     for option in ("trials", "prefill_step_size"):
         if getattr(args, option) < 1:
@@ -151,15 +153,15 @@ def _only_bundled(args: argparse.Namespace) -> bool:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """All that changes a figure, but for what the rows name."""
+    """Return everything that affects the figures and is not in the rows."""
     cache = ("kv_bits", "kv_group_size", "quantized_kv_start") if args.kv_bits else ()
-    # Decides the scale of each part, or what is quantised when.
+    # The step size affects a growing scale and the time at which keys are quantised.
     parts = ("prefill_step_size",) if args.scale == "grow" or args.kv_bits else ()
     return {name: getattr(args, name) for name in ("seed", "scale", *cache, *parts)}
 
 
 def _sources(args: argparse.Namespace) -> dict[str, str]:
-    """What to load, by the name to show."""
+    """Return the models to load, by label."""
     if not args.model:
         return dict(MODELS)
     names = [Path(source).name.removeprefix(PREFIX) or source for source in args.model]
@@ -171,7 +173,7 @@ def _sources(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _measure(args: argparse.Namespace, results: Results, label: str, folder: Path) -> None:
-    """All cells of one model, and its table."""
+    """Measure all cells of one model and print its table."""
     model, tokenizer = load(
         folder,
         scale=args.scale if isinstance(args.scale, float) else None,
@@ -197,7 +199,7 @@ def _measure(args: argparse.Namespace, results: Results, label: str, folder: Pat
         "model": short(fingerprint(model, folder, args.adapter_path)),
     }
     results.check_model(label, row["model"])
-    # The deepest first: what stands before its fact begins like all the others.
+    # Deepest first: its filler before the fact is a prefix that all other depths share.
     cells = [
         {**row, "length": length, "depth": depth} for length in lengths for depth in depths[::-1]
     ]
@@ -212,11 +214,11 @@ def _measure(args: argparse.Namespace, results: Results, label: str, folder: Pat
 def _lengths(
     args: argparse.Namespace, model: nn.Module, trained: int | None, label: str
 ) -> list[int]:
-    """The lengths to measure, shortest first."""
+    """Return the lengths to measure, shortest first."""
     view = scaled(model)
     if not args.lengths:
         if trained is None:
-            raise InputError(f"{label} does not say its trained length: give --lengths.")
+            raise InputError(f"The trained length of {label} is unknown. Give --lengths.")
         times = _BUNDLED_LENGTHS if _only_bundled(args) else _TRAINED_LENGTHS
         return [n * trained for n in times if view.limit is None or n * trained <= view.limit]
     lengths = sorted(set(args.lengths))
@@ -225,7 +227,7 @@ def _lengths(
 
 
 def _tried(results: Results, cell: dict[str, Any]) -> tuple[int, int]:
-    """Trials of a cell so far, and in how many the fact was found."""
+    """Return the number of trials of a cell so far and the number of correct answers."""
     row = results.find(**{key: cell[key] for key in _KEYS}) or {}
     return row.get("trials", 0), row.get("correct", 0)
 
@@ -236,15 +238,15 @@ def _fill_cell(
     task, length, depth = TASKS[args.task], cell["length"], cell["depth"]
     start, correct = _tried(results, cell)
     for trial in range(start, args.trials):
-        # Of its own, so that a run may be continued, and its grid extended.
+        # One generator for each trial, so that a later run may continue or extend the grid.
         rng = np.random.default_rng([args.seed, length, round(depth * 10_000), trial])
         room = length - task.answer_tokens
         try:
             prompt, fact = task.draw(rng, reader.tokenizer, room, depth)
         except ValueError as error:
             raise InputError(
-                f"A length of {length} is too short for --task {args.task}: less "
-                f"{task.answer_tokens} for the answer these are {error}. Give longer --lengths."
+                f"A length of {length} is too short for --task {args.task}: {error} and "
+                f"{task.answer_tokens} for the answer. Give longer --lengths."
             ) from error
         begin = bar.n
         progress = functools.partial(_advance, bar, begin)
@@ -288,7 +290,7 @@ def main() -> None:
             add_arguments,
             run,
             prog="mlx_clex.passkey",
-            description="Hide a fact in texts of chosen lengths, and see whether it is found.",
+            description="Measure how often a model finds a fact that is hidden in a long text.",
             example="mlx_clex passkey --model my-model --lengths 4096 16384 --output passkey",
         )
     )

@@ -1,11 +1,10 @@
-"""Command: perplexity of models on a text, by length.
+"""Command: measure the perplexity of models on a text, by length.
 
-Every figure says how it was taken: the protocol, how many windows, and a confidence interval
-over them. Figures of other protocols or other tokenizers do not compare, so one run has one
-of each. Everything is checked before anything is measured, and every figure is kept as soon
-as it is there.
+Each result comes with its protocol, the number of windows and a confidence interval. Results
+of different protocols or tokenizers cannot be compared, so a run has one of each. All models
+and lengths are checked before the first measurement. Each result is stored at once.
 
-Not covered: weights that do not share a tokenizer (bits per byte would compare them).
+Not covered: models with different tokenizers (bits per byte would compare them).
 """
 
 import argparse
@@ -34,13 +33,12 @@ from .pictures.draw import picture
 from .scaling import SCALINGS
 
 _KEYS = ("label", "length")
-_TIMES = (1, 2, 4)  # the trained length: --lengths, unless given
+_TIMES = (1, 2, 4)  # default of --lengths, in trained lengths
 _BUNDLED_TIMES = (1, 2, 4, 8, 16)
-_BUNDLED_SCALINGS = ("none", "ntk", "yarn")  # of the bundled base
+_BUNDLED_SCALINGS = ("none", "ntk", "yarn")  # measured on the bundled base by default
 _BUNDLED_OUTPUT = "perplexity"
-# --windows, unless given: this many, and of short ones as many as these tokens make.
-_WINDOWS = 8
-_TOKENS = 16_384
+_WINDOWS = 8  # smallest default of --windows
+_TOKENS = 16_384  # tokens of all windows that the default of --windows aims at
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,15 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         "--data-path",
-        help="A .txt, .md or .jsonl file, a folder of them, or OWNER/NAME of a data set on the "
-        "hub. "
-        "Default: the bundled text.",
+        help="A .txt, .md or .jsonl file, a folder of them, or OWNER/NAME of a dataset on the "
+        "hub. Default: the bundled text.",
     )
     parser.add_argument(
         "--split",
         default="train",
         choices=("train", "valid", "test"),
-        help="Which part of a folder. Default: train, which is all of a folder of texts.",
+        help="Split of a folder or dataset. Default: train, which holds all files of a folder "
+        "without splits.",
     )
     parser.add_argument(
         "--lengths",
@@ -71,53 +69,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="TOKENS",
-        help="Lengths of the windows. Default: 1, 2 and 4 times the trained length; of the bundled "
-        "models, up to 16 times.",
+        help="Lengths of the windows. Default: 1, 2 and 4 times the trained length; for the "
+        "bundled models, up to 16 times.",
     )
     parser.add_argument(
         "--windows",
         "--num-samples",
         type=int,
-        help=f"Windows of each length, at most. Default: {_WINDOWS}, and of short ones as many as "
-        f"{_TOKENS} tokens make.",
+        help=f"Largest number of windows of each length. Default: {_WINDOWS}, or {_TOKENS} / "
+        "length if that is more.",
     )
     parser.add_argument(
         "--protocol",
         choices=("whole", "chunked", "sliding"),
         default="whole",
-        help="whole: every window at the one scale of its length. chunked: as CLEX was published, "
-        "fed in chunks, the scale growing. sliding: as GeNE was published, windows that overlap, "
-        "each whole. Default: whole.",
+        help="whole: each window at the scale of its length. chunked: each window in chunks, with "
+        "a growing scale, as CLEX was published. sliding: overlapping windows, each whole, as "
+        "GeNE was published. Default: whole.",
     )
     parser.add_argument(
         "--chunk",
         type=int,
         metavar="TOKENS",
-        help="Tokens that are read at once, for chunked. Default: the trained length.",
+        help="Tokens in a chunk, for --protocol chunked. Default: the trained length.",
     )
     parser.add_argument(
         "--stride",
         type=int,
         metavar="TOKENS",
-        help="Tokens from one window to the next, for sliding. Default: a quarter of a window.",
+        help="Tokens between the starts of windows, for --protocol sliding. Default: a quarter of "
+        "the length.",
     )
     parser.add_argument(
-        "--scale", type=float, help="Hold the models at this scale. Default: that of each length."
+        "--scale", type=float, help="Fixed scale. Default: the scale of each length."
     )
     parser.add_argument(
         "--scalings",
         nargs="+",
         choices=list(SCALINGS),
         metavar="NAME",
-        help="Measure the same weights with each of these in place of their own scaling: "
+        help="Replace the scaling of the models by each of these and measure: "
         f"{', '.join(SCALINGS)}.",
     )
     parser.add_argument(
         "--factor",
         type=float,
-        help="Longest length / trained length, for --scalings. Default: that of --lengths. It has "
-        "no "
-        "effect on none and dynamic.",
+        help="Longest length / trained length, for --scalings. Default: the longest of --lengths / "
+        "trained length. It has no effect on none and dynamic.",
     )
     parser.add_argument(
         "--kv-bits",
@@ -126,13 +124,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Bits of the KV cache. Default: not quantised.",
     )
     parser.add_argument(
-        "--kv-group-size", type=int, default=64, help="Values of the KV cache that share a scale."
+        "--kv-group-size",
+        type=int,
+        default=64,
+        help="Values of the KV cache that share a quantisation scale.",
     )
     parser.add_argument(
         "--output",
         metavar="PREFIX",
-        help="Write PREFIX.json, PREFIX.csv and PREFIX.png; a run that was interrupted goes on "
-        f"from them. Default: of the bundled models, {_BUNDLED_OUTPUT}.",
+        help="Write PREFIX.json, PREFIX.csv and PREFIX.png. An interrupted run continues from "
+        f"them. Default: {_BUNDLED_OUTPUT} for the bundled models, else no files.",
     )
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
     parser.add_argument(
@@ -141,17 +142,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     point_elsewhere(
         parser,
         {
-            "--batch-size": "Rows are read together as far as memory allows. Leave it out.",
-            "--seed": "Windows are spread evenly over the text; nothing is drawn. Leave it out.",
+            "--batch-size": "Short windows are batched automatically. Leave it out.",
+            "--seed": "Windows are spread evenly over the text, not drawn. Leave it out.",
         },
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, and print a table.
+    """Measure perplexities and print a table.
 
     Raises:
-        InputError: options, a text, lengths or models that cannot be used.
+        InputError: an option, the text, a length or a model cannot be used.
     """
     _check(args)
     loader = _Loader(args)
@@ -176,25 +177,25 @@ def run(args: argparse.Namespace) -> None:
 class Candidate:
     """A model to load."""
 
-    name: str  # to show
-    path: str  # a folder, file or hub id
-    scalings: Sequence[str] = ()  # to put in place of its own; none: its own
+    name: str  # for the table
+    path: str  # a folder, a .gguf file or a Hugging Face id
+    scalings: Sequence[str] = ()  # replacements of its scaling; empty keeps its own
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the picture: a model as it is, or with another scaling."""
+    """A line of the picture: a model with its own or a replaced scaling."""
 
     label: str
     path: str
-    entry: Mapping[str, Any] | None  # a rope_scaling in place of its own
-    model: str  # digest of all that decides its answers
+    entry: Mapping[str, Any] | None  # rope_scaling that replaces its own; None keeps its own
+    model: str  # short fingerprint of the model
     trained_length: int | None  # tokens
     reach: int | None  # tokens
 
 
 class _Loader:
-    """Loads models, and keeps the last one."""
+    """Load models and keep the last one in memory."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -202,9 +203,9 @@ class _Loader:
         self.loaded: tuple[Any, ...] = ()
 
     def load(self, path: str) -> tuple[nn.Module, Any]:
-        """(model, tokenizer)."""
+        """Return (model, tokenizer)."""
         if path != self.path:
-            self.path, self.loaded = "", ()  # the memory of the last one is needed
+            self.path, self.loaded = "", ()  # free the last model first
             self.loaded = load(
                 path,
                 scale=self.args.scale,
@@ -215,7 +216,7 @@ class _Loader:
         return self.loaded[0], self.loaded[1]
 
     def with_scaling(self, path: str, entry: Mapping[str, Any] | None) -> nn.Module:
-        """The model, with another scaling in place of its own unless that is None."""
+        """Return the model with the scaling `entry`; None keeps its current scaling."""
         model, _ = self.load(path)
         if entry is not None:
             attach(model, entry, trained_length=scaled(model).trained_length)
@@ -223,29 +224,29 @@ class _Loader:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse options before anything is loaded."""
+    """Refuse invalid options before anything is loaded."""
     if args.adapter_path and len(args.model or MODELS) > 1:
-        raise InputError("--adapter-path goes with a single --model.")
+        raise InputError("--adapter-path needs a single --model.")
     if args.windows is not None and args.windows < 1:
         raise InputError(f"--windows must be at least 1, got {args.windows}.")
     for option, of in (("chunk", "chunked"), ("stride", "sliding")):
         if getattr(args, option) is not None and args.protocol != of:
-            raise InputError(f"--{option} goes with --protocol {of}, not {args.protocol}.")
+            raise InputError(f"--{option} needs --protocol {of}, got {args.protocol}.")
     Protocol(chunk=args.chunk, stride=args.stride)
     if args.factor is not None and not args.scalings:
-        raise InputError("--factor is that of --scalings, which were not given.")
+        raise InputError("--factor needs --scalings. Give --scalings, or leave out --factor.")
     if args.factor is not None and not args.factor >= 1:
         raise InputError(f"--factor must be at least 1, got {args.factor:g}.")
     if args.factor is not None and not any(SCALINGS[n].options_for(2) for n in args.scalings):
         raise InputError(
-            f"--factor changes nothing of --scalings {' '.join(args.scalings)}: leave it out."
+            f"--factor has no effect on --scalings {' '.join(args.scalings)}. Leave it out."
         )
     if args.scale is not None and args.scalings:
-        raise InputError("--scale and --scalings exclude each other; their scale is --factor.")
+        raise InputError("--scale and --scalings exclude each other. Use --factor with --scalings.")
 
 
 def _candidates(args: argparse.Namespace) -> list[Candidate]:
-    """What to load."""
+    """Return the models to load."""
     scalings = tuple(dict.fromkeys(args.scalings or ()))
     if not args.model:
         base, *tuned = (Candidate(name, model) for name, model in MODELS.items())
@@ -264,7 +265,7 @@ def _candidates(args: argparse.Namespace) -> list[Candidate]:
 def _checked_lines(
     args: argparse.Namespace, loader: _Loader
 ) -> tuple[Corpus, list[int], list[Line]]:
-    """The text, the lengths, and the lines; every model has been loaded once and checked."""
+    """Load and check each model once; return the text, the lengths and the lines."""
     corpus: Corpus | None = None
     lengths: list[int] = []
     lines: list[Line] = []
@@ -275,11 +276,11 @@ def _checked_lines(
             corpus, lengths = own, _lengths(args, model, source.name)
         elif own.digest != corpus.digest:
             raise InputError(
-                f"{source.name} and {lines[0].label} read the text as different tokens, so their "
-                "perplexities do not compare: measure them in runs of their own."
+                f"{source.name} and {lines[0].label} tokenise the text differently, so their "
+                "perplexities cannot be compared. Measure them in separate runs."
             )
         if args.protocol == "chunked" and not (args.chunk or scaled(model).trained_length):
-            raise InputError(f"{source.name} does not say its trained length: give --chunk.")
+            raise InputError(f"The trained length of {source.name} is unknown. Give --chunk.")
         for name in source.scalings or (None,):
             lines.append(_line(args, loader, source, name, lengths[-1]))
             check_lengths(model, corpus, lengths)
@@ -290,7 +291,7 @@ def _checked_lines(
 def _line(
     args: argparse.Namespace, loader: _Loader, source: Candidate, name: str | None, longest: int
 ) -> Line:
-    """A model as it is, or with the scaling of this name; it stays loaded so."""
+    """Return the line of a model with its own scaling, or with the scaling `name` attached."""
     label, entry = source.name, None
     trained = scaled(loader.load(source.path)[0]).trained_length
     if name is not None:
@@ -314,12 +315,12 @@ def _line(
 
 
 def _lengths(args: argparse.Namespace, model: nn.Module, name: str) -> list[int]:
-    """The lengths to measure, shortest first."""
+    """Return the lengths to measure, shortest first."""
     if args.lengths:
         return sorted(set(args.lengths))
     trained = scaled(model).trained_length
     if trained is None:
-        raise InputError(f"{name} does not say its trained length: give --lengths.")
+        raise InputError(f"The trained length of {name} is unknown. Give --lengths.")
     times = _TIMES if args.model else _BUNDLED_TIMES
     limit = scaled(model).limit
     return [n * trained for n in times if limit is None or n * trained <= limit]
@@ -328,16 +329,16 @@ def _lengths(args: argparse.Namespace, model: nn.Module, name: str) -> list[int]
 def _settings(
     args: argparse.Namespace, corpus: Corpus, longest: int, lines: Sequence[Line]
 ) -> dict[str, Any]:
-    """All that changes a figure, but for what the rows name."""
+    """Return everything that affects the figures and is not in the rows."""
     cache = ("kv_bits", "kv_group_size") if args.kv_bits else ()
     names = ("protocol", "stride", "windows", *cache)
     chunks = {_chunk(args, line) for line in lines}
     return {
         "tokens": corpus.digest,
-        # That are read; 0: all as one.
+        # Number of texts that are read; 0: all texts joined.
         "texts": int((corpus.ends - corpus.starts >= longest).sum()),
         **{name: getattr(args, name) for name in names},
-        "chunk": chunks.pop() if len(chunks) == 1 else None,  # None: of each its trained length
+        "chunk": chunks.pop() if len(chunks) == 1 else None,  # None: each model's trained length
     }
 
 
@@ -365,14 +366,14 @@ def _measure(
     lengths: list[int],
     lines: list[Line],
 ) -> list[dict[str, Any]]:
-    """The rows of all lines, printed as they come; what the results have is not measured."""
+    """Measure and print the rows that the results lack; return all rows."""
     show = _silence if args.json else tqdm.write
     width = max(len(line.label) for line in lines)
     show(f"Protocol {args.protocol}: {corpus.name}, {len(corpus.tokens)} tokens.")
     if (corpus.ends - corpus.starts).max() < lengths[-1]:
-        show(f"No text of it has {lengths[-1]} tokens: all are read as one, end to end.")
+        show(f"No text has {lengths[-1]} tokens, so all texts are joined end to end.")
     if any(line.entry for line in lines):
-        show("MODEL + SCALING: inference-time scaling only, the weights stay as they are.")
+        show("MODEL + SCALING: inference-time scaling only; the weights are unchanged.")
     show(
         f"{'model':{width}} {'tokens':>8} {'scale':>7} {'windows':>8} {'perplexity':>11}   "
         "95 % interval"
@@ -419,7 +420,7 @@ def _tokens_to_read(
                 stride = _protocol(args, line, length).stride
                 windows = _windows(args, length)
                 places = windows_of(corpus, length, windows, stride, lengths[-1])
-                total += len(places) * (length - 1)  # nothing follows the last token
+                total += len(places) * (length - 1)  # the last token is not read
     return total
 
 
@@ -473,14 +474,14 @@ def _text(row: Mapping[str, Any], width: int) -> str:
 
 
 def _number(value: float | None, width: int) -> str:
-    # The largest ones are those of a model that has lost the thread: their digits say nothing.
+    # Three digits are enough for a perplexity that large.
     return (
         f"{'nan' if value is None else f'{value:.4f}' if value < 1e4 else f'{value:.3g}':>{width}}"
     )
 
 
 def _silence(text: str) -> None:
-    """In the place of a table that was not asked for."""
+    """Print nothing: --json replaces the table."""
 
 
 def main() -> None:
@@ -490,7 +491,7 @@ def main() -> None:
             add_arguments,
             run,
             prog="mlx_clex.perplexity",
-            description="Perplexity of models on a text, by length.",
+            description="Measure the perplexity of models on a text, by length.",
             example="mlx_clex perplexity --model my-model --data book.txt --lengths 4096 16384",
         )
     )

@@ -224,17 +224,17 @@ def test_caches_of_another_model_adapter_or_scaling_are_refused(cli, folders, tm
         ),
         (
             ("--model", edited(mine, tmp_path / "l", max_position_embeddings=64)),
-            ["trained length: 32 there, 64 here"],
+            ["trained length: 32 in the file, 64 in this model"],
         ),
-        (("--model", mine, "--scale", "2"), ["fixed scale: none there, 2.0 here"]),
-        (("--model", mine, "--adapter-path", first), ["adapter: none there"]),
+        (("--model", mine, "--scale", "2"), ["fixed scale: none in the file, 2.0 in this model"]),
+        (("--model", mine, "--adapter-path", first), ["adapter: none in the file"]),
     ]
     for args, words in others:
         status, out, err = cli(generate, *args, "--prompt-cache-file", file, "--prompt", QUERY)
         assert (status, out) == (2, ""), err
         assert len(err.strip().splitlines()) == 1
         assert all(word in err for word in words), err
-        assert err.count(" there, ") + err.count(": made with") == 1, err
+        assert err.count(" in the file, ") + err.count(": made with") == 1, err
 
     with_first = ("--model", mine, "--adapter-path", first, "--prompt-cache-file", file)
     assert cli(cache_prompt, *with_first, "--prompt", "A")[0] == 0
@@ -269,7 +269,7 @@ def test_files_of_mlx_lm_are_taken_with_a_word(cli, folders, tmp_path):
         generate, "--model", mine, "--prompt-cache-file", file, "-m", "1", "--scale", "2"
     )
     assert status == 2
-    assert "2 ScaledKVCache there, 2 KVCache here" in err
+    assert "2 ScaledKVCache in the file, 2 KVCache in the model" in err
 
 
 def test_a_chat_goes_on_inside_the_users_message(cli, folders, tmp_path):

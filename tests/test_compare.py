@@ -1,4 +1,4 @@
-"""Two models held against each other, against a plain computation over all logits."""
+"""The differences of two models equal a plain computation over all logits."""
 
 import json
 import math
@@ -40,14 +40,14 @@ def rows(capsys, *argv):
 
 
 def log_softmax(model, ids):
-    """float64, (L - 1, V), of one pass."""
+    """Return the log-probabilities of one pass, float64, (L - 1, V)."""
     logits = np.array(model(mx.array(ids)[None])[0, :-1].astype(mx.float32), np.float64)
     logits -= logits.max(-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def test_the_figures_are_the_plain_ones(monkeypatch):
-    """KL, first choices and losses from whole logits, in numpy."""
+def test_differences_equal_a_plain_computation(monkeypatch):
+    """KL, most likely tokens and losses are computed from all logits in numpy."""
     monkeypatch.setattr(evaluation, "_STEP", 37)
     a, b = scaled_llama("clex"), scaled_llama("yarn", seed=0)
     ids = np.random.default_rng(0).integers(0, 64, 60)
@@ -62,8 +62,8 @@ def test_the_figures_are_the_plain_ones(monkeypatch):
     assert np.abs(found[:, 3] + log_b[every, ids[1:]]).max() < 1e-4
 
 
-def test_a_model_is_itself(converted, text, tmp_path, capsys):
-    """Exactly 0, in every bucket; three windows of 100 tokens, of which 99 count."""
+def test_a_model_does_not_differ_from_itself(converted, text, tmp_path, capsys):
+    """Each bucket must be exactly 0; in three windows of 100 tokens 99 positions count."""
     folder = converted("clex_llama")
     argv = (folder, folder, "--data", text, "--length", 100, "--windows", 3)
     found = rows(capsys, *argv, "--output", tmp_path / "out")
@@ -79,7 +79,7 @@ def test_a_model_is_itself(converted, text, tmp_path, capsys):
     assert found[0]["label_a"] == str(folder)
     assert read_results(tmp_path / "out", "compare").rows == found
 
-    # The perplexity of all is that of the other command.
+    # The perplexity of all positions equals that of `perplexity`.
     assert call(*argv) == 0
     last = capsys.readouterr().out.splitlines()[-1].split()
     model, tokenizer = load(folder)
@@ -91,7 +91,7 @@ def test_a_model_is_itself(converted, text, tmp_path, capsys):
 
 
 def test_a_second_run_measures_nothing(converted, text, tmp_path, capsys, monkeypatch):
-    """The rows on disk are printed; other models under the same PREFIX are refused."""
+    """The stored rows are printed; other models with the same PREFIX are refused."""
     folder = converted("clex_llama")
     argv = (folder, folder, "--data", text, "--length", 50, "--output", tmp_path / "out")
     assert call(*argv) == 0
@@ -103,8 +103,8 @@ def test_a_second_run_measures_nothing(converted, text, tmp_path, capsys, monkey
     assert "weights_b: " in capsys.readouterr().err
 
 
-def test_frozen_is_unfrozen_at_its_scale(text, tmp_path, capsys):
-    """At four trained lengths CLEX has the scale 4; at three it is another model."""
+def test_a_frozen_model_equals_the_unfrozen_one_at_its_scale(text, tmp_path, capsys):
+    """At four trained lengths CLEX has scale 4; at three trained lengths the models differ."""
     convert(GOLDEN / "clex_llama", tmp_path / "ours", dtype="float32")
     convert(GOLDEN / "clex_llama", tmp_path / "frozen", freeze=4, dtype="float32")
     argv = (tmp_path / "ours", tmp_path / "frozen", "--data", text, "--windows", 1)
@@ -116,8 +116,8 @@ def test_frozen_is_unfrozen_at_its_scale(text, tmp_path, capsys):
     assert (held[0]["label_a"], held[0]["label_b"]) == ("ours at scale 4", "frozen")
 
 
-def test_quantised_is_a_little_off(text, tmp_path, capsys):
-    """4 bits further than 8."""
+def test_quantised_models_differ_a_little(text, tmp_path, capsys):
+    """4 bits must differ more than 8 bits."""
     convert(GOLDEN / "clex_llama", tmp_path / "ours", dtype="float32")
     off = []
     for bits in (8, 4):
@@ -137,19 +137,19 @@ def test_quantised_is_a_little_off(text, tmp_path, capsys):
         (64, [(1, 15), (16, 31), (32, 63)]),
     ],
 )
-def test_buckets(length, expected):
-    """Each position once, whatever the length."""
+def test_buckets_cover_each_position_once(length, expected):
+    """The last bucket ends at the last position, for any length."""
     assert buckets(length) == expected
 
 
-def test_what_does_not_compare(converted, text, tmp_path, capsys):
-    """Other tokens, another vocabulary, lengths and windows: one line."""
+def test_bad_input_is_one_line(converted, text, tmp_path, capsys):
+    """Other tokenizers or vocabularies and bad lengths or windows must end in one line."""
     folder = converted("clex_llama")
     other = stock_folder(tmp_path, folder, vocab_size=512, max_position_embeddings=32)
     settings = json.loads((other / "tokenizer_config.json").read_text())
     (other / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": False}))
     for argv, match in [
-        ((folder, other), "as different tokens"),
+        ((folder, other), "tokenise the text differently"),
         ((folder, folder, "--windows", 0), "--windows must be at least 1"),
         ((folder, folder, "--length", 300), "beyond the reach"),
         ((folder, folder, "--length", 1), "at least 2 tokens"),
@@ -160,5 +160,5 @@ def test_what_does_not_compare(converted, text, tmp_path, capsys):
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("compare: error: ")
         assert match in error
-    with pytest.raises(ValueError, match="A answers over 64 tokens and B over 96"):
+    with pytest.raises(ValueError, match="A has a vocabulary of 64 tokens and B one of 96"):
         differences(tiny_llama(), tiny_llama(vocabulary=96), np.arange(30))

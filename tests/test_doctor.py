@@ -1,4 +1,4 @@
-"""The self-test must pass where things are right, and notice where they are not."""
+"""The self-test must pass on a correct machine and fail on a wrong one."""
 
 import importlib.metadata
 import os
@@ -34,22 +34,22 @@ def test_prints_versions_and_device_without_options(capsys):
 
 @pytest.mark.parametrize("check", PLAIN, ids=lambda check: check.__name__)
 def test_check_passes_here(check):
-    """The self-test blamed a machine that computes right."""
+    """The self-test failed on a machine that computes correctly."""
     outcome = check()
 
     assert outcome.passed, str(outcome)
 
 
 def test_decode_ratio_is_measured():
-    """The two models were not the same size, so their ratio said nothing."""
-    # Not held to its bound: other tests share the cores.
+    """The two models had different sizes, so their ratio was meaningless."""
+    # The bound is not checked because other tests share the cores.
     assert 0.2 < doctor.decode_ratio().measured < 5
 
 
 def test_keys_that_do_not_move_fail(monkeypatch, capsys):
     """The self-test passed although keys kept the scale at which they were written."""
     right = doctor.rotate
-    calls = iter(range(9))  # one writes the keys, seven move them, one rotates afresh
+    calls = iter(range(9))  # one writes the keys, seven move them, one rotates fresh keys
     monkeypatch.setattr(
         doctor, "rotate", lambda x, freq: x if 0 < next(calls) < 8 else right(x, freq)
     )
@@ -67,7 +67,7 @@ def test_wrong_gradients_fail(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("FAIL")
 
 
-def test_a_check_that_raises_is_a_finding(monkeypatch, capsys):
+def test_a_check_that_raises_fails(monkeypatch, capsys):
     """One missing kernel ended the self-test, and the other results were lost."""
 
     def no_kernel() -> doctor.Outcome:
@@ -104,7 +104,7 @@ def test_runs_as_a_command(tmp_path):
 
 
 def test_shipped_data_is_what_the_script_makes(tmp_path, monkeypatch):
-    """The shipped answers went out of step with the golden checkpoint."""
+    """The packaged outputs no longer matched the golden checkpoint."""
     shipped = maker.TARGET.read_bytes()
     monkeypatch.setattr(maker, "TARGET", Path(tmp_path) / "clex_llama.safetensors")
     maker.main()

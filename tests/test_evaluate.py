@@ -1,4 +1,4 @@
-"""The harness's tasks on our models: figures checked by hand, nothing cut without a word."""
+"""Tasks of lm-evaluation-harness on our models: scores checked by hand, cuts reported."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ from .conftest import scaled_folders
 
 BUILT_IN = Path(lm_eval.__file__).parent / "tasks"
 
-# Of jieba, fuzzywuzzy and their like.
+# Warnings of jieba, fuzzywuzzy and other packages of the harness.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::SyntaxWarning"),
@@ -40,12 +40,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A function from a method's name to a folder, trained at 64 tokens."""
+    """Return a function from a method's name to a folder; the trained length is 64."""
     return scaled_folders(tmp_path_factory, factor=40)
 
 
 class FewWords:
-    _categories = {  # noqa: RUF012 - read by RULER
+    _categories = {  # noqa: RUF012 - RULER reads it
         "nouns": ["larch", "crate", "hour"],
         "adjectives": ["odd", "permissible"],
         "verbs": [],
@@ -57,12 +57,12 @@ DOCUMENT = ("context", "question", "answers")
 
 @pytest.fixture
 def local(tmp_path, monkeypatch):
-    """Task files of the three benchmarks, as they are, over documents of our own."""
+    """Write task files of the three benchmarks with local documents; return their folder."""
     monkeypatch.setattr(harness.datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    # RULER wants a sentence splitter, which a haystack of repeated sentences never calls.
+    # RULER requires a sentence splitter, which a haystack of repeated sentences never calls.
     (tmp_path / "nltk_data" / "tokenizers" / "punkt_tab").mkdir(parents=True)
     monkeypatch.setattr("nltk.data.path", [str(tmp_path / "nltk_data")])
-    # Nor, at its import, six million pairs of adjectives and nouns.
+    # On import RULER combines six million pairs of adjectives and nouns.
     monkeypatch.setattr("wonderwords.RandomWord", FewWords)
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -121,7 +121,7 @@ def call(*argv):
 
 @pytest.fixture
 def replies(monkeypatch):
-    """What the model is made to say: a function of the prompt's text. Keeps the prompts."""
+    """Replace the model's answers by `answer(prompt text)`, and record the prompts."""
     told = SimpleNamespace(prompts=[], answer=lambda text: "")
 
     def answer(self, prompt, max_tokens, progress=None, until=()):
@@ -137,7 +137,7 @@ def value(results, task, metric):
 
 
 def test_longbench_scores(folders, local, replies, tmp_path, capsys):
-    """F1 by words without articles: 1 for "The barn.", 1/2 for "red barn" against "red house"."""
+    """F1 ignores articles: 1 for "The barn.", 1/2 for "red barn" against "red house"."""
     replies.answer = lambda text: "The barn." if "What is red?" in text else "red barn"
     out = tmp_path / "out"
     tasks = ("--tasks", "local_hotpotqa", "--include-path", local)
@@ -151,7 +151,7 @@ def test_longbench_scores(folders, local, replies, tmp_path, capsys):
 
 
 def test_infinitebench_scores(folders, local, replies, tmp_path):
-    """The first number counts; what follows the end of the line was cut off."""
+    """The first number of the answer counts."""
     replies.answer = lambda text: " 71432\n90210"
     out = tmp_path / "out"
     tasks = ("--tasks", "local_passkey", "--include-path", local)
@@ -159,8 +159,8 @@ def test_infinitebench_scores(folders, local, replies, tmp_path):
     assert value(read_results(out), "local_passkey", "score") == 0.5
 
 
-def test_a_killed_run_goes_on_with_the_answers_it_has(folders, local, tmp_path, monkeypatch):
-    """SIGKILL in the middle of a task; the scores are those of a run that was left alone."""
+def test_a_killed_run_reuses_its_answers(folders, local, tmp_path, monkeypatch):
+    """After a SIGKILL in a task, the scores must equal those of an uninterrupted run."""
     documents = [
         {"context": f"Barn {n} is red. " * 40, "question": "What is red?", "answers": [f"barn {n}"]}
         for n in range(30)
@@ -173,7 +173,7 @@ def test_a_killed_run_goes_on_with_the_answers_it_has(folders, local, tmp_path, 
     command = [sys.executable, "-m", "mlx_clex.evaluate", *argv, str(tmp_path / "killed")]
     run = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     while kept_answers(tmp_path) == 0:
-        assert run.poll() is None, "it ended before it could be killed"
+        assert run.poll() is None, "the run ended before it could be killed"
     run.kill()
     run.wait()
     kept = kept_answers(tmp_path)
@@ -188,13 +188,13 @@ def test_a_killed_run_goes_on_with_the_answers_it_has(folders, local, tmp_path, 
     assert 0 < kept < 30
     assert len(asked) == 32 - kept
     assert call(*argv, tmp_path / "killed") == 0
-    assert len(asked) == 32 - kept, "a finished run was asked again"
+    assert len(asked) == 32 - kept, "a finished run generated answers again"
     assert call(*argv, tmp_path / "whole") == 0
     assert read_results(tmp_path / "killed").rows == read_results(tmp_path / "whole").rows
 
 
 def kept_answers(folder):
-    """How many there are in the harness's file, which another process writes."""
+    """Return the number of answers in the harness's file, which another process writes."""
     for file in folder.glob("killed.answers*.db"):
         with (
             contextlib.closing(sqlite3.connect(file, timeout=60)) as base,
@@ -208,7 +208,7 @@ LENGTHS = '{"max_seq_lengths": [600, 1000]}'
 
 
 def test_ruler_scores_by_length(folders, local, replies, tmp_path, capsys):
-    """--metadata reaches the task, and --limit leaves no length out."""
+    """--metadata must reach the task, and --limit must apply to each length."""
 
     def answer(text):
         key = re.search(r"special magic number for (\S+) mentioned in", text)[1]
@@ -230,13 +230,13 @@ def test_ruler_scores_by_length(folders, local, replies, tmp_path, capsys):
     assert "gene: 600: 100.0%, 1000: 50.0%" in out
     assert "Effective context length: 600 tokens (above 85.6%" in out
     assert "1 of RULER's 13 tasks" in out
-    # Once more, from the file alone.
+    # The same report from the stored results.
     assert call("--effective-length", "--output", tmp_path / "out") == 0
     assert "Effective context length: 600 tokens" in capsys.readouterr().out
 
 
-def test_a_gap_ends_the_effective_length():
-    """A longer length that does well again does not count."""
+def test_the_effective_length_ends_at_the_first_low_score():
+    """A longer length with a high score does not count."""
     rows = [
         {"label": "m", "task": task, "length": length, "value": score}
         for length, scores in {4096: (1.0, 0.9), 8192: (1.0, 0.6), 16384: (1.0, 1.0)}.items()
@@ -249,8 +249,8 @@ def test_a_gap_ends_the_effective_length():
     assert evaluate.effective_length(SimpleNamespace(rows=rows[2:]), "m")[1] is None
 
 
-def test_an_effective_length_is_of_the_same_tasks():
-    """A longer length at which only the easiest task was run looked the best."""
+def test_the_effective_length_uses_the_same_tasks_at_each_length():
+    """A length at which only the easiest task was run had the best mean."""
     scores = {"a": {4096: 0.9, 8192: 0.5}, "b": {4096: 0.9}, "c": {8192: 1.0}}
     rows = [
         {"label": "m", "task": task, "length": length, "value": score}
@@ -263,8 +263,8 @@ def test_an_effective_length_is_of_the_same_tasks():
     assert evaluate.effective_length(results, "m") == ({}, None)
 
 
-def test_a_model_of_its_own_mind(folders, local, tmp_path):
-    """Nothing scripted: from the task file to a score."""
+def test_a_model_is_scored_end_to_end(folders, local, tmp_path):
+    """Real answers of the model give scores between 0 and 1."""
     out = tmp_path / "out"
     argv = ("--tasks", "local_passkey", "local_hotpotqa", "--include-path", local, "--limit", 1)
     assert call("--model", folders("clex"), *argv, "--output", out) == 0
@@ -274,24 +274,24 @@ def test_a_model_of_its_own_mind(folders, local, tmp_path):
 
 
 def test_a_prompt_that_is_too_long_loses_its_middle(folders, local, replies, tmp_path, capsys):
-    """LongBench's instructions stand at both ends; the harness cuts off the first."""
+    """LongBench has instructions at both ends of a prompt; the harness cut off the first."""
     model = folders("gene")
     argv = ("--model", model, "--tasks", "local_hotpotqa", "--include-path", local)
     assert call(*argv) == 0
     whole, replies.prompts = replies.prompts, []
     assert "lost" not in capsys.readouterr().err
-    # Room for the shorter prompt and its 32 tokens, and for no more.
+    # Exactly the shorter prompt and its answer of 32 tokens fit.
     sizes = sorted(map(len, whole))
     assert sizes[0] < sizes[1]
     assert call(*argv, "--max-length", sizes[0] + 32) == 0
     half = sizes[0] // 2
     expected = [p if len(p) == sizes[0] else p[:half] + p[-half:] for p in whole]
     assert replies.prompts == expected
-    assert "1 of 2 prompts had no room" in capsys.readouterr().err
+    assert "1 of 2 prompts were longer than" in capsys.readouterr().err
 
 
-def test_a_reach_that_ends_is_the_longest_length(folders, local, replies, tmp_path):
-    """Without --max-length: 40 times 64 tokens of the tiny CLEX model."""
+def test_the_default_max_length_is_a_hard_reach(folders, local, replies, tmp_path):
+    """The tiny CLEX model reaches 40 times 64 tokens."""
     file = local / "local_hotpotqa.jsonl"
     docs = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text(json.dumps({**docs[0], "context": "A barn is red. " * 900}) + "\n")
@@ -300,8 +300,8 @@ def test_a_reach_that_ends_is_the_longest_length(folders, local, replies, tmp_pa
     assert [len(prompt) for prompt in replies.prompts] == [40 * 64 - 32]
 
 
-def test_greedy_answers_are_told(folders, local, replies, capsys):
-    """A task that asks for sampling got something else."""
+def test_a_task_with_sampling_gets_a_message(folders, local, replies, capsys):
+    """A task that asks for sampling got greedy answers without a message."""
     file = local / "local_passkey.yaml"
     file.write_text(file.read_text() + "generation_kwargs:\n  do_sample: true\n  until: []\n")
     argv = ("--model", folders("gene"), "--tasks", "local_passkey", "--include-path", local)
@@ -310,7 +310,7 @@ def test_greedy_answers_are_told(folders, local, replies, capsys):
 
 
 def test_a_failure_of_mlx_is_one_line(folders, monkeypatch):
-    """Out of memory, above all."""
+    """A failure such as running out of memory was a traceback."""
 
     def fail(self, inputs, cache=None, step_size=2048):
         raise RuntimeError("[metal::malloc] Attempting to allocate too much")
@@ -330,7 +330,7 @@ def lm(folder, **options):
 
 
 def plain(model, tokens, count):
-    """Log-likelihood of the last `count` tokens, and whether greedy, in one pass."""
+    """Return (log-likelihood, is greedy) of the last `count` tokens from one pass."""
     logits = model(mx.array([tokens[:-1]]))[0].astype(mx.float32)
     scores = nn.log_softmax(logits)[-count:]
     ends = mx.array(tokens[-count:])
@@ -342,15 +342,15 @@ TEXT = "The quick brown fox runs away from the lazy dog. "
 
 
 @pytest.mark.parametrize("name", ["clex", "clex-log", "gene", "dynamic", "yarn", "stock"])
-def test_loglikelihoods_are_those_of_one_pass(folders, name):
-    """mlx-lm's harness reads in chunks, each at the scale of what it has read so far."""
+def test_loglikelihoods_equal_those_of_one_pass(folders, name):
+    """mlx-lm's harness reads in chunks, each at the scale of the length read so far."""
     mine = lm(folders(name))
-    # Contexts of many lengths, ends of one context on both sides of a step of the scale.
+    # Some contexts have continuations on both sides of a step of the scale.
     contexts = [TEXT * count for count in (1, 2, 3, 5, 8)]
     ends = [" dog", " A dog sits.", " " + TEXT, " fox" * 20]
     requests = [request(context, end) for context in contexts for end in ends]
     requests += [request("", TEXT), request(TEXT + " ", "dog")]
-    # One end that is sure to be greedy.
+    # This continuation is greedy by construction.
     tokens = mine.tok_encode(TEXT)
     likeliest = mine._model(mx.array([tokens]))[0, -1].argmax().item()
     got = mine._loglikelihood_tokens([(None, tokens, [likeliest])], disable_tqdm=True)
@@ -365,7 +365,7 @@ def test_loglikelihoods_are_those_of_one_pass(folders, name):
 
 
 def test_whole_texts_are_scored_in_one_window(folders):
-    """And in disjoint windows where a longest length is set; every token once."""
+    """With `max_length` the windows are disjoint, and each token counts once."""
     mine = lm(folders("clex"))
     tokens = mine.tok_encode(TEXT * 6)
     assert tokens[0] == mine.prefix_token_id
@@ -377,14 +377,14 @@ def test_whole_texts_are_scored_in_one_window(folders):
     expected, rest = plain(mine._model, tokens[:101], 100)[0], tokens[1:]
     for start in range(100, len(rest), 100):
         end = min(start + 100, len(rest))
-        # The last window is filled up with context.
+        # The last window has more context.
         window = rest[end - 101 : end]
         expected += plain(mine._model, window, end - start)[0]
     assert abs(score - expected) < 5e-3
 
 
-def test_nothing_is_cut_at_8192_tokens(folders, monkeypatch):
-    """mlx-lm's harness dropped the beginning of longer contexts without a word."""
+def test_long_contexts_are_not_cut(folders, monkeypatch):
+    """mlx-lm's harness silently drops the start of contexts above 8,192 tokens."""
     read = []
 
     def score_ends(self, context, ends):
@@ -399,8 +399,8 @@ def test_nothing_is_cut_at_8192_tokens(folders, monkeypatch):
     assert read == [len(mine.tok_encode(text.rstrip()))]
 
 
-def test_answers_are_those_of_generate(folders):
-    """Up to the stop text, which is left out."""
+def test_answers_end_before_the_stop_text(folders):
+    """Answers must equal those of `Reader`, without the stop text."""
     mine = lm(folders("clex"))
     options = {"max_gen_toks": 12, "until": ["\n\n"]}
     (whole,) = mine.generate_until([request(TEXT * 4, options)], disable_tqdm=True)
@@ -414,7 +414,7 @@ def test_answers_are_those_of_generate(folders):
 
 
 def test_it_is_the_harness_class_of_mlx_lm(folders):
-    """Chat templates and names come from there."""
+    """Chat templates and names come from mlx-lm's class."""
     mine = lm(folders("stock"), use_chat_template=True)
     assert isinstance(mine, MLXLM)
     template = "{% for m in messages %}<{{ m['content'] }}{{ mood }}>{% endfor %}"
@@ -427,14 +427,14 @@ def test_it_is_the_harness_class_of_mlx_lm(folders):
 
 
 class Few(harness.TaskManager):
-    """Without the 14,000 tasks that come with the harness, to save the time."""
+    """A task manager without the harness's 14,000 task files, which take long to index."""
 
     def __init__(self, include_path=None, include_defaults=False, metadata=None):
         super().__init__(include_path=include_path, include_defaults=False, metadata=metadata)
 
 
-def test_files_that_are_broken_are_named(folders, local, monkeypatch, capsys):
-    """Neither is a matter of the hub, or of a name."""
+def test_broken_files_are_named(folders, local, monkeypatch, capsys):
+    """A broken local file was reported as a dataset missing on the hub, or an unknown task."""
     monkeypatch.setattr(harness, "TaskManager", Few)
     base = ("--model", folders("clex"), "--include-path", local, "--tasks")
     with (local / "local_hotpotqa.jsonl").open("a") as file:
@@ -445,7 +445,7 @@ def test_files_that_are_broken_are_named(folders, local, monkeypatch, capsys):
     assert "cannot be read" in error
     (local / "mine.yaml").write_text("task: [\n")
     assert call(*base, "mine") == 2
-    assert "mine.yaml is no YAML" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert "mine.yaml is not valid YAML" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ def test_files_that_are_broken_are_named(folders, local, monkeypatch, capsys):
         (("--tasks", "local_hotpot"), ["no task 'local_hotpot'", "local_hotpotqa"]),
         (("--tasks", "xyz"), ["no task 'xyz'", "--include-path"]),
         (("--tasks", "remote_hotpotqa"), ["Xnhyacinth/LongBench", "datasets", "hotpotqa"]),
-        (("--metadata", "{"), ["--metadata is no JSON"]),
+        (("--metadata", "{"), ["--metadata is not JSON"]),
         (("--metadata", "[1]"), ["--metadata must be a JSON object"]),
         (("--limit", "0"), ["--limit must be at least 1"]),
         (("--scale", "grow"), ["--scale grow"]),
@@ -462,18 +462,18 @@ def test_files_that_are_broken_are_named(folders, local, monkeypatch, capsys):
         (("--max-length", "9999"), ["beyond the reach, 2560"]),
         (("--max-length", "20"), ["--max-length 20 leaves no room"]),
         (("--apply-chat-template",), ["no chat template"]),
-        (("--include-path", "/nowhere"), ["--include-path /nowhere is no folder"]),
+        (("--include-path", "/nowhere"), ["--include-path /nowhere is not a folder"]),
         (("--adapter-path", "/nowhere"), ["adapter_config.json"]),
         (("--model", "/nowhere"), ["neither a folder"]),
-        (("--effective-length",), ["--effective-length is of RULER's tasks, and local_hotpotqa"]),
-        (("--chat-template-args", "{"), ["--chat-template-args is no JSON"]),
-        (("--metadata", '{"max_seq_lengths": [64, 4096]}'), ["documents of 4096", "2560 at most"]),
+        (("--effective-length",), ["--effective-length needs a task of RULER", "local_hotpotqa"]),
+        (("--chat-template-args", "{"), ["--chat-template-args is not JSON"]),
+        (("--metadata", '{"max_seq_lengths": [64, 4096]}'), ["documents of 4096", "is 2560"]),
         (("--tasks", "broken_split"), ["broken_split does not load: it lacks 'nowhere'"]),
         (("--tasks", "unsafe"), ["unsafe", "--confirm-run-unsafe-code"]),
     ],
 )
 def test_bad_input_is_one_line(folders, local, replies, monkeypatch, capsys, more, words):
-    """Exit 2; a task or dataset that is missing is named, and where it would be looked for."""
+    """The exit status is 2, and the error names what is missing."""
     monkeypatch.setattr(harness, "TaskManager", Few)
     base = ("--model", folders("clex"), "--tasks", "local_hotpotqa", "--include-path", local)
     assert call(*base, *more) == 2
@@ -492,21 +492,21 @@ def test_bad_input_is_one_line(folders, local, replies, monkeypatch, capsys, mor
         (("--effective-length", "--output", "/nowhere/x"), "cannot be read"),
     ],
 )
-def test_nothing_to_do(capsys, argv, match):
-    """One line."""
+def test_missing_options_are_one_line(capsys, argv, match):
+    """The error must say what is missing."""
     assert call(*argv) == 2
     assert match in capsys.readouterr().err
 
 
-def test_without_the_extra(monkeypatch, capsys):
-    """It is named."""
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    """The error must have the command that installs lm-eval."""
     monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
     assert call("--model", "a", "--tasks", "ruler") == 2
     assert "pip install 'mlx-clex[evaluate]'" in capsys.readouterr().err
 
 
-def test_a_tokenizer_with_code_of_its_own_is_not_handed_over(folders, local, capsys, tmp_path):
-    """RULER would have run it unasked."""
+def test_a_tokenizer_with_its_own_code_is_not_passed_on(folders, local, capsys, tmp_path):
+    """RULER ran the tokenizer's code without --trust-remote-code."""
     folder = tmp_path / "code"
     folder.mkdir()
     for file in folders("gene").iterdir():

@@ -1,4 +1,4 @@
-"""Prompts that are the published ones, answers that no cached prefix changes, honest counts."""
+"""Prompts equal the published ones, reuse changes no answer, and counts are right."""
 
 import json
 import re
@@ -15,12 +15,12 @@ from mlx_clex.passkey import TASKS, Reader
 from .conftest import scaled_folders
 
 GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-COUNT = 6  # tokens of an answer; random models have near ties, and more would meet one
+COUNT = 6  # tokens of an answer; longer answers of random models meet near ties
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A function from a method's name to a folder: trained at 64 tokens, no end for most."""
+    """Return a function from a method's name to a folder; the trained length is 64."""
     return scaled_folders(tmp_path_factory, factor=16)
 
 
@@ -41,7 +41,7 @@ def rng(seed=0):
 
 
 def test_the_passkey_prompt_is_that_of_the_paper():
-    """Characters of garbage are cut off where they end, as published; depth 0.25 of 200."""
+    """The filler is cut by characters, as published; here at depth 0.25 of 200."""
     text, key = passkey.hide_passkey(rng(), 0.25)
     garbage = " ".join([GRASS] * 9)
     assert text(200) == (
@@ -54,7 +54,7 @@ def test_the_passkey_prompt_is_that_of_the_paper():
 
 
 def test_the_number_prompt_is_that_of_infinitebench():
-    """Ten digits, the sentences a line each."""
+    """The prompt has ten digits, and each sentence group is a line."""
     text, key = passkey.hide_number(rng(), 0.5)
     assert text(4) == (
         "There is an important info hidden inside a lot of irrelevant text. Find it. I will quiz "
@@ -67,7 +67,7 @@ def test_the_number_prompt_is_that_of_infinitebench():
 
 
 def test_the_value_prompt_is_that_of_infinitebench():
-    """A JSON object with the pair at its depth."""
+    """The prompt has a JSON object with the pair at its depth."""
     text, value = passkey.hide_value(rng(), 0.5)
     prompt = text(6)
     head, data, question = re.fullmatch(
@@ -79,13 +79,13 @@ def test_the_value_prompt_is_that_of_infinitebench():
     assert len(pairs) == 7
     key = next(name for name, content in pairs.items() if content == value)
     assert question == f'"{key}"\nThe value associated with the specified key is: '
-    assert text(2).count(value) == 1, "a shorter text asks for the same"
+    assert text(2).count(value) == 1, "a shorter text must have the same value"
 
 
 @pytest.mark.parametrize("task", ["passkey", "number", "kv"])
 @pytest.mark.parametrize("length", [500, 777, 1300])
-def test_a_prompt_is_as_long_as_it_may_be(tokenizer, task, length):
-    """It was off by up to a whole piece of filler."""
+def test_a_prompt_has_as_much_filler_as_fits(tokenizer, task, length):
+    """Prompts were up to a piece of filler too short."""
     hide = {"passkey": "hide_passkey", "number": "hide_number", "kv": "hide_value"}[task]
     prompt, fact = TASKS[task].draw(rng(length), tokenizer, length, 0.3)
     text, same = getattr(passkey, hide)(rng(length), 0.3)
@@ -112,12 +112,12 @@ def test_a_prompt_is_as_long_as_it_may_be(tokenizer, task, length):
     ],
 )
 def test_what_counts_as_found(task, reply, found):
-    """The first number, whole; or the value as a word of its own."""
+    """The first number must be the fact, or the value must be a word of the answer."""
     assert TASKS[task].found(reply, "123") is found
 
 
 def plain_answer(folder, prompt):
-    """Greedy decoding, every prompt from its beginning, planned for its own length."""
+    """Return greedy decoding with a new cache that is planned for the prompt's length."""
     model, tokenizer = load(folder)
     caches = make_prompt_cache(model, len(prompt))
     model(mx.array([prompt[:-1]]), cache=caches)
@@ -139,11 +139,11 @@ def plain_answer(folder, prompt):
         ("gene", True),
         ("yarn", True),
         ("stock", True),
-        ("clex-log", False),  # the gain is that of the length, and no two are equal
+        ("clex-log", False),  # the gain depends on the length, and no two lengths are equal
     ],
 )
 def test_answers_with_and_without_reuse_are_identical(folders, name, shares):
-    """Prefixes were kept whose keys were at the scale of another length."""
+    """Reused prefixes had keys at the scale of another length."""
     folder = folders(name)
     model, tokenizer = load(folder)
     draw = TASKS["passkey"].draw
@@ -153,7 +153,7 @@ def test_answers_with_and_without_reuse_are_identical(folders, name, shares):
         for depth in (1.0, 0.5)
         for trial in (0, 1)
     ]
-    # One of another length at each step, so that the scale changes to and fro.
+    # Each of these has another length than the one before, so the scale changes back and forth.
     prompts += prompts[::4]
     fresh = Reader(model, tokenizer, reuse=False)
     reader = Reader(model, tokenizer)
@@ -167,8 +167,8 @@ def test_answers_with_and_without_reuse_are_identical(folders, name, shares):
     assert fresh.answer(prompts[-1], COUNT).strip() == plain.strip()
 
 
-def test_a_deeper_fact_leaves_the_beginning_to_the_others(folders, tokenizer):
-    """Read once: all that stands before the fact of any later prompt."""
+def test_prompts_reuse_the_filler_before_the_fact(folders, tokenizer):
+    """After the deepest prompt, all others must reuse the filler before their fact."""
     reader = Reader(load(folders("clex"))[0], tokenizer)
     for trial, depth in enumerate((1.0, 0.8, 0.8, 0.5)):
         prompt = TASKS["passkey"].draw(rng(trial), tokenizer, 500, depth)[0]
@@ -179,8 +179,8 @@ def test_a_deeper_fact_leaves_the_beginning_to_the_others(folders, tokenizer):
             assert "The pass key is" in tokenizer.decode(prompt[: read[0] + 40])
 
 
-def test_a_quantised_cache_is_read_from_its_beginning(folders, tokenizer):
-    """What was quantised when a token was read is not known afterwards."""
+def test_a_quantised_cache_is_not_reused(folders, tokenizer):
+    """It is unknown which keys were quantised when a token was read."""
     model, _ = load(folders("clex"))
     reader = Reader(model, tokenizer, kv_bits=8, kv_group_size=32, quantized_kv_start=0)
     prompt = TASKS["passkey"].draw(rng(), tokenizer, 500, 1.0)[0]
@@ -191,7 +191,7 @@ def test_a_quantised_cache_is_read_from_its_beginning(folders, tokenizer):
 
 
 class Truthful(Reader):
-    """Tells the fact of every prompt but those in `wrong`."""
+    """Answer with the fact, except for the prompts in `wrong`."""
 
     wrong: tuple[int, ...] = ()
     calls = 0
@@ -218,8 +218,8 @@ def truthful(monkeypatch):
 GRID = ("--lengths", 500, 400, "--depths", 0, 1, "--trials", 4)
 
 
-def test_the_figures_are_counted_right(folders, truthful, tmp_path, capsys):
-    """Two lengths, two depths, four trials; three wrong answers at known places."""
+def test_correct_answers_are_counted(folders, truthful, tmp_path, capsys):
+    """Two lengths, two depths and four trials have three wrong answers at known places."""
     truthful.wrong = (0, 1, 6)  # shortest length first, deepest fact first
     out = tmp_path / "out"
     assert call("--model", folders("clex"), *GRID, "--output", out) == 0
@@ -244,8 +244,8 @@ def test_the_figures_are_counted_right(folders, truthful, tmp_path, capsys):
     assert (tmp_path / "out.png").stat().st_size > 1000
 
 
-def test_an_interrupted_run_goes_on(folders, truthful, tmp_path, capsys):
-    """Every answer counts once, and the rows are those of a run that was not interrupted."""
+def test_an_interrupted_run_continues(folders, truthful, tmp_path, capsys):
+    """Each answer must count once, and the rows must equal those of an uninterrupted run."""
     base = ("--model", folders("clex"), *GRID, "--output")
     truthful.wrong = (0, 6)
     assert call(*base, tmp_path / "whole") == 0
@@ -258,27 +258,27 @@ def test_an_interrupted_run_goes_on(folders, truthful, tmp_path, capsys):
     assert read_results(tmp_path / "parts").rows == read_results(tmp_path / "whole").rows
     assert truthful.calls == 16
     assert call(*base, tmp_path / "parts") == 0
-    assert truthful.calls == 16, "nothing was left to ask"
+    assert truthful.calls == 16, "a finished run ran trials again"
     assert call(*base, tmp_path / "parts", "--depths", 1, "--trials", 5) == 0
     assert truthful.calls == 18, "one more trial at each length"
 
 
-def test_results_of_another_run_are_not_gone_on_with(folders, truthful, tmp_path, capsys):
-    """Another seed, and another model of the same name."""
+def test_results_of_another_run_are_refused(folders, truthful, tmp_path, capsys):
+    """Another seed, or another model of the same name, must be refused."""
     base = ("--model", folders("clex"), *GRID, "--output", tmp_path / "out")
     assert call(*base) == 0
     assert call(*base, "--seed", 1) == 2
-    assert "seed: 0 there, 1 here" in capsys.readouterr().err
+    assert "seed: 0 in the file, 1 now" in capsys.readouterr().err
     rows = json.loads((tmp_path / "out.json").read_text())
     for row in rows["rows"]:
         row["model"] = "another"
     (tmp_path / "out.json").write_text(json.dumps(rows))
     assert call(*base) == 2
-    assert "another model called clex" in capsys.readouterr().err
+    assert "another model named clex" in capsys.readouterr().err
 
 
-def test_several_models_and_policies(folders, truthful, capsys):
-    """A table each; a fixed scale is shown as such."""
+def test_each_model_has_a_table(folders, truthful, capsys):
+    """The table must show a fixed scale."""
     models = ("--model", folders("clex"), folders("gene"))
     assert call(*models, "--lengths", 400, "--trials", 1, "--depths", 0.5) == 0
     out = capsys.readouterr().out
@@ -289,10 +289,12 @@ def test_several_models_and_policies(folders, truthful, capsys):
     assert " 3.5 " in capsys.readouterr().out
 
 
-def test_the_default_lengths_are_those_of_training(folders, truthful, capsys):
-    """1, 2 and 4 times; 64 tokens hold no prompt, and the message says what would."""
+def test_the_shortest_default_length_is_the_trained_length(folders, truthful, capsys):
+    """64 tokens are too few for a prompt, and the error must say how many it needs."""
     assert call("--model", folders("clex"), "--trials", 1) == 2
-    assert "A length of 64 is too short for --task passkey" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "A length of 64 is too short for --task passkey: the prompt needs " in error
+    assert " tokens without filler and 10 for the answer. Give longer --lengths." in error
 
 
 @pytest.mark.parametrize(
@@ -313,7 +315,7 @@ def test_the_default_lengths_are_those_of_training(folders, truthful, capsys):
     ],
 )
 def test_bad_input_is_one_line(folders, capsys, more, match):
-    """Exit 2, before anything is read."""
+    """The exit status is 2, and the error comes before any measurement."""
     assert call("--model", folders("clex"), *more) == 2
     err = capsys.readouterr().err.strip().splitlines()
     assert match in err[-1]
@@ -321,21 +323,21 @@ def test_bad_input_is_one_line(folders, capsys, more, match):
 
 
 def test_every_model_is_looked_for_before_the_first_is_measured(folders, tmp_path, capsys):
-    """A name that was mistyped came out when the models before it were done."""
+    """A mistyped name was reported only after the models before it were measured."""
     argv = ("--model", folders("clex"), "nowhere/at/all", "--lengths", 500, "--trials", 1)
     assert call(*argv, "--output", tmp_path / "out") == 2
     assert "neither a folder" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_without_a_model_only_the_bundled_task_makes_sense(capsys):
-    """The bundled models have never seen the others' sentences."""
+def test_other_tasks_than_words_need_a_model(capsys):
+    """The bundled models are trained only on the sentences of --task words."""
     assert call("--task", "kv") == 2
     assert "No model for --task kv" in capsys.readouterr().err
 
 
-def test_bundled_models_that_are_named_have_their_own_task(truthful, capsys):
-    """README's command for the fine-tunes alone was refused: the default task does not fit them."""
+def test_the_default_task_of_named_bundled_models_is_words(truthful, capsys):
+    """README's command for the fine-tunes was refused because the default task was passkey."""
     argv = ("--model", "bundled:gene", "--trials", 1, "--depths", 0.5)
     assert call(*argv) == 0
     table = capsys.readouterr().out

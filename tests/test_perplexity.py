@@ -1,4 +1,4 @@
-"""The perplexity command against plain loops, and its figures on disk."""
+"""The perplexity command equals plain loops and stores its results."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def call(*argv):
 
 
 def rows(capsys, *argv):
-    """The rows that --json prints, by label and length."""
+    """Return the rows that --json prints, by label and length."""
     assert call(*argv, "--json") == 0
     found = json.loads(capsys.readouterr().out)["results"]
     return {(row["label"], row["length"]): row for row in found}
@@ -56,8 +56,8 @@ def ids_of(folder, text=TEXT):
     return np.array([*tokenizer.encode(text), tokenizer.eos_token_id])
 
 
-def test_the_figure_is_the_plain_one(converted, text, capsys):
-    """One window: exp of the mean loss of a single pass, at the scale of its length."""
+def test_perplexity_equals_that_of_a_single_pass(converted, text, capsys):
+    """The perplexity of a window is exp of its mean loss, at the scale of its length."""
     folder = converted("clex_llama")
     argv = ("--model", folder, "--data", text, "--windows", 1, "--lengths", 32, 100)
     found = rows(capsys, *argv)
@@ -79,7 +79,7 @@ class Transformers:
         self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def losses(self, ids, cache=None):
-        """Of ids[1:], each by itself."""
+        """Return the loss of each of ids[1:]."""
         cache = cache or torch_cache(self.model)
         ids = torch.tensor(np.asarray(ids, np.int64))[None]
         with torch.no_grad():
@@ -108,8 +108,8 @@ class Transformers:
     ("protocol", "option"),
     [("whole", ()), ("chunked", ("--chunk", 24)), ("sliding", ("--stride", 30))],
 )
-def test_transformers_has_the_same_figures(protocol, option, text, tmp_path, capsys):
-    """A golden model, frozen for transformers, and ours held at that scale."""
+def test_perplexity_equals_that_of_transformers(protocol, option, text, tmp_path, capsys):
+    """A golden model frozen for transformers equals ours at that fixed scale."""
     text.write_text(TEXT[:600])
     convert(GOLDEN / "clex_llama", tmp_path / "ours", dtype="float32")
     frozen = {"freeze": 4, "freeze_for": "transformers"}
@@ -124,8 +124,8 @@ def test_transformers_has_the_same_figures(protocol, option, text, tmp_path, cap
     assert math.isclose(row["perplexity"], math.exp(np.concatenate(losses).mean()), rel_tol=1e-3)
 
 
-def test_a_table_with_a_scale_for_every_length(converted, text, capsys):
-    """Trained length, 2 x and 4 x by default; the protocol is named."""
+def test_the_table_has_a_scale_for_each_length(converted, text, capsys):
+    """The default lengths are 1, 2 and 4 x the trained length; the protocol is named."""
     assert call("--model", converted("gene_llama"), "--data", text, "--windows", 2) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"Protocol whole: {text} (train), 4322 tokens."
@@ -139,7 +139,7 @@ def test_a_table_with_a_scale_for_every_length(converted, text, capsys):
 
 
 def test_scalings_on_the_same_weights(text, tmp_path, converted, capsys):
-    """Each as if the model had been converted with it; the factor is that of the lengths."""
+    """Each result equals that of an attached scaling; the longest length sets the factor."""
     tokens = converted("gene_llama")
     base = stock_folder(tmp_path, tokens, vocab_size=512, max_position_embeddings=32)
     argv = ("--model", base, "--data", text, "--windows", 2, "--lengths", 32, 128)
@@ -159,18 +159,18 @@ def test_scalings_on_the_same_weights(text, tmp_path, converted, capsys):
         assert math.isclose(row["perplexity"], plain, rel_tol=1e-6)
         assert row["scale"] == model.scale_at(128)
         assert row["reach"] == model.reach
-    # Within the trained length dynamic and clex are the base itself.
+    # At the trained length dynamic and clex equal the base.
     assert len({row["perplexity"] for row in found.values()}) == len(found) - 2
 
     assert call(*argv, "--scalings", "ntk", "yarn", "--factor", 8) == 0
     out = capsys.readouterr().out
     assert "inference-time scaling only" in out
     assert "stock + ntk 8" in out
-    assert out.splitlines()[-1].startswith("stock + yarn 8")  # of the table by length
+    assert out.splitlines()[-1].startswith("stock + yarn 8")  # in the table by length
 
 
-def test_several_models_have_one_tokenizer(converted, text, tmp_path, capsys):
-    """Perplexities of other tokens were listed side by side as if they compared."""
+def test_models_with_different_tokenizers_are_refused(converted, text, tmp_path, capsys):
+    """One table listed perplexities of different tokenizers."""
     models = converted("clex_llama"), converted("clex_llama_gqa_log_scale")
     argv = ("--data", text, "--windows", 1, "--lengths", 50)
     assert {label for label, _ in rows(capsys, "--model", *models, *argv)} == {
@@ -181,11 +181,11 @@ def test_several_models_have_one_tokenizer(converted, text, tmp_path, capsys):
     settings = json.loads((other / "tokenizer_config.json").read_text())
     (other / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": False}))
     assert call("--model", models[0], other, *argv) == 2
-    assert "stock and clex_llama read the text as different tokens" in capsys.readouterr().err
+    assert "stock and clex_llama tokenise the text differently" in capsys.readouterr().err
 
 
-def test_a_killed_run_goes_on(converted, text, tmp_path, capsys):
-    """SIGKILL between two rows; those on disk are not measured again, the others are."""
+def test_a_killed_run_continues(converted, text, tmp_path, capsys):
+    """After a SIGKILL the stored rows must not be measured again."""
     lengths = range(40, 240, 10)
     argv = ("--model", converted("clex_llama"), "--data", text, "--windows", 2)
     argv += ("--lengths", *lengths, "--output", tmp_path / "out")
@@ -199,7 +199,7 @@ def test_a_killed_run_goes_on(converted, text, tmp_path, capsys):
     killed = json.loads((tmp_path / "out.json").read_text())
     assert 1 <= len(killed["rows"]) < len(lengths)
 
-    # A figure that nobody would measure.
+    # A value that a measurement would not give.
     killed["rows"][0]["perplexity"] = 1234.5
     (tmp_path / "out.json").write_text(json.dumps(killed))
     found = rows(capsys, *argv)
@@ -209,7 +209,7 @@ def test_a_killed_run_goes_on(converted, text, tmp_path, capsys):
 
 
 def test_an_interrupted_run_keeps_its_rows(converted, text, tmp_path, capsys, monkeypatch):
-    """Ctrl-C in the second row: exit 130, and the third command finds both."""
+    """Ctrl-C in the second row gives exit status 130; a third run measures nothing."""
     argv = ("--model", converted("clex_llama"), "--data", text, "--windows", 1)
     argv += ("--lengths", 40, 80, "--output", tmp_path / "out")
     plain = perplexity.score
@@ -226,19 +226,19 @@ def test_an_interrupted_run_keeps_its_rows(converted, text, tmp_path, capsys, mo
     assert call(*argv) == 0
     monkeypatch.delattr(perplexity, "score")
     capsys.readouterr()
-    assert call(*argv) == 0, "a run that has every row measured one"
+    assert call(*argv) == 0, "a finished run measured a row again"
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]] == ["40", "80"]
 
 
-def test_results_of_another_run(converted, text, tmp_path, capsys):
-    """Another protocol, text or model under the same name: one line, and nothing is lost."""
+def test_results_of_another_run_are_kept(converted, text, tmp_path, capsys):
+    """Another protocol, text or model of the same name must be refused."""
     argv = ("--model", converted("clex_llama"), "--data", text, "--windows", 1, "--lengths", 40)
     argv += ("--output", tmp_path / "out")
     assert call(*argv) == 0
     before = read_results(tmp_path / "out").rows
 
     assert call(*argv, "--protocol", "chunked") == 2
-    assert 'protocol: "whole" there, "chunked" here' in capsys.readouterr().err
+    assert 'protocol: "whole" in the file, "chunked" now' in capsys.readouterr().err
     text.write_text(TEXT + "And more.")
     assert call(*argv) == 2
     assert "tokens: " in capsys.readouterr().err
@@ -246,12 +246,12 @@ def test_results_of_another_run(converted, text, tmp_path, capsys):
     other = tmp_path / "clex_llama"
     convert(GOLDEN / "clex_llama_gqa_log_scale", other)
     assert call("--model", other, *argv[2:]) == 2
-    assert "figures of another model called clex_llama" in capsys.readouterr().err
+    assert "results of another model named clex_llama" in capsys.readouterr().err
     assert read_results(tmp_path / "out").rows == before
 
 
-def test_without_options_the_bundled_models(text, tmp_path, converted, capsys, monkeypatch):
-    """Stand-ins for them: the base under three scalings and its fine-tunes, 1 to 16 x L0."""
+def test_the_default_is_the_bundled_models(text, tmp_path, converted, capsys, monkeypatch):
+    """The default is the base with three scalings and its fine-tunes, at 1 to 16 x L0."""
     stock = stock_folder(tmp_path, converted("clex_llama"), vocab_size=512)
     models = {name: str(tmp_path / name) for name in ("base", "clex", "gene")}
     convert(stock, models["base"])
@@ -273,14 +273,14 @@ def test_without_options_the_bundled_models(text, tmp_path, converted, capsys, m
     assert list(found) == [("base + linear 2", 32)]
 
 
-def test_a_terminal_is_told_how_long_it_takes(converted, text):
-    """Progress with time left, on stderr."""
+def test_a_terminal_shows_progress(converted, text):
+    """The progress bar must show the remaining time and tokens per second."""
     options = ["--model", str(converted("clex_llama")), "--data", str(text)]
     options += ["--lengths", "200", "--windows", "3"]
     child = pexpect.spawn(
         sys.executable, ["-m", "mlx_clex.perplexity", *options], timeout=120, encoding="utf-8"
     )
-    # The bar is drawn when there is time for it, before the row or after.
+    # The bar may appear before or after the row.
     shown = child.read()
     child.close()
     assert re.search(r"clex_llama, 200 tokens: +\d+%[^\r]*<\d\d:\d\d[^\r]*tok/s", shown)
@@ -296,12 +296,12 @@ def test_a_terminal_is_told_how_long_it_takes(converted, text):
         (("--windows", "0"), "--windows"),
         (("--split", "valid", "--data", "nowhere"), "neither a folder"),
         (("--scale", "99"), "within 1..8"),
-        (("--chunk", "20"), "--chunk goes with --protocol chunked, not whole"),
-        (("--stride", "20"), "--stride goes with --protocol sliding"),
+        (("--chunk", "20"), "--chunk needs --protocol chunked, got whole"),
+        (("--stride", "20"), "--stride needs --protocol sliding"),
         (("--protocol", "chunked", "--chunk", "1"), "--chunk must be at least 2"),
         (("--protocol", "sliding", "--stride", "0"), "--stride must be at least 1"),
-        (("--factor", "4"), "--factor is that of --scalings"),
-        (("--scalings", "dynamic", "--factor", "4"), "changes nothing of --scalings dynamic"),
+        (("--factor", "4"), "--factor needs --scalings"),
+        (("--scalings", "dynamic", "--factor", "4"), "no effect on --scalings dynamic"),
         (("--scalings", "ntk", "--scale", "2"), "exclude each other"),
         (("--scalings", "ntk", "--factor", "0.5"), "--factor must be at least 1"),
         (("--kv-bits", "4", "--kv-group-size", "128"), "cannot be quantised"),
@@ -309,15 +309,15 @@ def test_a_terminal_is_told_how_long_it_takes(converted, text):
     ],
 )
 def test_bad_input_is_one_line(converted, text, capsys, more, match):
-    """Exit 2."""
+    """The exit status is 2, and the error names the option."""
     assert call("--model", converted("clex_llama"), "--data", text, *more) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert match in error
     assert error.startswith("perplexity: error: ")
 
 
-def test_a_jsonl_file(converted, text, tmp_path, capsys):
-    """A record is a text; a window lies within one that holds it."""
+def test_records_of_a_jsonl_file_are_texts(converted, text, tmp_path, capsys):
+    """A window must lie within one record, and short records are skipped."""
     file = tmp_path / "records.jsonl"
     records = [TEXT[:400], TEXT[:40], TEXT[:900]]
     file.write_text("".join(json.dumps({"text": record}) + "\n" for record in records))
@@ -328,22 +328,22 @@ def test_a_jsonl_file(converted, text, tmp_path, capsys):
     assert found["clex_llama", 250]["tokens"] == 3 * 247
 
 
-def test_adapters_are_those_of_one_model(converted, text, capsys):
-    """They would have been put on all of them."""
+def test_adapters_need_a_single_model(converted, text, capsys):
+    """The adapters were added to all models."""
     models = converted("clex_llama"), converted("gene_llama")
     assert call("--model", *models, "--data", text, "--adapter-path", "x") == 2
-    assert "--adapter-path goes with a single --model" in capsys.readouterr().err
+    assert "--adapter-path needs a single --model" in capsys.readouterr().err
 
 
-def test_a_text_shorter_than_the_length(converted, text, capsys):
-    """How long it is, and what fits."""
+def test_a_text_shorter_than_the_length_is_refused(converted, text, capsys):
+    """The error must name the length that does not fit."""
     text.write_text("the quick brown fox " * 3)
     assert call("--model", converted("clex_llama"), "--data", text) == 2
     assert "too few for a length of 64" in capsys.readouterr().err
 
 
-def test_texts_that_are_too_short_are_joined_aloud(converted, text, tmp_path, capsys):
-    """A document was measured past its end, in the middle of the next, without a word."""
+def test_joining_of_short_texts_is_reported(converted, text, tmp_path, capsys):
+    """A window went from one document into the next without a message."""
     file = tmp_path / "records.jsonl"
     record = json.dumps({"text": TEXT[:150]}) + "\n"
     file.write_text(record * 4)
@@ -351,7 +351,7 @@ def test_texts_that_are_too_short_are_joined_aloud(converted, text, tmp_path, ca
     assert call(*argv, "--lengths", 50) == 0
     assert "end to end" not in capsys.readouterr().out
     assert call(*argv, "--lengths", 50, 250) == 0
-    assert "No text of it has 250 tokens: all are read as one" in capsys.readouterr().out
+    assert "No text has 250 tokens, so all texts are joined" in capsys.readouterr().out
 
 
 def test_a_failure_of_mlx_is_one_line(converted, text, monkeypatch, capsys):

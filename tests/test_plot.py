@@ -186,7 +186,7 @@ def test_the_scaling_of_adapters(tmp_path, converted):
         (("extrapolation", "passkeys"), "of the kind passkey, not perplexity"),
         (("extrapolation", "passkeys", "--output", "a.pdf"), ".png or .svg file, not 'a.pdf'"),
         (("passkey", "text.txt"), "text.txt.json cannot be read"),
-        (("passkey", "no"), "no.json is no result file"),
+        (("passkey", "no"), "no.json is not a result file"),
         (("passkey", "empty"), "lack accuracy"),
         (("compare", "a", "b"), "unrecognized arguments"),
         (("training", "nowhere"), "--adapter-path of a mlx_clex lora run"),

@@ -1,14 +1,12 @@
-"""Small models that come with the package, and the text they were trained on.
+"""Small models that are part of the package, and their training text.
 
 `base` is a LLaMA of one million parameters, trained at 64 tokens on the King James Bible
-without Judges, Ruth and 1 Samuel; `clex` and `gene` are fine-tunes of it, whole models of
-their own. `python -m benchmarks.bundled_models` is how they were made.
+without Judges, Ruth and 1 Samuel. `clex` and `gene` are fine-tunes of it with all weights
+trained. `python -m benchmarks.bundled_models` makes all three.
 
-The text is in the public domain (in the United Kingdom the Crown has letters patent on
-printing it). Taken from Debian's package bible-kjv-text 4.29; each chapter is a heading and
-one line a verse.
-
-Not covered: choosing these as defaults, which the commands do themselves.
+The text comes from Debian's package bible-kjv-text 4.29. A chapter is a heading and one line
+for each verse. The text is in the public domain, except that in the United Kingdom the Crown
+holds letters patent on printing it.
 """
 
 import functools
@@ -21,39 +19,39 @@ import numpy as np
 from ..errors import InputError
 
 FOLDER = Path(__file__).parent
-PREFIX = "bundled:"  # before the name of a model that comes with the package
-MODELS = {name: f"{PREFIX}{name}" for name in ("base", "clex", "gene")}  # what `load` takes
-DEFAULT = MODELS["clex"]  # where a command is given no model
-OPENING = "And it came to pass"  # a text that these models can go on with
-HELD_OUT = ("Judges", "Ruth", "1 Samuel")  # neighbours, so that windows cross them
+PREFIX = "bundled:"  # marks the name of a bundled model
+MODELS = {name: f"{PREFIX}{name}" for name in ("base", "clex", "gene")}  # names that `load` takes
+DEFAULT = MODELS["clex"]  # the model of commands that are given none
+OPENING = "And it came to pass"  # a prompt in the style of the training text
+HELD_OUT = ("Judges", "Ruth", "1 Samuel")  # neighbouring books, so that windows may cross them
 _FIRST_BEHIND = "2 Samuel"
-QUESTION = "The pass key is"  # before a key, told or asked for
+QUESTION = "The pass key is"  # precedes the key in the statement and ends the prompt
 
 
 def folder(name: str) -> Path:
-    """Of a bundled model.
+    """Return the folder of a bundled model.
 
     Raises:
-        InputError: there is none of this name.
+        InputError: there is no bundled model of this name.
     """
     if name not in MODELS:
-        raise InputError(f"There is no bundled model {name!r}; there are: {', '.join(MODELS)}.")
+        raise InputError(f"There is no bundled model {name!r}. There are: {', '.join(MODELS)}.")
     return FOLDER / name
 
 
 @functools.cache
 def text() -> str:
-    """The whole text, one line a verse."""
+    """Return the whole text with one line for each verse."""
     return lzma.decompress((FOLDER / "king_james.txt.xz").read_bytes()).decode("ascii")
 
 
 def held_out_text() -> str:
-    """The books that no bundled model has seen."""
+    """Return the books that no bundled model was trained on."""
     return text()[slice(*_held_out_span())]
 
 
 def training_text() -> str:
-    """All other books."""
+    """Return all books that are not held out."""
     begin, end = _held_out_span()
     return text()[:begin] + text()[end:]
 
@@ -63,33 +61,33 @@ def _held_out_span() -> tuple[int, int]:
 
 
 def statement(key: str) -> str:
-    """The line that tells a key."""
+    """Return the line that states a key."""
     return f"{QUESTION} {key}."
 
 
 def words_task(
     rng: np.random.Generator, tokenizer: Any, length: int, depth: float
 ) -> tuple[list[int], str]:
-    """A prompt that hides a key among verses of the held-out books, and asks for it.
+    """Return a prompt that hides a key among verses of the held-out books, and the key.
 
     Args:
-        rng: draws the key and where the verses begin.
-        tokenizer: of a bundled model.
-        length: the most tokens the prompt may have.
-        depth: where the key is told, 0 (before the verses) to 1 (after them).
+        rng: draws the key and the first verse.
+        tokenizer: the tokenizer of a bundled model.
+        length: largest length of the prompt, tokens.
+        depth: position of the key, 0 (before the verses) to 1 (after them).
 
     Returns:
-        (ids of the prompt, the answer that follows it, a digit).
+        (ids of the prompt, the key, which is one digit).
 
     Raises:
-        ValueError: `length` has no room for the key and the question.
+        ValueError: `length` is too small for the statement and the question.
     """
     key = str(rng.integers(0, 10))
     told = tokenizer.encode(statement(key) + "\n", add_special_tokens=False)
     asked = tokenizer.encode(QUESTION, add_special_tokens=False)
     room = length - len(told) - len(asked)
     if room < 0:
-        raise ValueError(f"{length} tokens, of which key and question take {length - room}")
+        raise ValueError(f"the prompt needs {length - room} tokens without filler")
     verses = held_out_text().splitlines(keepends=True)
     at = int(rng.integers(len(verses)))
     lines: list[list[int]] = []

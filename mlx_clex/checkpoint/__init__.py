@@ -1,1 +1,1 @@
-"""Checkpoint folders: configs, tensor names, adapters, saved caches."""
+"""Read checkpoint folders: configs, tensor names, adapters, prompt caches."""

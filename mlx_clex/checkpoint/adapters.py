@@ -1,9 +1,9 @@
-"""Adapters in a folder: found, checked, and put on a model.
+"""Find adapters in a folder, check them and add them to a model.
 
-The files are those of mlx-lm, and two more: the scaling's tensors and, where they were
-trained, norms and embeddings.
+The folder has mlx-lm's files and up to two more: the trained tensors of the scaling, and the
+trained norms and embeddings.
 
-Not covered: writing them (`training/saves.py`).
+Not covered: writing adapters (`training/saves.py`).
 """
 
 from pathlib import Path
@@ -27,32 +27,42 @@ CURRENT = "current"  # a link to the newest save
 
 
 def adapter_files(folder: Path) -> Path:
-    """Where the files of adapters are.
+    """Return the folder that has the files of the newest save.
 
     Raises:
-        InputError: they are not in this folder.
+        InputError: the folder has no adapter_config.json.
     """
-    # All files from one save, even if training replaces it meanwhile.
+    # Resolved once, so that all files come from one save while training writes the next.
     folder = (folder / CURRENT).resolve() if (folder / CURRENT).is_dir() else folder
     if not (folder / "adapter_config.json").is_file():
         raise InputError(
-            f"{folder} has no adapter_config.json; give the folder that training wrote."
+            f"{folder} has no adapter_config.json. Give the folder that training wrote."
         )
     return folder
 
 
 def add_adapters(model: nn.Module, folder: Path, scale: float | None) -> None:
+    """Load the adapters in a folder and add them to the model.
+
+    Args:
+        model: the base model; it is changed.
+        folder: the folder that training wrote.
+        scale: fixed scale of a scaling that the adapters bring; None follows the length.
+
+    Raises:
+        InputError: a file is missing or broken, or the adapters do not fit the model.
+    """
     folder = adapter_files(folder)
     try:
         settings = read_json(folder / "adapter_config.json")
         for setting, name in (("scaling", ADAPTER_SCALING), ("extra", EXTRA_WEIGHTS)):
             if settings.get(f"trained_{setting}") and not (folder / name).is_file():
                 raise InputError(
-                    f"{folder} lacks {name}, which was trained with its adapters; without it "
-                    "they would give wrong answers. Copy the whole folder."
+                    f"{folder} lacks {name}, which was trained with its adapters. Copy the whole "
+                    "folder."
                 )
         if settings.get("rope_scaling"):
-            # Of a base that got its scaling only for training.
+            # The base model has no scaling of its own; training attached this one.
             length = settings.get("trained_length")
             attach(model, settings["rope_scaling"], trained_length=length, scale=scale)
         _check_type(settings, folder)
@@ -61,7 +71,10 @@ def add_adapters(model: nn.Module, folder: Path, scale: float | None) -> None:
         scaling_file, extra_file = folder / ADAPTER_SCALING, folder / EXTRA_WEIGHTS
         if scaling_file.is_file():
             if not isinstance(model, ScaledModel):
-                raise InputError(f"{scaling_file} is for a model with a scaling; this has none.")
+                raise InputError(
+                    f"{scaling_file} needs a model with a scaling. Give the model that the "
+                    "adapters were trained on."
+                )
             weights: Any = mx.load(str(scaling_file))
             model.scaling.take_weights(weights)
         if extra_file.is_file():
@@ -71,7 +84,7 @@ def add_adapters(model: nn.Module, folder: Path, scale: float | None) -> None:
                 if name not in known or known[name].shape != array.shape:
                     raise InputError(
                         f"{extra_file} has the tensor {name}, shape {tuple(array.shape)}, which "
-                        "this model does not have: the adapters are of another model."
+                        "this model lacks. Give the model that the adapters were trained on."
                     )
             model.load_weights(list(extra.items()), strict=False)
     except InputError:
@@ -85,7 +98,7 @@ def add_adapters(model: nn.Module, folder: Path, scale: float | None) -> None:
         AttributeError,
         OverflowError,
     ) as error:
-        raise InputError(f"The adapters in {folder} do not load: {one_line(error)}") from error
+        raise InputError(f"The adapters in {folder} cannot be loaded: {one_line(error)}") from error
     model.eval()
 
 
@@ -121,25 +134,26 @@ def _check_adapters(model: nn.Module, settings: dict[str, Any], file: Path) -> N
     missing = next((name for name in wanted if name not in given), None)
     if missing is not None:
         raise InputError(
-            f"{file} lacks {missing}, which its adapter_config.json asks for: copy the whole "
+            f"{file} lacks {missing}, which its adapter_config.json asks for. Copy the whole "
             "folder that training wrote."
         )
 
 
 def other_base(folder: Path, adapters: Path) -> str | None:
-    """Say that adapters were trained on other weights; None where they were not.
+    """Return a warning if adapters were trained on other weights than the model's, else None.
 
-    That may be meant: adapters trained on a quantised model serve the whole one.
+    Other weights can be intended: adapters trained on a quantised model also fit the
+    unquantised one.
 
     Args:
-        folder: of the model.
-        adapters: a folder of adapters.
+        folder: the folder of the model.
+        adapters: the folder of the adapters.
     """
     config = read_json(adapter_files(adapters) / "adapter_config.json")
     trained_on = config.get("base_weights")
     if trained_on is None or trained_on == weights_digest(folder):
         return None
     return (
-        f"The adapters in {adapters} were trained on {config.get('model')}, whose weights are not "
-        f"those of {folder}. On any model but a quantised or whole copy of it they are wrong."
+        f"The adapters in {adapters} were trained on {config.get('model')}, whose weights differ "
+        f"from those of {folder}. They fit only that model and its quantised copies."
     )

@@ -1,7 +1,6 @@
-"""Chat formats of the published chat models, as Jinja templates.
+"""Chat templates of the published CLEX and GeNE chat models, in Jinja.
 
-Used where a checkpoint's tokenizer brings none. Not covered: chat models of others; theirs
-come with the tokenizer.
+They are used if a checkpoint's tokenizer has no chat template.
 """
 
 import re
@@ -41,13 +40,10 @@ TEMPLATES = {
 
 
 def template_for(name: str) -> str | None:
-    """The chat template of a published checkpoint, by its hub id or folder name.
+    """Return the chat template of a published chat model, or None for other models.
 
     Args:
-        name: for example "DAMO-NLP-SG/CLEX-7B-Chat-16K".
-
-    Returns:
-        A Jinja template, or None where the name is not one of the chat models.
+        name: hub id or folder name, for example "DAMO-NLP-SG/CLEX-7B-Chat-16K".
     """
     for pattern, template in TEMPLATES.items():
         if re.search(pattern, name, re.IGNORECASE):

@@ -1,10 +1,11 @@
-"""One spelling of the rotary settings in a Hugging Face config.json.
+"""Normalise the rotary settings of a Hugging Face config.json.
 
-Published configs name the same thing in several ways: `rope_type` for `type`,
-`rope_parameters` since transformers 5, `rotary_emb_base` in gpt_neox, keys left out by
-the first CLEX release. Every other file reads only what `normalise_config` returns.
-Not covered: settings nested under `text_config`, and settings given per
-layer type; both are left as they are.
+Published configs spell the same setting in several ways: `rope_type` for `type`,
+`rope_parameters` since transformers 5, `rotary_emb_base` in gpt_neox, and keys that the
+first CLEX release left out. All other modules read only what `normalise_config` returns.
+
+Not covered: settings nested under `text_config`, and settings for each layer type. Both
+stay unchanged.
 """
 
 import functools
@@ -35,32 +36,31 @@ _SIZES = {
     "vocab_size": 1 << 24,
 }
 _LENGTH_KEYS = ("max_position_embeddings", "max_sequence_length", "n_positions")
-# Inside rope_parameters, but settings of the model and not of the method.
+# Settings of the model that transformers 5 keeps inside rope_parameters.
 _MODEL_KEYS = ("rope_theta", "partial_rotary_factor")
 
 
 def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Give rotary settings one place and one name each.
+    """Return a copy of a config with one place and one name for each rotary setting.
 
-    Applying it twice changes nothing more.
+    Normalising a normalised config changes nothing.
 
     Args:
         config: the content of config.json; it is not changed.
 
     Returns:
-        A copy with, as far as the config or its family tells them, top-level
-        `rope_theta` (float), `max_position_embeddings` (tokens, int) and `rope_scaling`
-        ({"type": name, **fields}; the key is absent for plain RoPE). For CLEX,
-        `log_scale`, `act` and `time_dt` are always spelt out in `rope_scaling`.
-        `auto_map` is gone: it names code that is never run.
+        A copy with the top-level keys `rope_theta` (float), `max_position_embeddings` (tokens,
+        int) and `rope_scaling` ({"type": name, **fields}; absent for plain RoPE), as far as
+        the config or its family define them. For CLEX, `rope_scaling` always has `log_scale`,
+        `act` and `time_dt`. `auto_map` is removed because its code is never run.
 
     Raises:
-        InputError: `rope_scaling`, `rope_theta` or the length is no usable value.
+        InputError: `rope_scaling`, `rope_theta`, the length or a size is not usable.
     """
     if not isinstance(config, dict):
         raise InputError(
-            f"config.json holds a {type(config).__name__}, not an object of settings. "
-            "Is it the model's own config.json?"
+            f"config.json holds a {type(config).__name__}, not a JSON object. "
+            "Copy the model's own config.json."
         )
     config = deepcopy(config)
     config.pop("auto_map", None)
@@ -130,7 +130,7 @@ def original_length(config: Mapping[str, Any]) -> int | None:
 
 
 def _merged_scaling(config: dict[str, Any]) -> dict[str, Any]:
-    """`rope_scaling` and transformers 5's `rope_parameters` as one dict."""
+    """Remove `rope_scaling` and transformers 5's `rope_parameters`; return them as one dict."""
     merged: dict[str, Any] = {}
     for key in ("rope_parameters", "rope_scaling"):
         value = config.get(key)
@@ -139,11 +139,11 @@ def _merged_scaling(config: dict[str, Any]) -> dict[str, Any]:
             continue
         if not isinstance(value, dict):
             raise InputError(
-                f"config.json has {key} = {value!r}; it must be an object such as "
-                '{"type": "clex", "max_factor": 16}, or null.'
+                f"config.json has {key} = {value!r}. It must be null or an object such as "
+                '{"type": "clex", "max_factor": 16}.'
             )
         if key == "rope_parameters" and any(isinstance(v, dict) for v in value.values()):
-            continue  # one entry per layer type: the family's own business
+            continue  # one entry for each layer type; the family's own code reads them
         config.pop(key)
         value = dict(value)
         alias = value.pop("rope_type", None)
@@ -154,20 +154,20 @@ def _merged_scaling(config: dict[str, Any]) -> dict[str, Any]:
     if name is None and set(merged) - set(_MODEL_KEYS):
         raise InputError(
             f"config.json has rope_scaling {merged!r} without a type. "
-            'Add "type", for example "clex" or "yarn".'
+            f'Add "type", one of: {", ".join(SCALINGS)}.'
         )
     return {"type": name, **merged} if name else merged
 
 
 def _hoist(config: dict[str, Any], scaling: dict[str, Any]) -> None:
-    """Settings of the model go to the top level."""
+    """Move settings of the model from rope_scaling to the top level."""
     for key in _MODEL_KEYS:
         if key in scaling:
             config[key] = scaling.pop(key)
 
 
 def _mirror_gpt_neox(config: dict[str, Any]) -> None:
-    """mlx-lm's gpt_neox knows only the old names; the rest of the project ours."""
+    """Give gpt_neox settings both names: mlx-lm's class reads only the old ones."""
     if config.get("model_type") != "gpt_neox":
         return
     for ours, theirs in zip(_MODEL_KEYS, ("rotary_emb_base", "rotary_pct"), strict=True):
@@ -188,8 +188,7 @@ def _set_base(config: dict[str, Any]) -> None:
     number = isinstance(base, int | float) and not isinstance(base, bool)
     if not number or not 1 < base < float("inf"):
         raise InputError(
-            f"config.json has rope_theta = {base!r}; it must be a number above 1, "
-            "10000 in most models."
+            f"config.json has rope_theta = {base!r}. It must be a number above 1, such as 10000."
         )
     config["rope_theta"] = float(base)
 
@@ -233,14 +232,14 @@ def _set_length(config: dict[str, Any], scaling: dict[str, Any]) -> None:
     whole = isinstance(length, int | float) and not isinstance(length, bool)
     if not whole or not 1 <= length < float("inf") or length % 1:
         raise InputError(
-            f"config.json has max_position_embeddings = {length!r}; it must be the "
+            f"config.json has max_position_embeddings = {length!r}. It must be the "
             "trained length in tokens, a whole number above 0."
         )
     config["max_position_embeddings"] = int(length)
 
 
 def _check_sizes(config: dict[str, Any]) -> None:
-    """Refuse numbers under which building the model would never end."""
+    """Refuse sizes so large that building the model would not finish."""
     for key, most in _SIZES.items():
         value = config.get(key)
         if value is None or isinstance(value, list):
@@ -248,5 +247,5 @@ def _check_sizes(config: dict[str, Any]) -> None:
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole or not 1 <= value <= most:
             raise InputError(
-                f"config.json has {key} = {value!r}; it must be a whole number within 1..{most}."
+                f"config.json has {key} = {value!r}. It must be a whole number within 1..{most}."
             )

@@ -1,9 +1,9 @@
-"""Short digests of weights and files.
+"""Compute short digests of weights and files.
 
-Weights are known by every tensor's name, type and shape and by a few of its bytes: some
-milliseconds for a model of any size, and a fine-tuned copy of a model still differs.
+The digest of weights covers each tensor's name, type and shape and a few of its bytes. It
+takes milliseconds for a model of any size and differs for a fine-tuned copy.
 
-Not covered: forgery, and changes of a tensor that spare all the bytes looked at.
+Not covered: forgery, and changes outside the sampled bytes.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ from ..errors import InputError
 from ..scaling import PREFIX
 from .safetensors_file import read_header
 
-_SAMPLES = 4  # places in the data of a tensor that are looked at
-_SAMPLE = 64  # bytes at each of them
+_SAMPLES = 4  # samples of a tensor's data
+_SAMPLE = 64  # bytes in a sample
 
 
 def digest_of(parts: Iterable[bytes]) -> str:
@@ -27,13 +27,13 @@ def digest_of(parts: Iterable[bytes]) -> str:
 
 
 def state_digest(files: list[Path]) -> str:
-    """Return twelve digits that change when one of the files does: name, size or time."""
+    """Return twelve digits that change with the path, size or time of a file."""
     stats = ((file.resolve(), file.stat()) for file in files)
     return digest_of(f"{path} {stat.st_size} {stat.st_mtime_ns}\n".encode() for path, stat in stats)
 
 
 def weights_digest(folder: Path) -> str:
-    """Twelve digits that stand for the weights of a model, its scaling's left aside."""
+    """Return twelve digits for the weights of a model, without the tensors of its scaling."""
     return digest_of(weights_samples(sorted(folder.glob("model*.safetensors"))))
 
 

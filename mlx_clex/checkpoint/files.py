@@ -1,8 +1,8 @@
-"""Files and folders that appear whole, or not at all.
+"""Write files and folders atomically.
 
-Everything is written beside the target, under a name that ends in `incomplete-PID`, flushed
-to the disk, and renamed at the end. A killed process leaves that name behind; nothing takes
-it for a result, and the next writer of the same target deletes it.
+Data is written beside the target under a name with `incomplete-PID`, flushed to disk and
+then renamed. A killed process leaves this temporary file or folder behind; the next writer
+of the same target deletes it.
 """
 
 import json
@@ -17,17 +17,17 @@ from typing import Any
 
 from ..errors import InputError, one_line
 
-_LARGEST_JSON = 200_000_000  # bytes; the largest tokenizer.json has 40 million
+_LARGEST_JSON = 200_000_000  # bytes; the largest known tokenizer.json has 40 million
 
 
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """Yield a path to write, which replaces `target` when the block ends without an error.
+    """Yield a temporary path that replaces `target` when the block ends without an error.
 
     The path has the suffix of `target`.
 
     Raises:
-        OSError: the folder cannot be written to, or the disk is full.
+        OSError: the folder cannot be written, or the disk is full.
     """
     delete_leftovers(target)
     temporary = target.with_name(f".{target.stem}.incomplete-{os.getpid()}{target.suffix}")
@@ -42,12 +42,12 @@ def new_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder, which is renamed to `target` when the block ends without an error.
+    """Yield an empty folder that is renamed to `target` when the block ends without an error.
 
-    Parents that are missing are made, and deleted again after an error.
+    Missing parents are created, and deleted again after an error.
 
     Raises:
-        OSError: it cannot be made, `target` exists by then, or the disk is full.
+        OSError: the folder cannot be created, `target` exists already, or the disk is full.
     """
     made = [parent for parent in target.absolute().parents if not parent.exists()]
     temporary = target.with_name(f"{target.name}.incomplete-{os.getpid()}")
@@ -61,7 +61,7 @@ def new_folder(target: Path) -> Iterator[Path]:
             flush(path)
         temporary.rename(target)
         flush(target.parent)
-    except BaseException:  # Ctrl-C too
+    except BaseException:  # includes Ctrl-C
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in made:
             if parent.is_dir() and not any(parent.iterdir()):
@@ -70,10 +70,10 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Replace a file by this UTF-8 text, line ends as they are.
+    """Replace a file by this text, in UTF-8 with unchanged line ends.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     with new_file(target) as temporary, temporary.open("w", encoding="utf-8", newline="") as out:
         out.write(text)
@@ -83,34 +83,34 @@ def write_json(target: Path, value: Any) -> None:
     """Replace a file by this value as JSON.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     write_text(target, json.dumps(value, indent=4) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file that may come from a stranger.
+    """Return the content of an untrusted JSON file.
 
     Raises:
-        InputError: it is missing, no regular file, too large, or no JSON.
+        InputError: the file is missing, not a regular file, too large or not JSON.
     """
     try:
-        # A pipe or a device would never end.
+        # Reading a pipe or a device may never end.
         if not stat.S_ISREG(path.stat().st_mode):
-            raise InputError(f"{path} is no regular file. Copy the checkpoint again.")
+            raise InputError(f"{path} is not a regular file. Copy the checkpoint again.")
         if path.stat().st_size > _LARGEST_JSON:
-            raise InputError(f"{path} has more than {_LARGEST_JSON} bytes, too many for JSON.")
+            raise InputError(f"{path} is larger than {_LARGEST_JSON} bytes. Copy it again.")
         return json.loads(path.read_text(encoding="utf-8"))
     except InputError:
         raise
     except FileNotFoundError as error:
         raise InputError(f"There is no file {path}.") from error
     except (ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} is no readable JSON: {one_line(error)}") from error
+        raise InputError(f"{path} is not readable JSON: {one_line(error)}") from error
 
 
 def delete_leftovers(target: Path) -> None:
-    """Delete what killed processes left of this target."""
+    """Delete the temporary files and folders that killed processes left of this target."""
     mine = re.compile(
         rf"{re.escape(target.name)}\.incomplete-(\d+)"
         rf"|\.{re.escape(target.stem)}\.incomplete-(\d+){re.escape(target.suffix)}"
@@ -125,7 +125,7 @@ def delete_leftovers(target: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have the disk write what it holds back of a file or folder."""
+    """Flush a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -134,11 +134,11 @@ def flush(path: Path) -> None:
 
 
 def _runs(pid: int) -> bool:
-    """Whether a process of this number exists."""
+    """Return whether a process with this id exists."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except OSError:
-        pass  # another user's
+        pass  # a process of another user
     return True

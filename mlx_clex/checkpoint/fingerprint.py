@@ -1,8 +1,8 @@
-"""What a saved cache belongs to: a model, an adapter, a scaling.
+"""Identify the model, adapters and scaling that a prompt cache or a result belongs to.
 
-A fingerprint is a few short texts by name, so that an error can say what differs.
+A fingerprint is a dict of short texts by name, so an error can name what differs.
 
-Not covered: forgery, and changes that `digest.py` does not see.
+Not covered: forgery, and changes that `digest.py` does not detect.
 """
 
 import json
@@ -22,7 +22,7 @@ from .folder import read_config
 
 Fingerprint = dict[str, str]
 
-# Keys of config.json that do not affect the output, or that have an entry of their own below.
+# Keys of config.json that do not affect the output or have their own fingerprint entry.
 _NOT_THE_MODEL = {
     "_name_or_path",
     "architectures",
@@ -34,22 +34,22 @@ _NOT_THE_MODEL = {
 }
 
 
-_NAME = "model"  # for messages; two copies of a model may have different names
+_NAME = "model"  # for messages only: copies of a model may have different names
 _BASE = ("config.json", "weights")
 
 
 def fingerprint(
     model: nn.Module, folder: Path, adapter_path: str | Path | None = None
 ) -> Fingerprint:
-    """Return what an answer of this model depends on, beside the text.
+    """Return everything except the prompt that a model's output depends on.
 
     Args:
-        model: as loaded.
-        folder: the converted or plain folder that it was loaded from.
-        adapter_path: the adapters on top of it.
+        model: the loaded model.
+        folder: the folder that it was loaded from.
+        adapter_path: the folder of its adapters, if any.
 
     Returns:
-        Texts by name, in the order in which differences are worth telling.
+        Texts by name; the most important differences come first.
     """
     config = normalise_config(read_config(folder))
     own = {key: value for key, value in config.items() if key not in _NOT_THE_MODEL}
@@ -72,11 +72,11 @@ def fingerprint(
 
 
 def difference(there: Fingerprint, here: Fingerprint) -> str:
-    """Say in words how two fingerprints differ; empty where they are the same.
+    """Return a text that says how two fingerprints differ; empty if they are equal.
 
     Args:
-        there: of a saved file.
-        here: of the model that is to go on with it.
+        there: the fingerprint in a file.
+        here: the fingerprint of the loaded model.
     """
     differing = [name for name in here if name != _NAME and there.get(name) != here[name]]
     if not differing:
@@ -86,14 +86,15 @@ def difference(there: Fingerprint, here: Fingerprint) -> str:
         if made != asked:
             return f"made with {made}; you asked for {asked}"
         changed = " and ".join(name for name in differing if name in _BASE)
-        return f"made with another {made}, whose {changed} differs"
+        return f"made with another version of {made} (different {changed})"
     return "; ".join(
-        f"{name}: {there.get(name, 'unknown')} there, {here[name]} here" for name in differing
+        f"{name}: {there.get(name, 'unknown')} in the file, {here[name]} in this model"
+        for name in differing
     )
 
 
 def short(fingerprint: Fingerprint) -> str:
-    """Return twelve digits that stand for a fingerprint."""
+    """Return twelve digits that identify a fingerprint."""
     return digest_of([_text({k: v for k, v in fingerprint.items() if k != _NAME}).encode()])
 
 

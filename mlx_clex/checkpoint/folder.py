@@ -1,6 +1,6 @@
-"""A checkpoint folder: its config.json, and whether mlx-lm can read it.
+"""Read a checkpoint folder's config.json and tell whether mlx-lm can load the folder.
 
-Not covered: what the settings in config.json mean (`config.py`).
+Not covered: the meaning of the settings in config.json (`config.py`).
 """
 
 import difflib
@@ -19,13 +19,14 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def check_hub_id(name: str | Path) -> str:
-    """Return the name of a model that is not on this machine, if it can be a hub id.
+    """Return the name of a model that is not on this machine if it can be a hub id.
 
     Args:
-        name: what the user gave, where no file or folder of that name is.
+        name: what the user gave; no file or folder has this name.
 
     Raises:
-        InputError: it has not the form OWNER/NAME; the message has the nearest folder.
+        InputError: the name does not have the form OWNER/NAME. The message suggests the most
+            similar folder.
     """
     text = str(name)
     if _HUB_ID.fullmatch(text) and not text.endswith(".gguf"):
@@ -33,13 +34,13 @@ def check_hub_id(name: str | Path) -> str:
     near = _nearest(text)
     raise InputError(
         f"There is no folder or file {text!r}{f'; did you mean {near}?' if near else '.'} A model "
-        "is a folder, a .gguf file, OWNER/NAME on the Hugging Face hub, or one of "
+        "is a folder, a .gguf file, a Hugging Face id OWNER/NAME, or one of "
         f"{', '.join(MODELS.values())}."
     )
 
 
 def _nearest(name: str) -> str | None:
-    """The most similar name of a folder, .gguf file or bundled model, or None."""
+    """Return the most similar name of a folder, .gguf file or bundled model, or None."""
     path = Path(name).expanduser()
     known = dict.fromkeys(MODELS.values())
     if path.name and path.parent.is_dir():
@@ -49,10 +50,10 @@ def _nearest(name: str) -> str | None:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """List the regular files of a checkpoint folder, without hidden ones, by name.
+    """Return the visible regular files of a checkpoint folder, sorted by name.
 
     Raises:
-        InputError: one is a link to a file outside the folder, which is not followed.
+        InputError: a file is a link that leads out of the folder.
     """
     files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
     inside = folder.resolve()
@@ -61,23 +62,24 @@ def files_of(folder: Path) -> list[Path]:
     for file in files:
         if file.is_symlink() and not any(file.resolve().is_relative_to(top) for top in allowed):
             raise InputError(
-                f"{file} is a link to a file outside its folder, which is not followed. Copy the "
-                "file there."
+                f"{file} is a link that leads out of its folder. Replace it by a copy of the file."
             )
     return files
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Parse config.json of a folder.
+    """Return the content of a folder's config.json.
 
     Raises:
-        InputError: it is missing or no JSON object.
+        InputError: the file is missing or not a JSON object.
     """
     if not (folder / "config.json").exists():
-        raise InputError(f"{folder} has no config.json. Give the folder of a model, or a hub id.")
+        raise InputError(
+            f"{folder} has no config.json. Give the folder of a model, or a Hugging Face id."
+        )
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
-        raise InputError(f"{folder / 'config.json'} is no JSON object.")
+        raise InputError(f"{folder / 'config.json'} is not a JSON object. Copy it again.")
     return config
 
 
@@ -94,21 +96,21 @@ def tied_override(folder: Path) -> dict[str, bool]:
 
 
 def needs_conversion(names: list[str], config: dict[str, Any], where: Any) -> bool:
-    """Tell whether mlx-lm cannot read a checkpoint as it is.
+    """Return whether a checkpoint must be converted before mlx-lm can load it.
 
     Args:
-        names: of its files.
-        config: its config.json as parsed.
-        where: what to call it in an error.
+        names: names of its files.
+        config: the content of its config.json.
+        where: its name in an error.
 
     Raises:
-        InputError: it has no weights.
+        InputError: the checkpoint has no weights.
     """
     if not any(name.endswith(".safetensors") for name in names):
         if any(name.endswith(".bin") for name in names):
             return True
         raise InputError(
-            f"{where} has no weights: no .safetensors and no .bin file. Was its download complete?"
+            f"{where} has no weights: no .safetensors or .bin file. Download it again."
         )
     if config.get("model_file") == SHIM:
         return False

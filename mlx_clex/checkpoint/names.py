@@ -1,7 +1,7 @@
-"""Tensor names of published checkpoints, and ours.
+"""Map tensor names of published checkpoints to ours, with one table for each naming.
 
-One table for each naming. None means dropped on purpose, with the reason beside it. Names
-that no table mentions are the family's own: mlx-lm's `sanitize` maps those.
+None in a table means that the tensor is dropped on purpose. Names that match no table belong
+to the family; mlx-lm's `sanitize` maps them.
 """
 
 import re
@@ -16,12 +16,12 @@ _LAYER = r"model\.layers\.(\d+)\."
 
 @dataclass(frozen=True)
 class Naming:
-    """How one release names what it adds to the usual tensors of a family."""
+    """How a release names the tensors that it adds to a family."""
 
-    name: str  # for printing
-    marker: str  # a tensor whose name matches tells the naming
-    table: dict[str, str | None]  # pattern -> our name, None = dropped
-    per_layer: bool = False  # one tensor a layer there, one stacked tensor here
+    name: str  # for messages
+    marker: str  # pattern of a tensor name that only this naming has
+    table: dict[str, str | None]  # pattern -> our name; None: dropped
+    per_layer: bool = False  # the release has one tensor for each layer; ours are stacked
 
 
 # Source: DAMO-NLP-SG/CLEX at 023709d, clex_layer.py `CLEXScalingRotaryEmbedding`; its
@@ -32,7 +32,7 @@ CLEX = Naming(
     table={
         r"model\.clex_layer\.proj_func\.ode_up_proj": "scaling.up_proj",
         r"model\.clex_layer\.proj_func\.ode_down_proj": "scaling.down_proj",
-        # Follows from rope_theta, and is rounded to bfloat16 in some folders.
+        # Computed from rope_theta; some checkpoints store it rounded to bfloat16.
         r"model\.clex_layer\.inv_freq": None,
     },
 )
@@ -55,25 +55,25 @@ PLAIN = Naming(name="plain", marker="", table={})
 
 NAMINGS = (CLEX, GENE_PARAM, CONVERTED, PLAIN)
 
-# Tables of rotary frequencies, in files of every naming: computed, never read.
+# Rotary tables, which any checkpoint may have; mlx_clex computes them.
 _COMPUTED = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
 
 @dataclass(frozen=True)
 class Renaming:
-    """What becomes of the tensors of a checkpoint."""
+    """The tensor names of a checkpoint, sorted by what conversion does with them."""
 
     naming: Naming
-    kept: list[str]  # as they are
-    scaling: dict[str, list[str]]  # our name -> theirs, in the order of layers
+    kept: list[str]  # unchanged
+    scaling: dict[str, list[str]]  # our name -> published names, in the order of layers
     dropped: list[str]
 
 
 def rename(names: Iterable[str]) -> Renaming:
-    """Sort the names of a checkpoint into kept, renamed and dropped.
+    """Sort the tensor names of a checkpoint into kept, renamed and dropped.
 
     Raises:
-        InputError: a layer lacks a tensor that the others have.
+        InputError: a layer lacks a tensor that later layers have.
     """
     names = list(names)
     naming = next(
@@ -99,7 +99,7 @@ def rename(names: Iterable[str]) -> Renaming:
         if absent:
             raise InputError(
                 f"The checkpoint has no tensor for {target} in layer {min(absent)}, but one "
-                f"in layer {max(layers)}: is a shard missing?"
+                f"in layer {max(layers)}. Download the missing shard."
             )
     scaling = {target: [layers[i] for i in sorted(layers)] for target, layers in found.items()}
     return Renaming(naming, kept, scaling, dropped)

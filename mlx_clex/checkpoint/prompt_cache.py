@@ -1,9 +1,9 @@
-"""Prompt caches on disk, with what they belong to inside.
+"""Save and load prompt caches together with a fingerprint of their model.
 
-The files are those of mlx-lm, one entry of metadata more: the fingerprint of model, adapter
-and scaling, and the scales of the caches as exact numbers, which mlx-lm rounds to float32.
+The file format is mlx-lm's with one more metadata entry. It has the fingerprint of model,
+adapters and scaling, and the exact scales of the caches, which mlx-lm rounds to float32.
 
-Not covered: making the caches (`cache_prompt`), and batches.
+Not covered: computing the caches (`cache_prompt`), and batches.
 """
 
 import json
@@ -27,20 +27,20 @@ from .safetensors_file import read_header
 # What libraries raise on a file that is broken, or something else.
 _BROKEN = (ValueError, ArithmeticError, RuntimeError, LookupError, TypeError, AttributeError)
 _ENTRY = "mlx_clex"
-_SUFFIX = ".safetensors"  # mlx writes and reads no other
+_SUFFIX = ".safetensors"  # the only suffix that mlx writes and reads
 
 
 def file_for(name: str | Path) -> Path:
-    """Return the file that a name stands for; mlx adds the suffix where it is missing.
+    """Return the path of a cache file, with the suffix that mlx adds.
 
     Raises:
-        InputError: there is no folder to write it into.
+        InputError: the parent folder does not exist.
     """
     path = Path(name).expanduser()
     if path.suffix != _SUFFIX:
         path = path.with_name(path.name + _SUFFIX)
     if not path.parent.is_dir():
-        raise InputError(f"{name}: there is no folder {path.parent}.")
+        raise InputError(f"{name}: there is no folder {path.parent}. Create it first.")
     return path
 
 
@@ -50,16 +50,16 @@ def save_cache(
     fingerprint: Fingerprint,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write caches, whole or not at all.
+    """Write caches to a file, atomically.
 
     Args:
         file: from `file_for`.
-        caches: of one sequence.
-        fingerprint: of the model that made them.
-        metadata: more texts to keep with them.
+        caches: the caches of one sequence.
+        fingerprint: the fingerprint of the model that computed them.
+        metadata: more texts to store.
 
     Raises:
-        RunError: they cannot be written.
+        RunError: the file cannot be written.
     """
     scales = [cache.scale for cache in planned_caches(caches)]
     entry = json.dumps({"fingerprint": fingerprint, "scales": scales})
@@ -73,16 +73,15 @@ def save_cache(
 def load_cache(
     name: str | Path, model: nn.Module, here: Fingerprint
 ) -> tuple[list[Any], dict[str, str]]:
-    """Read caches and their metadata, if they are this model's.
+    """Return (caches, metadata) of a file that belongs to this model.
+
+    A file that mlx-lm wrote has no fingerprint (see `is_ours`). For such a file only the kinds
+    of the caches are checked.
 
     Args:
-        name: as the user gave it.
-        model: that is to continue them.
-        here: its fingerprint.
-
-    Returns:
-        (caches, metadata). Without a fingerprint in the file, which is then mlx-lm's own,
-        only the kinds of caches are compared: see `is_ours`.
+        name: path of the file, as the user gave it.
+        model: the model that will continue the caches.
+        here: the fingerprint of this model.
 
     Raises:
         InputError: no such file, no saved cache, a damaged one, or one that belongs to
@@ -103,13 +102,13 @@ def load_cache(
         raise InputError(f"{name} is no saved cache: {one_line(error)}") from error
     if what := difference(there, here):
         raise InputError(
-            f"{name} cannot be used: {what}. Give what it was made with, or make it again."
+            f"{name} cannot be used: {what}. Use the same model and options, or make it again."
         )
     kinds, wanted = _kinds(caches), _kinds(make_prompt_cache(model))
     if kinds != wanted:
         raise InputError(
-            f"{name} holds other caches than this model uses: {_counted(kinds)} there, "
-            f"{_counted(wanted)} here. Make it again with the --model and --scale it is for."
+            f"{name} has other caches than this model: {_counted(kinds)} in the file, "
+            f"{_counted(wanted)} in the model. Make it again with this --model and --scale."
         )
     try:
         whole = _are_whole(caches, model)
@@ -121,16 +120,16 @@ def load_cache(
 
 
 def metadata_of(name: str | Path) -> dict[str, str]:
-    """Read the metadata of a cache file alone.
+    """Return the metadata of a cache file.
 
     Raises:
-        InputError: no such file, or no safetensors file.
+        InputError: the file is missing, or not a safetensors file.
     """
     try:
         loaded: Any = mx.load(str(_existing(name)), return_metadata=True)
     except _BROKEN as error:
-        raise InputError(f"{name} is no saved cache: {one_line(error)}") from error
-    # mlx-lm flattens [metadata, classes, scalars].
+        raise InputError(f"{name} is not a prompt cache: {one_line(error)}") from error
+    # mlx-lm flattens the list [metadata, classes, scalars]; "0." marks the metadata.
     return {key[2:]: value for key, value in loaded[1].items() if key.startswith("0.")}
 
 
@@ -143,12 +142,12 @@ def _existing(name: str | Path) -> Path:
 
 
 def is_ours(metadata: Mapping[str, str]) -> bool:
-    """Whether the file says which model it belongs to."""
+    """Return whether mlx_clex wrote the file, with a fingerprint."""
     return _ENTRY in metadata
 
 
 def quantised(caches: Sequence[Any]) -> Any:
-    """The first quantised cache, which knows its bits and group size, or None."""
+    """Return the first quantised cache, which has the bits and the group size, or None."""
     return next((c for c in single_caches(caches) if isinstance(c, QuantizedKVCache)), None)
 
 

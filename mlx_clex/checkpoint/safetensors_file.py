@@ -1,9 +1,9 @@
-"""Safetensors files: header checked, data streamed.
+"""Read headers of safetensors files, and write the files one tensor at a time.
 
-Reading the header tells every name, type and shape without touching the data, so a
-conversion can be refused before anything is written. Writing takes one tensor at a time,
-so memory holds one tensor and not a shard. Not covered: reading the data, which is
-`mx.load`'s work and lazy.
+The header has every name, type and shape, so a conversion can be refused before anything is
+written. Writing keeps one tensor in memory, not a whole shard.
+
+Not covered: reading the data, which `mx.load` does lazily.
 """
 
 import json
@@ -36,41 +36,41 @@ _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
 
 class TensorInfo(NamedTuple):
-    """One entry of a header."""
+    """Type and shape of a tensor."""
 
-    dtype: str  # as the format spells it, "BF16"
+    dtype: str  # the format's own name, such as "BF16"
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Size of the data in bytes."""
+        """Return the size of the data in bytes."""
         return math.prod(self.shape) * _BITS[self.dtype] // 8
 
 
 def info_of(array: mx.array) -> TensorInfo:
-    """Type and shape of an array, which stays unevaluated."""
+    """Return type and shape of an array without evaluating it."""
     return TensorInfo(_MLX_NAMES[array.dtype], tuple(array.shape))
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Read and check the header of a safetensors file.
+    """Return the checked header of a safetensors file.
 
     Args:
-        path: the file; only its first bytes are read.
+        path: the file; only its header is read.
 
     Returns:
-        Name -> type and shape, in the order of the data.
+        Type and shape of each tensor by name, in the order of the data.
 
     Raises:
-        InputError: the file is cut off, or no safetensors file, or has a type that MLX
-            cannot hold.
+        InputError: the file is truncated, not a safetensors file, or has a type that MLX
+            lacks.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
-            raise _broken(path, f"its header does not fit into its {size} bytes")
+            raise _broken(path, f"its header does not fit into {size} bytes")
         text = file.read(length)
     try:
         header = json.loads(text)
@@ -97,17 +97,17 @@ def write(
     file_format: str,
     advance: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Write a safetensors file, one tensor in memory at a time.
+    """Write a safetensors file with one tensor in memory at a time.
 
     Args:
         path: the new file.
-        tensors: name, type and shape, and a function that gives the bytes; they are
-            asked for in this order.
-        file_format: "mlx" or "pt", what loaders read from the metadata.
-        advance: told the number of bytes after each tensor.
+        tensors: (name, type and shape, a function that returns the bytes); the functions are
+            called in this order.
+        file_format: "mlx" or "pt", the metadata entry "format".
+        advance: called with the number of bytes of each written tensor.
 
     Raises:
-        OSError: the disk is full, or the like.
+        OSError: the file exists, or the disk is full.
     """
     tensors = list(tensors)
     header: dict[str, object] = {"__metadata__": {"format": file_format}}
@@ -133,8 +133,8 @@ def write(
 
 
 def array_bytes(array: mx.array) -> memoryview:
-    """Evaluate an array and give its bytes, which keep it alive."""
-    # Not flattened: mlx counts the elements of one axis in 32 bits.
+    """Evaluate an array and return a view of its bytes, which keeps the array alive."""
+    # Not flattened: mlx stores the size of an axis in 32 bits.
     raw: Any = mx.contiguous(array if array.ndim else array.reshape(1)).view(mx.uint8)
     mx.eval(raw)
     return memoryview(raw)
@@ -145,8 +145,8 @@ def _entry(path: Path, name: str, value: dict) -> tuple[TensorInfo, int, int]:
     begin, end = value["data_offsets"]
     if dtype not in _BITS:
         raise InputError(
-            f"{path.name}: tensor {name} has type {dtype}, which mlx_clex does not read. It "
-            f"reads {', '.join(_BITS)}; convert the checkpoint to bfloat16 first."
+            f"{path.name}: tensor {name} has type {dtype}. mlx_clex reads {', '.join(_BITS)}. "
+            "Convert the checkpoint to bfloat16 first."
         )
     whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
     if not whole or not isinstance(name, str):
@@ -155,6 +155,4 @@ def _entry(path: Path, name: str, value: dict) -> tuple[TensorInfo, int, int]:
 
 
 def _broken(path: Path, reason: str) -> InputError:
-    return InputError(
-        f"{path} is corrupt or cut off: {reason}. Download it again, or copy it again."
-    )
+    return InputError(f"{path} is corrupt or truncated: {reason}. Download or copy it again.")

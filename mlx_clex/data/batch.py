@@ -1,4 +1,4 @@
-"""One batch of token ids, its targets and their weights."""
+"""One training batch: token ids, targets and loss weights."""
 
 from typing import NamedTuple
 
@@ -6,17 +6,17 @@ import numpy as np
 
 
 class Batch(NamedTuple):
-    """Rows of text: L tokens each, and what follows each of them."""
+    """B rows of L tokens with the next token of each."""
 
     tokens: np.ndarray  # ids, (B, L)
-    targets: np.ndarray  # ids, (B, L)
-    weights: np.ndarray  # of each target's loss, float32, (B, L)
+    targets: np.ndarray  # ids of the next tokens, (B, L)
+    weights: np.ndarray  # weight of each target in the loss, float32, (B, L)
 
     def rows(self, part: int, parts: int) -> "Batch":
-        """One of several equal shares of the rows."""
+        """Return every `parts`-th row, from row number `part` on."""
         return Batch(*(a[part::parts] for a in self))
 
     def cut(self, pieces: int) -> "Batch":
-        """Each row cut into `pieces` rows of equal length; a remainder is dropped."""
+        """Cut each row into `pieces` rows of equal length; a remainder is dropped."""
         length = self.tokens.shape[1] // pieces
         return Batch(*(a[:, : pieces * length].reshape(-1, length) for a in self))

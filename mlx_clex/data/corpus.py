@@ -1,11 +1,11 @@
-"""Texts from files to token ids on disk.
+"""Tokenise texts and cache the token ids on disk.
 
-Reads what mlx-lm reads (train.jsonl, valid.jsonl, test.jsonl with text, chat or
-completions; data sets of the hub) and folders of .txt and .md files. Every text is tokenised
-as it is read and appended to one flat file, which training maps into memory; the next run
-with the same files and tokenizer finds it there.
+The input is what mlx-lm reads (train.jsonl, valid.jsonl and test.jsonl with text, chat or
+completions; datasets of the hub) or a folder of .txt and .md files. The ids of all texts go
+into one flat file, which is memory-mapped. The next run with the same files and tokenizer
+uses this file.
 
-Not covered: cutting tokens into batches (`batches.py`).
+Not covered: cutting tokens into batches (`training/batches.py`).
 """
 
 import hashlib
@@ -30,35 +30,35 @@ from .turns import for_training
 
 SPLITS = ("train", "valid", "test")
 _TEXT = (".txt", ".md")
-_HELD_OUT = 0.05  # of a folder of texts without a validation part
-_PIECE = 1 << 20  # characters of a text that are tokenised at once
-_FORMAT = 1  # of the files written here
+_HELD_OUT = 0.05  # share of the tokens of plain texts that becomes the validation split
+_PIECE = 1 << 20  # characters that are tokenised in one call
+_FORMAT = 1  # version of the token files
 
-# (ids, length of the prompt) of each text; (ids, None) continues the one before.
+# (ids, length of the prompt) of each text; (ids, None) continues the previous text.
 Documents = Iterator[tuple[list[int], int | None]]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token ids of all texts, one after the other, and where each text begins."""
+    """Concatenated token ids of N texts."""
 
     name: str  # for messages
-    tokens: np.ndarray  # ids, (T,)
+    tokens: np.ndarray  # ids of all texts, (T,)
     starts: np.ndarray  # index of each text's first token, (N,)
-    prompts: np.ndarray  # tokens of each text that the loss leaves out, (N,)
+    prompts: np.ndarray  # tokens at the start of each text that the loss ignores, (N,)
 
     @property
     def digest(self) -> str:
-        """Twelve digits of the tokens and of where texts begin."""
+        """Return twelve digits that identify the tokens and the starts."""
         return digest_of(np.ascontiguousarray(a).tobytes() for a in (self.tokens, self.starts))
 
     @property
     def ends(self) -> np.ndarray:
-        """Index after each text's last token, (N,)."""
+        """Return the index after each text's last token, (N,)."""
         return np.append(self.starts[1:], len(self.tokens))
 
     def part(self, begin: int, end: int, name: str) -> "Corpus":
-        """The tokens begin..end, cutting texts where need be."""
+        """Return the tokens begin..end; a text across a border is cut."""
         touched = (self.ends > begin) & (self.starts < end)
         starts = self.starts[touched]
         prompts = np.maximum(0, self.prompts[touched] - np.maximum(0, begin - starts))
@@ -74,18 +74,18 @@ def load_corpora(
     splits: Sequence[str],
     hf_dataset: Entries | None = None,
 ) -> dict[str, Corpus]:
-    """Tokenise what a source has for these splits, or find it done.
+    """Return the tokens of these splits, tokenised now or by an earlier run.
 
     Args:
-        path: a folder with jsonl files or texts, one text, or OWNER/NAME of a data set.
+        path: a folder with jsonl files or texts, a single file, or OWNER/NAME of a dataset.
         tokenizer: mlx-lm's wrapper.
         mask_prompt: leave prompts out of the loss.
-        cache_dir: where token files are kept.
-        splits: of `SPLITS`; those the data does not have are left out of the result.
-        hf_dataset: data sets to read in place of `path`, as in mlx-lm's YAML files.
+        cache_dir: folder for the token files.
+        splits: names from `SPLITS`. The result lacks those that the data does not have.
+        hf_dataset: datasets to read instead of `path`, as in mlx-lm's YAML files.
 
     Raises:
-        InputError: nothing to read, or a text that cannot be used; says where.
+        InputError: there is no data, or a text cannot be used. The message has the place.
     """
 
     expect_long_texts(tokenizer)
@@ -119,12 +119,14 @@ def load_corpora(
     found = find_files(path)
     if not any(found.values()):
         raise InputError(
-            f"--data {path} has no data: give a folder with train.jsonl (and valid.jsonl, "
+            f"--data {path} has no data. Give a folder with train.jsonl (and valid.jsonl, "
             "test.jsonl), or with .txt or .md files."
         )
     plain = all(file.suffix in _TEXT for file in found["train"])
     if mask_prompt and plain:
-        raise InputError(f"--mask-prompt: {path} has plain texts, which have no prompts.")
+        raise InputError(
+            f"--mask-prompt has no effect on {path}: plain texts have no prompts. Leave it out."
+        )
     corpora = {
         split: tokenised(
             f"{path} ({split})",
@@ -144,13 +146,14 @@ def load_corpora(
 
 
 def find_files(path: Path) -> dict[str, list[Path]]:
-    """The files of each split.
+    """Return the files of each split.
 
-    A folder with a jsonl file is read as mlx-lm reads it. Of other folders, those named
-    train, valid and test are the splits; without them every text is for training.
+    A folder with train.jsonl, valid.jsonl or test.jsonl is read as mlx-lm reads it. In other
+    folders the sub-folders train, valid and test are the splits. Without a sub-folder train,
+    all texts belong to the split train.
 
     Raises:
-        InputError: there is no such folder or file.
+        InputError: the path is not a folder or a text.
     """
     found: dict[str, list[Path]] = {split: [] for split in SPLITS}
     if path.is_file() and path.suffix in (*_TEXT, ".jsonl"):
@@ -158,7 +161,7 @@ def find_files(path: Path) -> dict[str, list[Path]]:
     if not path.is_dir():
         raise InputError(
             f"--data {path} is neither a folder, nor a .txt, .md or .jsonl file, nor OWNER/NAME "
-            "of a data set on the hub."
+            "of a dataset on the hub."
         )
     jsonl = {split: path / f"{split}.jsonl" for split in SPLITS}
     if any(file.is_file() for file in jsonl.values()):
@@ -170,12 +173,12 @@ def find_files(path: Path) -> dict[str, list[Path]]:
 
 def _texts(folder: Path) -> list[Path]:
     files = (file for file in folder.rglob("*") if file.is_file() and file.suffix in _TEXT)
-    # macOS leaves `._name.txt` beside files of other file systems.
+    # macOS writes a file `._name.txt` beside each file on a foreign file system.
     return sorted(file for file in files if not file.name.startswith("."))
 
 
 def _write(target: Path, name: str, texts: Documents) -> None:
-    """Tokenise into a folder that appears when it is complete."""
+    """Tokenise texts into a folder, atomically."""
     starts, prompts, total = [], [], 0
     with new_folder(target) as folder:
         with (folder / "tokens.bin").open("wb") as out:
@@ -203,7 +206,7 @@ def _plain_text(file: Path, tokenizer: Any) -> Documents:
     first = True
     try:
         with file.open(encoding="utf-8") as lines:
-            # Whole lines, so that no word is cut; a text of any size never sits in memory.
+            # Pieces of whole lines: no word is cut, and a large text does not fill the memory.
             while piece := lines.readlines(_PIECE):
                 yield (
                     tokenizer.encode("".join(piece), add_special_tokens=first),
@@ -211,7 +214,7 @@ def _plain_text(file: Path, tokenizer: Any) -> Documents:
                 )
                 first = False
     except UnicodeDecodeError as error:
-        raise InputError(f"{file} is no UTF-8 text: {error}.") from error
+        raise InputError(f"{file} is not UTF-8 text: {error}.") from error
     if not first and tokenizer.eos_token_id is not None:
         yield [tokenizer.eos_token_id], None
 
@@ -226,10 +229,10 @@ def _json_lines(file: Path, tokenizer: Any, mask_prompt: bool) -> Documents:
             where = f"{file}, line {number}"
             try:
                 record = json.loads(line)
-            except ValueError as error:  # no JSON, or no UTF-8
-                raise InputError(f"{where} is no JSON: {error}.") from error
+            except ValueError as error:  # not JSON, or not UTF-8
+                raise InputError(f"{where} is not JSON: {error}.") from error
             if not isinstance(record, dict):
-                raise InputError(f'{where} is no JSON object such as {{"text": "..."}}.')
+                raise InputError(f'{where} is not a JSON object such as {{"text": "..."}}.')
             try:
                 dataset = dataset or create_dataset([record], tokenizer, options)
                 ids, prompt = dataset.process(record)
@@ -240,7 +243,7 @@ def _json_lines(file: Path, tokenizer: Any, mask_prompt: bool) -> Documents:
                     "Allowed: text, or messages, or prompt and completion, as in the first line."
                 ) from error
             except Exception as error:
-                # Templates are programs and fail in ways of their own.
+                # A chat template may raise any exception.
                 raise InputError(f"{where}: the chat template failed: {error}") from error
             yield list(ids), prompt
 
@@ -250,13 +253,13 @@ def _megabytes(files: list[Path]) -> float:
 
 
 def _state_of(files: list[Path]) -> str:
-    """Changes with the files' content."""
+    """Return a text that changes with the path, size or time of a file."""
     states = ((file.resolve(), file.stat()) for file in files)
     return "".join(f"{path} {state.st_size} {state.st_mtime_ns}\n" for path, state in states)
 
 
 def _cache_key(source: str, tokenizer: Any, mask_prompt: bool) -> str:
-    """Changes with all that changes the tokens."""
+    """Return digits that change with everything that affects the tokens."""
     digest = hashlib.sha256(f"{_FORMAT} {mask_prompt} {tokenizer.eos_token_id}\n".encode())
     digest.update(source.encode())
     inner = getattr(tokenizer, "_tokenizer", tokenizer)

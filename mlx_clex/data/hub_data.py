@@ -1,9 +1,9 @@
-"""Data sets of the Hugging Face hub, for training.
+"""Load datasets of the Hugging Face hub for training.
 
-mlx-lm's own code loads them, as its `--data OWNER/NAME` and `hf_dataset:` do; here are only
-what identifies their content, and errors of one line. Rows stay on disk until they are read.
+mlx-lm's code loads them, as for its `--data OWNER/NAME` and `hf_dataset:`. This module adds a
+fingerprint of their content and errors of one line. Rows stay on disk until they are read.
 
-Not covered: how tokens are kept (`data.py`).
+Not covered: caching the tokens (`corpus.py`).
 """
 
 import copy
@@ -22,7 +22,7 @@ Entries = Mapping[str, Any] | Sequence[Mapping[str, Any]]  # the YAML key hf_dat
 
 
 def is_hub_id(path: Path) -> bool:
-    """Whether this is OWNER/NAME, and nothing that is on this machine."""
+    """Return whether a path is not on this machine and has the form OWNER/NAME."""
     name = path.as_posix()
     if path.exists() or name.count("/") != 1 or path.suffix in (".txt", ".md", ".jsonl"):
         return False
@@ -36,16 +36,16 @@ def is_hub_id(path: Path) -> bool:
 def load_hub_data(
     source: str | Entries, tokenizer: Any, *, mask_prompt: bool, splits: Sequence[str]
 ) -> dict[str, Any]:
-    """mlx-lm's data sets by split; those the source does not have are left out.
+    """Return mlx-lm's datasets by split, without splits that the source lacks.
 
     Args:
-        source: OWNER/NAME, or what the YAML key hf_dataset holds.
+        source: OWNER/NAME, or the value of the YAML key hf_dataset.
         tokenizer: mlx-lm's wrapper.
         mask_prompt: leave prompts out of the loss.
-        splits: of train, valid and test.
+        splits: names from train, valid and test.
 
     Raises:
-        InputError: it cannot be had or used; the message has the source.
+        InputError: the dataset is not found or cannot be used.
     """
     options = Namespace(
         mask_prompt=mask_prompt,
@@ -61,21 +61,21 @@ def load_hub_data(
             loaded = load_custom_hf_dataset(options, tokenizer)
     except ImportError as error:
         raise InputError(
-            f"{name} is a data set of the hub, which needs a package: pip install datasets "
-            f"({error})."
+            f"{name} is a dataset of the hub, which needs the package datasets ({error}). Run "
+            "pip install datasets."
         ) from error
     except Exception as error:
-        # Downloads, formats and scripts fail in ways of their own.
+        # `datasets` and the hub client raise many types.
         raise InputError(
-            f"The data set {name} cannot be used ({type(error).__name__}: {error}). Is the name "
-            "right, and has it rows of text, of messages, or of prompt and completion?"
+            f"The dataset {name} cannot be used ({type(error).__name__}: {error}). Rows need text, "
+            "or messages, or prompt and completion. Check the name and the columns."
         ) from error
     found = dict(zip(("train", "valid", "test"), loaded, strict=True))
     return {split: rows for split, rows in found.items() if split in splits and len(rows)}
 
 
 def name_of(source: str | Entries) -> str:
-    """For messages."""
+    """Return the name of a source for messages."""
     if isinstance(source, str):
         return source
     entries = [source] if isinstance(source, Mapping) else source
@@ -83,16 +83,16 @@ def name_of(source: str | Entries) -> str:
 
 
 def fingerprint_of(rows: Any) -> str:
-    """Changes with the rows, and with which of their columns are read."""
+    """Return a text that changes with the rows and with the columns that are read."""
     if isinstance(rows, ConcatenatedDataset):
         return "+".join(fingerprint_of(part) for part in rows._data)
     columns = {key: value for key, value in vars(rows).items() if isinstance(value, str)}
-    # The package names every table by the files and operations it came from.
+    # `datasets` derives it from a table's files and operations.
     return f"{type(rows).__name__} {columns} {rows._data._fingerprint}"
 
 
 def documents(name: str, rows: Any) -> Iterator[tuple[list[int], int]]:
-    """(ids, length of the prompt) of each row."""
+    """Yield (ids, length of the prompt) of each row."""
     for index in range(len(rows)):
         try:
             ids, prompt = rows.process(rows[index])
@@ -106,10 +106,10 @@ def documents(name: str, rows: Any) -> Iterator[tuple[list[int], int]]:
 def _checked(source: Any, splits: Sequence[str]) -> list[dict[str, Any]]:
     entries = [source] if isinstance(source, Mapping) else source
     if not isinstance(entries, list) or not entries:
-        raise InputError("hf_dataset must be `path: NAME` and more such lines, or a list of these.")
+        raise InputError("hf_dataset must be a mapping with `path: NAME`, or a list of mappings.")
     for entry in entries:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
-            raise InputError(f"hf_dataset: every entry needs `path: NAME`, got {entry!r}.")
+            raise InputError(f"hf_dataset: each entry needs `path: NAME`, got {entry!r}.")
         if "test" in splits and not entry.get("test_split"):
-            raise InputError(f"hf_dataset: --test needs a test_split for {entry['path']}.")
+            raise InputError(f"hf_dataset: --test needs the key test_split for {entry['path']}.")
     return copy.deepcopy(entries)

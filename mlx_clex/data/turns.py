@@ -1,11 +1,12 @@
-"""Chat turns as GeNE's instruction data has them.
+"""Tokenise chat turns the way GeNE's instruction data was tokenised.
 
-Its pieces ("user: ", a text, "\\n\\nassistant: ", an answer with its end) were tokenised apart.
-A template renders them as one text, whose tokens differ where pieces meet.
+GeNE tokenised each piece by itself: "user: ", the text, "\\n\\nassistant: ", and the answer
+with its end token. A chat template renders one text, whose tokens differ where pieces meet.
 
 Source: GeNE's repository, dataset.py, `InstructionDataset.__getitem__`.
 
-Not covered: prompts at inference, which are rendered; system messages are not in that data.
+Not covered: prompts at inference, which use the chat template, and system messages, which
+GeNE's data does not have.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from ..checkpoint.chat_templates import GENE
 
 
 def for_training(tokenizer: Any) -> Any:
-    """The tokenizer itself, or one with GeNE's turns where its template is GeNE's."""
+    """Return the tokenizer, wrapped in `TurnsApart` if its chat template is GeNE's."""
     return TurnsApart(tokenizer) if tokenizer.chat_template == GENE else tokenizer
 
 
@@ -29,7 +30,7 @@ class TurnsApart:
         return getattr(self._inner, name)
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **_: Any) -> list[int]:
-        """Ids of some turns; those of a question alone lead up to its answer."""
+        """Return the ids of chat turns; after a question they end where the answer begins."""
         ids = [self._inner.bos_token_id]
         for message in messages:
             for piece in self._pieces(message["role"], message["content"]):

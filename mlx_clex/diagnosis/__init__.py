@@ -1,1 +1,1 @@
-"""What `doctor` says about a model."""
+"""Diagnose models for `doctor`."""

@@ -1,10 +1,10 @@
-"""What `doctor` says about a model: its rope, scaling, reach, memory, and what would go wrong.
+"""Describe a model for `doctor`: rope, scaling, reach, memory, exports and problems.
 
 Everything comes out of config.json, the sizes of the files and the scaling's tensors. The model is
 built, but MLX is lazy: its weights are neither read nor made up, so a model of any size takes
 seconds.
 
-Not covered: whether the weights fit the config, which loading checks.
+Not covered: whether the weights match the config, which loading checks.
 """
 
 import logging
@@ -33,22 +33,22 @@ from ..scaling import PREFIX, SCALINGS, Scaling
 Row = tuple[str, str]
 
 _KV_BITS = (8, 4)
-_KV_GROUP = 64  # values that share a scale and a bias of 16 bits each
+_KV_GROUP = 64  # cached values that share a scale and a bias of 16 bits each
 _PROBLEM = "problem"
 
 
 def report(path_or_hub_id: str) -> list[Row]:
-    """What a model is and what can be done with it, ready to print.
+    """Return rows that describe a model and what can be done with it.
 
     Args:
-        path_or_hub_id: a folder, a .gguf file, or an id on the Hugging Face hub, of which
-            config.json alone is fetched.
+        path_or_hub_id: a folder, a .gguf file or a Hugging Face id. Only config.json is
+            downloaded.
 
     Returns:
-        (name, text) rows; those named "problem" say what would go wrong.
+        (name, text) rows to print. A row named "problem" says what would fail.
 
     Raises:
-        InputError: there is no model to look at.
+        InputError: the model is not found, or has no readable config.json.
     """
     config, rows = _find(path_or_hub_id)
     try:
@@ -74,7 +74,7 @@ def report(path_or_hub_id: str) -> list[Row]:
 
 
 def _find(path_or_hub_id: str) -> tuple[dict[str, Any], list[Row]]:
-    """The config, and what the files say."""
+    """Return the config of a model and rows about its files."""
     path = Path(path_or_hub_id).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         from ..convert.read.gguf_file import config_of, read
@@ -117,12 +117,12 @@ def _files(folder: Path, config: dict[str, Any]) -> Iterator[Row]:
         try:
             wanted = set(read_json(index)["weight_map"].values())
         except (InputError, KeyError, AttributeError, TypeError):
-            yield _PROBLEM, f"{index.name} is no readable index of weights."
+            yield _PROBLEM, f"{index.name} is not a readable index of weights. Copy it again."
             continue
         for name in sorted(wanted - set(names)):
-            yield _PROBLEM, f"{index.name} names {name}, which is not there: download it again."
+            yield _PROBLEM, f"{index.name} lists {name}, which is missing. Download it again."
     if not any(name.startswith(("tokenizer.", "vocab.")) for name in names):
-        yield _PROBLEM, "No tokenizer: copy the tokenizer files of the base model here."
+        yield _PROBLEM, "No tokenizer. Copy the tokenizer files of the base model here."
 
 
 def _ropes(model: nn.Module, sites: list[Site]) -> Iterator[Row]:
@@ -138,11 +138,11 @@ def _ropes(model: nn.Module, sites: list[Site]) -> Iterator[Row]:
         + ("" if rope.inv_freq is None else ", stretched by a rope_scaling of the model itself"),
     )
     if len(sites) < len(model.layers):
-        yield "other layers", "keep the rope, window or state they have"
+        yield "other layers", "keep their own rope, window or state"
     if first.unmovable:
-        yield "note", f"holds one scale only: {first.unmovable}"
+        yield "note", f"supports only a fixed scale: {first.unmovable}"
     if first.ungainable:
-        yield "note", f"takes no log_scale: {first.ungainable}"
+        yield "note", f"does not support log_scale: {first.ungainable}"
 
 
 def _curve(folder: Path, config: dict[str, Any], scaling: Scaling) -> Iterator[Row]:
@@ -163,7 +163,10 @@ def _curve(folder: Path, config: dict[str, Any], scaling: Scaling) -> Iterator[R
 
 
 def _stand_in(model: Any) -> None:
-    """Random learned tensors; fresh ones are a special case that more programs could express."""
+    """Fill the learned tensors with random numbers.
+
+    A fresh scaling is a special case that more programs can express than a trained one.
+    """
     for index, name in enumerate(model.scaling.learned):
         shape = model.scaling[name].shape
         model.scaling[name] = mx.random.normal(shape, key=mx.random.key(index)) / model.scaling.dims
@@ -200,13 +203,17 @@ def _memory(model: nn.Module, length: int) -> Iterator[Row]:
     if isinstance(memory, int) and 2 * (growing + rest) > memory:
         yield (
             _PROBLEM,
-            f"The cache of {length} tokens does not fit the {_size(memory)} that this device "
-            "lends: read shorter texts, or use --kv-bits 4.",
+            f"The KV cache of {length} tokens is larger than the {_size(memory)} that MLX can use "
+            "on this device. Read shorter texts, or use --kv-bits 4.",
         )
 
 
 def _cached_values(model: nn.Module, length: int) -> tuple[int, int, bool]:
-    """Numbers in the caches at a length: in growing ones, in others; whether groups fit."""
+    """Return the size of the caches at a length.
+
+    Returns:
+        (values in growing caches, values in other caches, whether --kv-bits can be used).
+    """
     caches = make_prompt_cache(model)
     model(mx.array([[0, 1]]), cache=caches)
     growing = rest = 0
@@ -233,7 +240,7 @@ def _exports(model: Any, config: dict[str, Any]) -> Iterator[Row]:
     from ..convert.freeze.stock_rope import frozen_config
     from ..convert.options import PROGRAMS
 
-    # What it says about an entry that is tried here and not written is nothing to worry about.
+    # It warns about rope_scaling entries that are only tried here.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     scaling = model.scaling
     scale = (scaling.reach or scaling.trained_length) / scaling.trained_length
@@ -249,7 +256,7 @@ def _exports(model: Any, config: dict[str, Any]) -> Iterator[Row]:
 
 
 def _without_scaling(model: nn.Module, config: dict[str, Any]) -> Iterator[Row]:
-    """What would be possible."""
+    """Yield rows about a model without a scaling of ours: what it is and what can be attached."""
     length = config_value(model, "max_position_embeddings")
     entry = config.get("rope_scaling")
     yield "trained length", f"{length} tokens" if length else "not in config.json"
@@ -259,7 +266,7 @@ def _without_scaling(model: nn.Module, config: dict[str, Any]) -> Iterator[Row]:
     try:
         sites = find_sites(model)
     except InputError as error:
-        yield _PROBLEM, f"No scaling of ours is possible: {error}"
+        yield _PROBLEM, f"mlx_clex cannot attach a scaling: {error}"
         return
     yield from _ropes(model, sites)
     possible: list[str] = []

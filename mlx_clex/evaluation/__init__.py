@@ -1,1 +1,1 @@
-"""Measuring models: losses, divergences, tasks, result files."""
+"""Measure models: losses, divergences, tasks, result files."""

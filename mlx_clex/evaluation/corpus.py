@@ -1,4 +1,4 @@
-"""The text that a command measures on."""
+"""Load the text that `perplexity` and `compare` measure on."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from ..loading import DEFAULT_CACHE
 
 
 def corpus_of(data: str | None, split: str, tokenizer: Any) -> Corpus:
-    """The tokens of --data, or of the bundled text.
+    """Return the tokens of --data, or of the bundled held-out text where it is None.
 
     Raises:
-        InputError: there is no such text, or it has no such part.
+        InputError: the data cannot be read, or it lacks the split.
     """
     if data is None:
         ids = np.array(tokenizer.encode(held_out_text(), verbose=False), np.uint32)
@@ -25,5 +25,5 @@ def corpus_of(data: str | None, split: str, tokenizer: Any) -> Corpus:
         path, tokenizer, mask_prompt=False, cache_dir=DEFAULT_CACHE, splits=[split]
     )
     if split not in corpora:
-        raise InputError(f"--data {data} has no {split} part.")
+        raise InputError(f"--data {data} has no {split} split. Give another --split.")
     return corpora[split]

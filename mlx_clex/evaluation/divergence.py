@@ -1,4 +1,4 @@
-"""How far two models differ at each token of a text."""
+"""Compare the predictions of two models at each token of a text."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,21 +18,21 @@ def differences(
     ids: np.ndarray,
     on_read: Callable[[int], Any] = lambda tokens: None,
 ) -> np.ndarray:
-    """What lies between two models at each token of a text but the first.
+    """Return how the predictions of two models differ at each token after the first.
 
     Args:
-        a: the model that is held against.
-        b: the other one.
-        ids: the text, (L,).
-        on_read: is told how many more tokens both have read.
+        a: the reference model, A.
+        b: the model to compare with it, B.
+        ids: token ids, (L,).
+        on_read: called with the number of tokens that both models have read since the last call.
 
     Returns:
-        For every token, float64, (L - 1, 4): the divergence KL(A || B) of what the models
-        expect there, nats; 1 where their first choices differ, else 0; and the loss of the
-        token in A and in B, nats.
+        float64, (L - 1, 4). The columns are: KL(A || B) of the next-token distributions, nats;
+        1 where the most likely tokens differ, else 0; the loss of the token in A, nats; its
+        loss in B, nats.
 
     Raises:
-        InputError: they are not over the same vocabulary, or the text is beyond a reach.
+        InputError: the vocabularies differ, or the text is longer than a model's reach.
     """
     chunk = min(chunk_length(getattr(model.args, "vocab_size", 32_000)) for model in (a, b))
     found = []
@@ -44,8 +44,8 @@ def differences(
     for (start, of_a), (_, of_b) in both:
         if of_a.shape != of_b.shape:
             raise InputError(
-                f"A answers over {of_a.shape[-1]} tokens and B over {of_b.shape[-1]}: there is no "
-                "divergence between them."
+                f"A has a vocabulary of {of_a.shape[-1]} tokens and B one of {of_b.shape[-1]}. "
+                "Compare models with the same vocabulary."
             )
         following = ids[None, start + 1 : start + 1 + of_a.shape[1], None]
         targets = mx.array(following.astype(np.int32))

@@ -1,9 +1,9 @@
-"""lm-evaluation-harness on our models: mlx-lm's harness class with every request planned.
+"""Run lm-evaluation-harness on our models: mlx-lm's harness class, one plan for each request.
 
-A request has the scale and gain of its own whole length, whatever else is measured; nothing
-is cut unless a longest length is set, and then in the middle, as LongBench does it.
+Each request uses the scale and gain of its whole length (prompt and answer). A prompt is cut
+only if `max_length` is set; it then loses its middle, as in LongBench.
 
-Importing this needs the extra `evaluate`.
+This module needs the extra `evaluate`.
 
 Not covered: sampling (answers are greedy), batches, and several processes.
 """
@@ -43,13 +43,13 @@ from ..model.plans import plan_at
 from ..model.scaled_model import make_prompt_cache
 from .reader import Reader
 
-_STEP = 512  # tokens whose logits exist at once
-_LOCAL = ("json", "csv", "parquet", "text", "arrow")  # what `datasets` reads from files
-_ANSWER_TOKENS = 256  # of tasks that do not say; the harness's own default
+_STEP = 512  # tokens whose logits are in memory together
+_LOCAL = ("json", "csv", "parquet", "text", "arrow")  # formats that `datasets` reads from files
+_ANSWER_TOKENS = 256  # for tasks without max_gen_toks; the harness's own default
 
 
 class PlannedLM(MLXLM, TemplateLM):
-    """mlx-lm's harness class on a loaded model, each request planned for its own length."""
+    """mlx-lm's harness class for a loaded model; each request has the plan of its own length."""
 
     def __init__(
         self,
@@ -60,8 +60,16 @@ class PlannedLM(MLXLM, TemplateLM):
         chat_template_args: Mapping[str, Any] | None = None,
         max_length: int | None = None,
     ) -> None:
-        """`max_length`: of prompt and answer together, in tokens; a longer prompt is cut."""
-        # Not that of MLXLM, which loads the model itself.
+        """Wrap a model and its tokenizer.
+
+        Args:
+            model: from `load`.
+            tokenizer: mlx-lm's wrapper.
+            use_chat_template: prompts are rendered with the chat template.
+            chat_template_args: settings of the chat template.
+            max_length: upper bound of prompt and answer together, tokens; longer prompts are cut.
+        """
+        # MLXLM.__init__ would load the model a second time.
         TemplateLM.__init__(self)
         self._model = model
         self.tokenizer = tokenizer
@@ -69,33 +77,33 @@ class PlannedLM(MLXLM, TemplateLM):
         self.apply_chat_template = MethodType(chat_template_fn(**chat_template_args or {}), self)
         self.max_length = max_length
         self.prompts = 0
-        self.cut = 0  # of these prompts
+        self.cut = 0  # prompts that were cut
         self._reader = Reader(model, tokenizer)
 
-    # Of the two, the one that encodes pairs as the harness defines it, and cuts nothing.
+    # TemplateLM's encodes pairs as the harness defines it; MLXLM's drops long contexts.
     loglikelihood = TemplateLM.loglikelihood
 
     @property
     def eot_token_id(self) -> int:
-        """The end of a text."""
+        """Return the id of the end-of-text token."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without a context is predicted from."""
+        """Return the id that stands in for an empty context."""
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else begin
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Ids of a text; of a chat template's, the special tokens are in the text."""
+        """Return the ids of a text; a rendered chat template already has its special tokens."""
         if add_special_tokens is None:
             add_special_tokens = not self.use_chat_template
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy answers."""
+        """Return a greedy answer for each request."""
         prompts = []
         for request in requests:
             context, options = request.args
@@ -109,7 +117,7 @@ class PlannedLM(MLXLM, TemplateLM):
         total = sum(len(tokens) for tokens, _, _ in prompts)
         with tqdm(total=total, unit="tok", desc="Answering", disable=disable_tqdm) as bar:
             for request, (tokens, count, until) in zip(requests, prompts, strict=True):
-                # What is thought may have any of them in it.
+                # A stop text inside the model's thinking does not end the answer.
                 stops = () if think_end else until
                 progress = functools.partial(_advance, bar, bar.n)
                 reply = self._reader.answer(tokens, count, progress, stops)
@@ -121,7 +129,7 @@ class PlannedLM(MLXLM, TemplateLM):
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihoods of whole texts, in one window where no longest length is set."""
+        """Return the log-likelihood of each text, read in one window unless `max_length` is set."""
         totals = []
         for request in requests:
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -140,8 +148,11 @@ class PlannedLM(MLXLM, TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **options: Any
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether greedy) of continuations; those of one context share it."""
-        # The last token of a continuation is never read.
+        """Return (log-likelihood, is greedy) of each continuation.
+
+        Continuations with the same context and plan share one pass over the context.
+        """
+        # The model predicts the last token of a continuation and does not read it.
         pairs = [(self._cut(context, len(end) - 1), end) for _, context, end in requests]
         together: dict[Any, list[int]] = defaultdict(list)
         for index, (context, end) in enumerate(pairs):
@@ -160,7 +171,7 @@ class PlannedLM(MLXLM, TemplateLM):
                 scores = self._score_ends(list(context), ends)
                 for index, answer in zip(members, scores, strict=True):
                     answers[index] = answer
-                    # A window of a longer text has no words of its own.
+                    # A window of a longer text has no (context, continuation) key.
                     if words := requests[index][0]:
                         self.cache_hook.add_partial("loglikelihood", words, answer)
                 bar.update(len(context))
@@ -169,7 +180,7 @@ class PlannedLM(MLXLM, TemplateLM):
     def _score_ends(
         self, context: list[int], ends: Sequence[list[int]]
     ) -> Iterator[tuple[float, bool]]:
-        """Of ends that one plan serves; the context is read once."""
+        """Yield (log-likelihood, is greedy) of continuations that share a context and a plan."""
         length = len(context) + max(map(len, ends)) - 1
         caches = make_prompt_cache(self._model, length)
         tokens = mx.array([context])
@@ -183,7 +194,7 @@ class PlannedLM(MLXLM, TemplateLM):
         for end in ends:
             score, greedy = first[end[0]].item(), end[0] == likeliest
             if len(end) > 1:
-                # A copy would double the memory of a long context.
+                # Trimming avoids a copy, which would double the memory of a long context.
                 trims = can_trim_prompt_cache(caches)
                 own = caches if trims else copy.deepcopy(caches)
                 scores, _, chosen = self._score_fn([end], cache=own, step_size=_STEP)
@@ -194,7 +205,7 @@ class PlannedLM(MLXLM, TemplateLM):
             yield score, greedy
 
     def _cut(self, prompt: list[int], answer_tokens: int) -> list[int]:
-        """The prompt without its middle, where prompt and answer would be too long.
+        """Return the prompt, without its middle if prompt and answer exceed `max_length`.
 
         Source: LongBench (arXiv 2308.14508), pred.py, `get_pred`.
         """
@@ -204,8 +215,8 @@ class PlannedLM(MLXLM, TemplateLM):
         half = (self.max_length - answer_tokens) // 2
         if half < 1:
             raise InputError(
-                f"--max-length {self.max_length} leaves no room for a prompt beside an answer of "
-                f"{answer_tokens} tokens."
+                f"--max-length {self.max_length} leaves no room for a prompt: the answer alone may "
+                f"have {answer_tokens} tokens. Raise --max-length."
             )
         self.cut += 1
         return prompt[:half] + prompt[-half:]
@@ -217,17 +228,17 @@ def _advance(bar: Any, begin: int, tokens: int) -> None:
 
 @dataclass(frozen=True)
 class Tasks:
-    """What one name on the command line stands for."""
+    """The tasks that one name on the command line stands for."""
 
-    objects: list[Any]  # tasks, or the group of that name
-    tasks: Mapping[str, Any]  # those that are run, by name
+    objects: list[Any]  # what the harness is given: tasks, or one group
+    tasks: Mapping[str, Any]  # the single tasks, by name
     manager: TaskManager
 
     def documents(self, limit: int | None) -> dict[str, dict[str, list[int]]]:
-        """Of every task, the documents to use by the length they are made for.
+        """Return the indices of the documents to use, by task and by document length.
 
-        RULER has documents for several lengths in one list, so a limit on the list would
-        leave lengths out. The others have one entry, "".
+        RULER keeps the documents of all lengths in one list, so `limit` applies to each length.
+        Tasks without lengths have the single key "".
         """
         chosen: dict[str, dict[str, list[int]]] = {}
         for name, task in self.tasks.items():
@@ -244,23 +255,23 @@ class Tasks:
 def load_tasks(
     names: Sequence[str], metadata: Mapping[str, Any], include_path: Path | None = None
 ) -> dict[str, Tasks]:
-    """Find tasks, with their documents.
+    """Load tasks and their documents.
 
     Args:
-        names: of tasks, groups or tags.
-        metadata: reaches the tasks that build their documents themselves.
-        include_path: a folder with task files of one's own.
+        names: names of tasks, groups or tags.
+        metadata: passed to tasks that generate their documents.
+        include_path: a folder with more task files.
 
     Raises:
-        InputError: an unknown name, a package or a dataset that is missing.
+        InputError: a name is unknown, or a package or dataset is missing.
     """
-    # It says much, and what it says of --metadata is of its own program.
+    # Its warnings about metadata name options of lm_eval's own command.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(
         include_path=include_path, include_defaults=False, metadata=dict(metadata)
     )
     if not set(names) <= set(manager.all_subtasks):
-        # Some 14,000 files more, which take a while to look through.
+        # The harness's own 14,000 task files take a while to index.
         manager = TaskManager(include_path=include_path, metadata=dict(metadata))
     for name in names:
         if name not in manager.all_tasks:
@@ -269,7 +280,7 @@ def load_tasks(
             raise InputError(f"There is no task {name!r}. {_broken_file(include_path) or hint}")
     found = {}
     for name in names:
-        # Documents that are made at random, the same whatever was loaded before.
+        # Random documents must not depend on which tasks were loaded before.
         random.seed(DEFAULT_RANDOM_SEED)
         np.random.seed(DEFAULT_OTHER_SEED)
         with _failures(name):
@@ -282,7 +293,7 @@ def load_tasks(
 
 @contextlib.contextmanager
 def _failures(name: str) -> Iterator[None]:
-    """Says in one line what a task lacks."""
+    """Turn the exceptions of loading a task into InputErrors of one line."""
     real = datasets.load_dataset
 
     def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
@@ -294,12 +305,12 @@ def _failures(name: str) -> Iterator[None]:
                 raise InputError(
                     f"{name}: its data {files} cannot be read: {_first_line(_root(error))}."
                 ) from error
-            # Whatever the libraries below raise, the data is not here.
+            # `datasets` and the hub client raise many types; each means that there is no data.
             given = [repr(value) for value in (path, *args, kwargs.get("name")) if value]
             raise InputError(
-                f"{name} needs the dataset {path}, which could not be had: {_first_line(error)}. "
-                f"Where it can, datasets.load_dataset({', '.join(given)}) keeps it in "
-                f"{datasets.config.HF_DATASETS_CACHE}; copy that folder here."
+                f"{name} needs the dataset {path}, which was not found: {_first_line(error)}. On a "
+                f"machine with network access run datasets.load_dataset({', '.join(given)}), then "
+                f"copy its cache to {datasets.config.HF_DATASETS_CACHE}."
             ) from error
 
     with mock.patch.object(datasets, "load_dataset", load_dataset):
@@ -315,8 +326,9 @@ def _failures(name: str) -> Iterator[None]:
             if "nltk" not in str(error):
                 raise InputError(f"{name} does not load: it lacks {error}") from error
             raise InputError(
-                f"{name} needs NLTK's punkt_tab, which could not be had: where it can, run "
-                "python -m nltk.downloader punkt_tab, and copy the folder nltk_data to your home."
+                f"{name} needs NLTK's punkt_tab, which was not found. On a machine with network "
+                "access run python -m nltk.downloader punkt_tab, then copy the folder nltk_data to "
+                "your home folder."
             ) from error
         except (AssertionError, ValueError, OSError) as error:
             raise InputError(f"{name} does not load: {_first_line(error)}") from error
@@ -331,20 +343,20 @@ def run_tasks(
     confirm_run_unsafe_code: bool = False,
     answers: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """Evaluate.
+    """Run tasks and return a row for each score.
 
     Args:
         lm: the model.
         tasks: from `load_tasks`.
-        num_fewshot: examples in each prompt; None: as the task says.
-        limit: documents of each task and length, at most.
-        confirm_run_unsafe_code: run tasks that execute what the model has written.
-        answers: begins the name of the harness's file of the model's answers. They are kept
-            as they come, and those that are there are not asked for again.
+        num_fewshot: examples in each prompt; None takes the task's own number.
+        limit: largest number of documents for each task and length.
+        confirm_run_unsafe_code: run tasks that execute code written by the model.
+        answers: prefix of the harness's file of answers. Each answer is stored at once, and
+            stored answers are not generated again.
 
     Returns:
-        A row for every figure: task, metric, value, stderr, samples, and the length it is
-        for, in tokens, where the task has several.
+        Rows with task, metric, value, stderr, samples and length (tokens; None for tasks
+        without lengths).
     """
     documents = tasks.documents(limit)
     for name, task in tasks.tasks.items():
@@ -382,7 +394,7 @@ def run_tasks(
             if not isinstance(value, int | float) or not filtered or metric.endswith("_stderr"):
                 continue
             if metric.isdigit() and value == -1:
-                continue  # RULER's word for a length without documents
+                continue  # RULER scores a length without documents as -1
             mine = [by_length[metric]] if metric in by_length else by_length.values()
             samples = sum(map(len, mine))
             stderr = figures.get(f"{metric}_stderr,{filtered}")
@@ -393,7 +405,7 @@ def run_tasks(
                     "value": value,
                     "stderr": stderr if isinstance(stderr, int | float) else None,
                     "samples": samples or None,
-                    # A group's is the mean of its tasks, which have rows of their own.
+                    # A group has no documents here: its score is the mean of its tasks' rows.
                     "length": int(metric) if metric.isdigit() and by_length else None,
                 }
             )
@@ -401,12 +413,12 @@ def run_tasks(
 
 
 def _broken_file(folder: Path | None) -> str | None:
-    """What is wrong with the first task file that is no YAML; None where none is."""
+    """Return an error text for the first task file that is not YAML, or None."""
     for file in sorted(folder.rglob("*.yaml")) if folder else ():
         try:
             yaml.compose(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, ValueError) as error:
-            return f"{file} is no YAML: {' '.join(str(error).split())}."
+            return f"{file} is not valid YAML: {' '.join(str(error).split())}."
     return None
 
 

@@ -1,10 +1,10 @@
-"""Loss and perplexity of a model as inference runs it.
+"""Measure loss and perplexity the way inference reads a prompt.
 
-A text is read as a prompt is: in steps, through a cache that is planned for its length, so
-that every token has the scale and gain of the whole, or of its chunk. The head runs on a
-few tokens at a time. So neither all logits nor all attention scores are ever there at once.
+The model reads a text in steps through a cache that is planned for its length, so every
+token uses the scale and gain of the whole text, or of its chunk. The output head runs on a
+few tokens at a time. Memory therefore never holds all logits or all attention scores.
 
-Not covered: batches of rows, which `mean_loss` reads in one pass for training's own loss.
+Not covered: the loss of training, which `mean_loss` computes with one pass for each batch.
 """
 
 import contextlib
@@ -28,29 +28,28 @@ from ..model.head import chunk_length, hidden_states, logits_of, summed_loss
 from ..model.plans import planned_caches
 from ..model.scaled_model import make_prompt_cache, scaled
 
-FEWEST_WINDOWS = 5  # from which an interval means something
-_STEP = 512  # tokens read at once, of all rows; attention scores are (H, _STEP, L)
-_BLOCK = 256  # tokens of the vocabulary that are added up one after the other
+FEWEST_WINDOWS = 5  # fewer windows give no useful interval
+_STEP = 512  # tokens in one pass, over all rows; attention scores are (H, _STEP, L)
+_BLOCK = 256  # vocabulary entries in one partial sum of `log_sum_exp`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
     """How windows of a text are read, and which of their tokens count.
 
-    With neither field (*whole*), each is read at the one scale of its length, and all its
-    tokens count but the first, which nothing comes before.
+    *whole* (neither field): a window is read at the scale of its length. All its tokens count
+    except the first, which has no context.
 
-    With a chunk (*chunked*), it is fed in chunks, each at the scale of what has been read by
-    its end, and the first token of each does not count. CLEX was published with figures of
-    this kind; its chunk was the trained length.
+    *chunked* (`chunk`): a window is read in chunks, each at the scale of the length reached at
+    the end of the chunk. The first token of each chunk does not count. CLEX's published
+    figures use this protocol, with the trained length as the chunk.
 
-    With a stride (*sliding*), windows overlap: the next one begins so many tokens further on.
-    Each is read and counted as in *whole*. GeNE was published with figures of this kind; its
-    stride was 1,024.
+    *sliding* (`stride`): windows overlap and begin `stride` tokens apart. Each is read and
+    counted as in *whole*. GeNE's published figures use this protocol, with a stride of 1,024.
     """
 
     chunk: int | None = None  # tokens
-    stride: int | None = None  # tokens from the start of a window to that of the next
+    stride: int | None = None  # tokens between the starts of neighbouring windows
 
     def __post_init__(self) -> None:
         for name, value, least in (("chunk", self.chunk, 2), ("stride", self.stride, 1)):
@@ -58,7 +57,7 @@ class Protocol:
                 raise InputError(f"--{name} must be at least {least} tokens, got {value}.")
 
     def counts(self, length: int) -> np.ndarray:
-        """Which tokens of a window count, from its second one on, bool, (length - 1,)."""
+        """Return which tokens of a window count, from the second on, bool, (length - 1,)."""
         positions = np.arange(1, length)
         return positions % (self.chunk or length) != 0
 
@@ -68,27 +67,27 @@ WHOLE = Protocol()
 
 @dataclass(frozen=True)
 class Score:
-    """Losses of some windows of one length."""
+    """Losses of W windows of one length."""
 
     losses: np.ndarray  # mean of each window, nats, (W,)
-    tokens: int  # how many count in all of them together, equally many in each
+    tokens: int  # counted tokens of all windows; every window has the same number
 
     @property
     def loss(self) -> float:
-        """Mean over all tokens that count, nats."""
+        """Return the mean over all counted tokens, nats."""
         return float(self.losses.mean())
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """Return exp(loss)."""
         return exp(self.loss)
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval of the perplexity; None below five windows.
+        """Return the 95 % confidence interval of the perplexity; None below five windows.
 
-        From how much windows differ: Student's t for the mean loss, exponentiated, and at
-        least 1. Overlapping windows differ less than so many apart would.
+        The interval is Student's t for the mean loss of a window, exponentiated, and at least 1.
+        Overlapping windows are not independent, so their interval is too narrow.
         """
         count = len(self.losses)
         if count < FEWEST_WINDOWS:
@@ -106,19 +105,19 @@ def score(
     longest: int | None = None,
     **reading: Any,
 ) -> Score:
-    """Measure windows of one length.
+    """Return the losses of windows of one length.
 
     Args:
-        model: from `load` or `attach`, or any other of mlx-lm.
-        corpus: the texts; `windows_of` says where windows lie in them.
-        length: of a window, in tokens.
-        windows: how many at most.
-        protocol: how they are read.
-        longest: of the lengths that this one is to be held against; see `windows_of`.
+        model: from `load` or `attach`, or any model of mlx-lm.
+        corpus: the texts; `windows_of` places the windows.
+        length: length of a window, tokens.
+        windows: largest number of windows.
+        protocol: how the windows are read.
+        longest: the largest length of the comparison, tokens; see `windows_of`.
         reading: kv_bits, kv_group_size and on_read of `logits_of_text`.
 
     Raises:
-        InputError: the texts are shorter than that, or the model's reach is.
+        InputError: the length is larger than the texts, or than the model's reach.
     """
     check_lengths(model, corpus, [length])
     starts = windows_of(corpus, length, windows, protocol.stride, longest)
@@ -133,7 +132,7 @@ def score(
 
 
 def perplexity(model: nn.Module, corpus: Corpus, length: int, windows: int) -> float:
-    """Perplexity of whole windows of one length; arguments as those of `score`."""
+    """Return the perplexity of whole windows of one length; the arguments are those of `score`."""
     return score(model, corpus, length, windows).perplexity
 
 
@@ -144,11 +143,11 @@ def windows_of(
     stride: int | None = None,
     longest: int | None = None,
 ) -> list[int]:
-    """Where windows begin in the corpus, spread evenly over all places there are.
+    """Return the starts of windows, spread evenly over all possible places.
 
-    A window lies within one text, at a multiple of the stride (None: of the length). Texts
-    shorter than `longest` (None: the length) are left out, so that figures of several lengths
-    are of the same texts. Where no text is as long as that, all are joined end to end.
+    A window lies within one text, at a multiple of `stride` (None: of `length`). Texts shorter
+    than `longest` (None: than `length`) are skipped, so that all lengths of a comparison read
+    the same texts. If no text is long enough, all texts are joined end to end.
     """
     starts, sizes = corpus.starts, corpus.ends - corpus.starts
     enough = sizes >= max(longest or 0, length)
@@ -167,10 +166,10 @@ def windows_of(
 def losses_of_text(
     model: nn.Module, ids: np.ndarray, chunk: int | None = None, **reading: Any
 ) -> np.ndarray:
-    """Loss of each token of texts but the first, nats, float32, (B, L - 1).
+    """Return the loss of each token after the first, nats, float32, (B, L - 1).
 
     Args:
-        model, ids, chunk, reading: those of `logits_of_text`.
+        model, ids, chunk, reading: as for `logits_of_text`.
     """
     losses = [
         np.array(losses_of(logits, ids[:, start + 1 : start + 1 + logits.shape[1]]))
@@ -180,15 +179,15 @@ def losses_of_text(
 
 
 def losses_of(logits: mx.array, targets: np.ndarray) -> mx.array:
-    """Cross-entropy of each token, nats, (B, L), for logits (B, L, V) and ids (B, L)."""
+    """Return the cross-entropy of each token, nats, (B, L), for logits (B, L, V), ids (B, L)."""
     chosen = mx.array(np.asarray(targets, np.int32))[..., None]
     return log_sum_exp(logits) - mx.take_along_axis(logits, chosen, axis=-1)[..., 0]
 
 
 def log_sum_exp(logits: mx.array) -> mx.array:
-    """log sum exp over the vocabulary, in two stages, (B, L) for (B, L, V).
+    """Return log sum exp over the vocabulary, in two stages, (B, L) for logits (B, L, V).
 
-    MLX's CPU adds up one after the other in float32: over 50,000 tokens it loses 1e-4.
+    On the CPU MLX adds float32 numbers one by one, which loses 1e-4 over 50,000 entries.
     """
     vocabulary = logits.shape[-1]
     whole = vocabulary - vocabulary % _BLOCK
@@ -210,32 +209,32 @@ def logits_of_text(
     head_chunk: int | None = None,
     on_read: Callable[[int], Any] = lambda tokens: None,
 ) -> Iterator[tuple[int, mx.array]]:
-    """Logits for texts of one length, a few tokens at a time.
+    """Yield the logits of texts of one length, a few tokens at a time.
 
     Args:
-        model: from `load` or `attach`, or any other of mlx-lm.
-        ids: the texts, (B, L).
-        chunk: tokens whose scale and gain are those of what has been read by their end;
-            None: those of the whole text for all of it.
-        kv_bits: quantise keys and values to so many bits as they are read.
-        kv_group_size: how many of them share a scale and a bias.
-        head_chunk: tokens whose logits are there at once; None takes what 16 MiB hold.
-        on_read: is told how many more tokens have been read.
+        model: from `load` or `attach`, or any model of mlx-lm.
+        ids: token ids of the texts, (B, L).
+        chunk: tokens in a chunk; a chunk uses the scale and gain of the length at its end.
+            None uses those of the whole text.
+        kv_bits: bits of a cached key or value; None does not quantise.
+        kv_group_size: cached values that share a scale and a bias.
+        head_chunk: tokens whose logits are in memory together; None takes as many as fit 16 MiB.
+        on_read: called with the number of tokens read since the last call.
 
     Yields:
-        Index of the first of n tokens, and the logits that follow them, float32, (B, n, V):
-        for all tokens but the last one.
+        (start, logits): the index of the first of n tokens and the logits after each of them,
+        float32, (B, n, V). The last token of a text has no logits.
 
     Raises:
-        InputError: the length is beyond the model's reach, or the cache of this model
-            cannot be quantised so.
-        RunError: MLX failed, for want of memory above all.
+        InputError: the length is beyond the model's reach, or its cache cannot be quantised
+            with these settings.
+        RunError: MLX failed, most often because memory ran out.
     """
     rows, length = ids.shape
     head_chunk = head_chunk or chunk_length(getattr(model.args, "vocab_size", 32_000))
     at_once, step = max(1, head_chunk // rows), max(1, _STEP // rows)
     text = mx.array(np.asarray(ids, np.int32))
-    read = length - 1  # what follows the last token is not known
+    read = length - 1  # the last token has no target
     chunk = chunk or length
     caches = make_prompt_cache(model)
     for begin in range(0, read, chunk):
@@ -260,7 +259,7 @@ def logits_of_text(
 
 
 def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Mean loss of the tokens that count, each batch in one pass, nats; NaN without any."""
+    """Return the weighted mean loss of batches, one pass each, nats; NaN without any token."""
     chunk = chunk_length(getattr(model.args, "vocab_size", 32_000))
     total = counted = 0.0
     with _inference(model):
@@ -273,30 +272,30 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
 
 
 def check_lengths(model: nn.Module, corpus: Corpus, lengths: Sequence[int]) -> None:
-    """Refuse lengths that `score` cannot be asked for.
+    """Refuse lengths that `score` cannot measure.
 
     Raises:
-        InputError: the message has the length, and what there is.
+        InputError: a length is below 2, beyond the model's reach or larger than the corpus.
     """
     there = len(corpus.tokens)
     for length in lengths:
         if length < 2:
-            raise InputError(f"A length to evaluate at must be at least 2 tokens, got {length}.")
+            raise InputError(f"A length must be at least 2 tokens, got {length}.")
         scaled(model).check_length(length, "A sequence of --lengths")
         if length > there:
             fitting = ", ".join(str(n) for n in lengths if n <= there)
             raise InputError(
-                f"{corpus.name} has {there} tokens, too few for a length of {length}: give more "
-                f"text, or leave out what does not fit (of these lengths {fitting or 'none'} fit)."
+                f"{corpus.name} has {there} tokens, too few for a length of {length}. Lengths that "
+                f"fit: {fitting or 'none'}. Give more text or shorter lengths."
             )
 
 
 def student_t(level: float, freedom: int) -> float:
-    """Return what the size of Student's t stays below with the probability `level`.
+    """Return the two-sided quantile of Student's t distribution: P(|t| < result) = `level`.
 
     Args:
         level: above 0, below 1.
-        freedom: degrees of freedom, at least 4; there the error is 0.3 %, and less above.
+        freedom: degrees of freedom, at least 4; the error is 0.3 % at 4 and less above.
 
     Source: Abramowitz and Stegun, 26.7.5, the expansion about the normal distribution.
     """
@@ -311,18 +310,18 @@ def student_t(level: float, freedom: int) -> float:
 
 
 def exp(loss: float) -> float:
-    """e^loss, or the largest there is as a float."""
+    """Return e^loss; the loss is capped at 700 so that the result is a finite float."""
     return math.exp(min(loss, 700))
 
 
 @contextlib.contextmanager
 def _inference(model: nn.Module) -> Iterator[None]:
-    """Without dropout, with the frequencies that inference has, past the reach in silence."""
+    """Put the model into inference mode and silence the warning about its reach."""
     training = model.training
     model.eval()
     try:
         with warnings.catch_warnings():
-            # To find out how much worse it gets is what this is for.
+            # Measuring beyond the reach is a purpose of this module.
             warnings.filterwarnings("ignore", ".* that this model's scaling is made for")
             yield
     finally:
@@ -331,7 +330,7 @@ def _inference(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quantising(bits: int | None, group_size: int) -> Iterator[None]:
-    """Say in our words that a cache cannot be quantised."""
+    """Turn mlx-lm's error about a cache that cannot be quantised into an InputError."""
     try:
         yield
     except (ValueError, NotImplementedError) as error:

@@ -1,6 +1,7 @@
-"""Greedy answers to one prompt after the other, each read at the scale of its own length.
+"""Answer prompts greedily, one after the other, each at the scale of its own length.
 
-Prompts that begin alike share what was read of it, where the answer is the same then.
+A prompt reuses the cached keys of the prefix it shares with the last prompt, if that does
+not change its answer.
 
 Not covered: sampling, and several prompts at once.
 """
@@ -22,16 +23,16 @@ from ..model.scaled_model import make_prompt_cache
 
 @dataclass
 class Reader:
-    """Answers prompts, greedily, and reads no beginning twice where that is exact.
+    """Answer prompts greedily and reuse the cache of a shared prefix where that is exact.
 
-    It is exact where the whole cache was computed at the scale and gain that the new
-    prompt is read at. A quantised cache never is: which tokens were read before their
-    predecessors had lost precision depends on how the prompt came in.
+    Reuse is exact if the whole cache was computed at the scale and gain of the new prompt. A
+    quantised cache is never reused: which keys were already quantised when a token was read
+    depends on the chunks in which the prompt was read.
     """
 
     model: nn.Module
     tokenizer: Any
-    grow: bool = False  # the scale of what has been read so far, not that of the prompt
+    grow: bool = False  # use the scale of the length read so far, not of the whole prompt
     prefill_step_size: int = 2048
     kv_bits: int | None = None
     kv_group_size: int = 64
@@ -39,8 +40,8 @@ class Reader:
     reuse: bool = True
 
     def __post_init__(self) -> None:
-        self._tokens: list[int] = []  # of the last prompt, and its caches
-        self._caches: list[Any] = []
+        self._tokens: list[int] = []  # of the last prompt
+        self._caches: list[Any] = []  # of the last prompt
 
     def answer(
         self,
@@ -49,7 +50,7 @@ class Reader:
         progress: Callable[[int], Any] = lambda read: None,
         until: Sequence[str] = (),
     ) -> str:
-        """The text that follows.
+        """Return the text that follows a prompt.
 
         Args:
             prompt: ids.
@@ -58,10 +59,10 @@ class Reader:
             until: the text ends before the first of these strings.
 
         Raises:
-            RunError: MLX failed, for want of memory above all.
+            RunError: MLX failed, most often because memory ran out.
         """
         caches, start = self._caches_for(prompt, max_tokens)
-        self._tokens, self._caches = [], []  # no use if this one fails
+        self._tokens, self._caches = [], []  # a failure leaves the caches in an unknown state
         parts = stream_generate(
             self.model,
             self.tokenizer,
@@ -86,13 +87,13 @@ class Reader:
         return reply
 
     def _caches_for(self, prompt: list[int], max_tokens: int) -> tuple[list[Any], int]:
-        """Caches for this prompt, and how many of its tokens are in them."""
+        """Return caches for a prompt and the number of its tokens that they hold."""
         length: int | None = len(prompt)
         if self.grow:
             length = None
         elif self.kv_bits is not None:
             length = len(prompt) + max_tokens  # quantised keys lose precision at every move
-        # One token is left to predict from.
+        # The model must read at least one token to predict the next.
         pairs = zip(self._tokens, prompt[:-1], strict=False)
         shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         caches = self._caches
@@ -107,5 +108,5 @@ class Reader:
             for cache in planned_caches(caches):
                 cache.expected_length = length or 0
             return caches, shared
-        self._tokens, self._caches, caches = [], [], []  # the memory of the old ones is needed
+        self._tokens, self._caches, caches = [], [], []  # free the old caches first
         return make_prompt_cache(self.model, length), 0

@@ -1,10 +1,9 @@
-"""Result files: figures on disk, row by row.
+"""Store results in PREFIX.json and PREFIX.csv, row by row.
 
-A command opens its results, asks which rows are there already, and adds the others one by
-one. Every added row is on disk at once, as PREFIX.json and PREFIX.csv, so that a run which
-is interrupted goes on where it stopped.
+A command opens its results, looks up the rows that are already measured, and adds the
+others. Each added row is written to disk at once, so an interrupted run can continue.
 
-Not covered: pictures of them (`pictures.py`), and two runs that write one file.
+Not covered: pictures of results (`pictures/`), and two runs that write the same file.
 """
 
 import csv
@@ -29,21 +28,21 @@ class Results:
     """Rows of one kind, from `open_results` or `read_results`."""
 
     kind: str  # what was measured, e.g. "perplexity"
-    settings: dict[str, Any]  # all that changes a figure and is the same for every row
-    keys: tuple[str, ...]  # the columns that tell one row from another
+    settings: dict[str, Any]  # everything that affects the figures and is common to all rows
+    keys: tuple[str, ...]  # the columns that identify a row
     rows: list[dict[str, Any]] = field(default_factory=list)
-    prefix: Path | None = None  # of the files; None: kept in memory
+    prefix: Path | None = None  # path of the files without suffix; None writes no files
 
     def find(self, **keys: Any) -> dict[str, Any] | None:
-        """The first row with these values, or None."""
+        """Return the first row with these values, or None."""
         return next((row for row in self.rows if _has(row, keys)), None)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Take a row in the place of the one with the same keys, and write the files.
+        """Add a row, or replace the row with the same keys, and write the files.
 
         Args:
-            row: numbers, texts and None by column; a number that is none (NaN, infinity)
-                is kept as None, since JSON has no word for it.
+            row: numbers, texts and None by column. NaN and infinity are stored as None because
+                JSON cannot express them.
         """
         new = {name: _finite(value) for name, value in row.items()}
         same = {name: new[name] for name in self.keys}
@@ -56,27 +55,27 @@ class Results:
         self.write()
 
     def check_model(self, label: str, model: str) -> None:
-        """Refuse to go on with figures of another model that was called the same.
+        """Refuse to continue if the rows of this label belong to another model.
 
         Args:
-            label: what it is called in the rows' column of this name.
-            model: its digest, as in the column "model".
+            label: value of the column "label".
+            model: digest of the model, as in the column "model".
 
         Raises:
-            InputError: the message has the file and the name.
+            InputError: a row has this label and another digest.
         """
         if any(row.get("label") == label and row.get("model") != model for row in self.rows):
             raise InputError(
-                f"{self.path('.json')} has figures of another model called {label}: give another "
-                "--output, or delete it."
+                f"{self.path('.json')} has results of another model named {label}. Give another "
+                "--output, or delete the file."
             )
 
     def path(self, suffix: str) -> Path | None:
-        """PREFIX + suffix; None where nothing is written."""
+        """Return PREFIX + suffix, or None if no files are written."""
         return None if self.prefix is None else _path(self.prefix, suffix)
 
     def write(self) -> None:
-        """Write PREFIX.json and PREFIX.csv; each is replaced whole."""
+        """Replace PREFIX.json and PREFIX.csv."""
         if self.prefix is None:
             return
         whole = {
@@ -98,20 +97,20 @@ class Results:
 def open_results(
     prefix: str | Path | None, *, kind: str, settings: Mapping[str, Any], keys: Sequence[str]
 ) -> Results:
-    """Results to add rows to, with those of an earlier run of the same kind and settings.
+    """Return results to add rows to, with the rows of an earlier run with the same settings.
 
     Args:
-        prefix: of the files, as the user gave it; ".json" at its end is taken off. None
-            keeps the rows in memory.
+        prefix: path of the files, as the user gave it, with or without ".json". None keeps the
+            rows in memory.
         kind: what is measured.
-        settings: all that changes a figure; not what a longer run would merely add.
-        keys: the columns that tell one row from another.
+        settings: everything that affects a figure, but not the number of rows.
+        keys: the columns that identify a row.
 
     Raises:
-        InputError: the file there is of another run, and what differs is said; or the files
-            cannot be written.
+        InputError: the file has results of another kind or other settings, or the files cannot
+            be written.
     """
-    # As a file gives them back: tuples as lists.
+    # JSON turns tuples into lists; settings are compared in that form.
     results = Results(kind, json.loads(json.dumps(dict(settings))), tuple(keys))
     if prefix is None:
         return results
@@ -119,29 +118,29 @@ def open_results(
     file = _path(results.prefix, ".json")
     if file.exists():
         there = read_results(file)
-        # A run that stopped before its first row has nothing to lose.
+        # A file without rows may be overwritten.
         if there.rows:
             _check_same(there, results, file)
             results.rows = there.rows
     try:
         results.prefix.parent.mkdir(parents=True, exist_ok=True)
-        results.write()  # a folder without permission is found out before the work, not after
+        results.write()  # fail before the measurement if the folder cannot be written
     except OSError as error:
         raise InputError(
-            f"--output {prefix} cannot be written ({error.strerror}): give another."
+            f"--output {prefix} cannot be written ({error.strerror}). Give another path."
         ) from error
     return results
 
 
 def read_results(path: str | Path, *kinds: str) -> Results:
-    """The results in a file.
+    """Read results from a file.
 
     Args:
-        path: PREFIX.json, or PREFIX alone.
-        kinds: those that are of use; none given: any.
+        path: PREFIX.json or PREFIX.
+        kinds: allowed kinds; any kind if none is given.
 
     Raises:
-        InputError: no such file, no result file, or one of another kind.
+        InputError: the file is missing, not a result file, or of another kind.
     """
     prefix = Path(str(path).removesuffix(".json")).expanduser()
     file = _path(prefix, ".json")
@@ -149,15 +148,17 @@ def read_results(path: str | Path, *kinds: str) -> Results:
         whole = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
-            f"{file} cannot be read ({error.strerror}): give the --output of an earlier run."
+            f"{file} cannot be read ({error.strerror}). Give the --output of an earlier run."
         ) from error
     except ValueError:
         whole = None
     if not _is_result(whole):
-        raise InputError(f"{file} is no result file of mlx_clex: give one that --output wrote.")
+        raise InputError(
+            f"{file} is not a result file of mlx_clex. Give a file that --output wrote."
+        )
     if kinds and whole["kind"] not in kinds:
         raise InputError(
-            f"{file} has results of the kind {whole['kind']}, not {' or '.join(kinds)}."
+            f"{file} has results of {whole['kind']}. Give results of {' or '.join(kinds)}."
         )
     return Results(whole["kind"], whole["settings"], tuple(whole["keys"]), whole["rows"], prefix)
 
@@ -166,14 +167,14 @@ def _check_same(there: Results, here: Results, file: Path) -> None:
     old = {"kind": there.kind, **there.settings}
     new = {"kind": here.kind, **here.settings}
     differences = [
-        f"{name}: {json.dumps(old.get(name))} there, {json.dumps(new.get(name))} here"
+        f"{name}: {json.dumps(old.get(name))} in the file, {json.dumps(new.get(name))} now"
         for name in {**old, **new}
         if old.get(name) != new.get(name)
     ]
     if differences:
         raise InputError(
-            f"{file} has results of another run ({'; '.join(differences)}): give another "
-            "--output, or delete it."
+            f"{file} has results of another run ({'; '.join(differences)}). Give another "
+            "--output, or delete the file."
         )
 
 
@@ -195,5 +196,5 @@ def _finite(value: Any) -> Any:
 
 
 def _path(prefix: Path, suffix: str) -> Path:
-    # Not with_suffix: it would take the ".5" of a prefix "factor-0.5" for one.
+    # with_suffix would replace the ".5" of a prefix such as "factor-0.5".
     return prefix.with_name(prefix.name + suffix)

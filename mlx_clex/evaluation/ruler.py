@@ -1,25 +1,25 @@
-"""RULER's effective context length, from results."""
+"""Compute RULER's effective context length from results."""
 
 from collections import defaultdict
 
 from .results import Results
 
-# RULER (arXiv 2404.06654) calls a length effective where a model does better than
-# Llama-2-7B does at 4,096 tokens.
+# RULER (arXiv 2404.06654) calls a length effective if the score there is higher than that of
+# Llama-2-7B at 4,096 tokens.
 RULER_THRESHOLD = 0.856
 
 
 def effective_length(results: Results, label: str) -> tuple[dict[int, float], int | None]:
-    """RULER's effective context length of a model.
+    """Return a model's mean score by length and its effective context length.
 
     Args:
-        results: of the kind evaluate; of their rows, those with a length count.
+        results: results of the kind "evaluate"; rows without a length are ignored.
         label: the model.
 
     Returns:
-        The mean over the tasks that have all of the lengths, by length, and the longest
-        length at which it is above RULER_THRESHOLD, as at all shorter ones; None where it is
-        at none.
+        (means, effective). `means` has the mean score at each length, over the tasks that were
+        run at all lengths. `effective` is the longest length, tokens, at which this mean and
+        the means at all shorter lengths are above RULER_THRESHOLD; None if there is none.
     """
     tasks = ruler_tasks(results, label)
     lengths = sorted({length for scores in tasks.values() for length in scores})
@@ -34,7 +34,7 @@ def effective_length(results: Results, label: str) -> tuple[dict[int, float], in
 
 
 def ruler_tasks(results: Results, label: str) -> dict[str, dict[int, float]]:
-    """A model's scores by task and length, of the tasks that have several lengths."""
+    """Return a model's scores by task and length, for tasks with lengths."""
     scores: dict[str, dict[int, float]] = defaultdict(dict)
     for row in results.rows:
         if row["label"] == label and row["length"] is not None:

@@ -1,10 +1,10 @@
-"""Prompts that hide a fact in a long text, and when it counts as found.
+"""Generate prompts that hide a fact in a long text, and check the answers.
 
-The prompts are published ones. Source: GeNE (Findings of ACL 2024, 249), evaluation/passkey.py,
-after Mohtashami and Jaggi (arXiv 2305.16300), for passkey; InfiniteBench (arXiv 2402.13718),
+Source: GeNE (Findings of ACL 2024, 249), evaluation/passkey.py, after Mohtashami and Jaggi
+(arXiv 2305.16300), for passkey; InfiniteBench (arXiv 2402.13718),
 data/construct_synthetic_dataset.py and src/prompt.py, for number and kv.
 
-Not covered: reading them and the answers (`reader.py`).
+Not covered: generating the answers (`reader.py`).
 """
 
 import bisect
@@ -18,14 +18,14 @@ import numpy as np
 
 from ..bundled import words_task
 
-# The text with n pieces of filler, and the fact asked for.
+# (a function from n to the prompt with n pieces of filler, the fact that the prompt asks for).
 Hidden = tuple[Callable[[int], str], str]
 
 _GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 
 def hide_passkey(rng: np.random.Generator, depth: float) -> Hidden:
-    """A number, told twice on a line of its own. Filler is counted in characters."""
+    """Hide a number, stated twice on one line; n counts characters of filler."""
     key = str(rng.integers(1, 50_001))
 
     def text(filler: int) -> str:
@@ -45,7 +45,7 @@ def hide_passkey(rng: np.random.Generator, depth: float) -> Hidden:
 
 
 def hide_number(rng: np.random.Generator, depth: float) -> Hidden:
-    """Ten digits, half of them repeats of a neighbour. Filler is counted in lines."""
+    """Hide ten digits, of which five repeat a neighbour; n counts lines of filler."""
     digits = [str(digit) for digit in rng.integers(0, 10, 5)]
     while len(digits) < 10:
         at = int(rng.integers(len(digits)))
@@ -68,7 +68,7 @@ def hide_number(rng: np.random.Generator, depth: float) -> Hidden:
 
 
 def hide_value(rng: np.random.Generator, depth: float) -> Hidden:
-    """One of many values in a JSON object, asked for by its key. Filler: the other pairs."""
+    """Hide a value in a JSON object and ask for it by its key; n counts the other pairs."""
     key, value = _pair(rng)
     others: list[tuple[str, str]] = []
 
@@ -97,31 +97,31 @@ def _pair(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def first_number_is(reply: str, fact: str) -> bool:
-    """Whether the first digits in the reply are those of the fact."""
+    """Return whether the first number in the reply is the fact."""
     found = re.search(r"[0-9]+", reply)
     return found is not None and found[0] == fact
 
 
 def has_word(reply: str, fact: str) -> bool:
-    """Whether the fact is a word of the reply."""
+    """Return whether the fact is a word of the reply."""
     return fact in re.split(r"[\s:\"'.,?!{}]+", reply)
 
 
-# Draws a prompt of at most so many tokens: its ids, and the fact.
+# Draws a prompt: (generator, tokenizer, length limit in tokens, depth 0..1) -> (ids, fact).
 Draw = Callable[[np.random.Generator, Any, int, float], tuple[list[int], str]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is hidden, and when it counts as found."""
+    """A kind of prompt and the check of its answer."""
 
     draw: Draw
-    answer_tokens: int
-    found: Callable[[str, str], bool]
+    answer_tokens: int  # length limit of the answer, tokens
+    found: Callable[[str, str], bool]  # (answer, fact) -> whether the answer counts as correct
 
 
 def _filled(hide: Callable[[np.random.Generator, float], Hidden]) -> Draw:
-    """Prompts with as much filler as fits."""
+    """Return a `Draw` that adds as much filler as fits."""
 
     def draw(
         rng: np.random.Generator, tokenizer: Any, length: int, depth: float
@@ -132,7 +132,7 @@ def _filled(hide: Callable[[np.random.Generator, float], Hidden]) -> Draw:
             return len(tokenizer.encode(text(filler)))
 
         if tokens(0) > length:
-            raise ValueError(f"{length} tokens, and the prompt has {tokens(0)} without filler")
+            raise ValueError(f"the prompt needs {tokens(0)} tokens without filler")
         high = 1
         while tokens(high) <= length:
             high *= 2

@@ -1,4 +1,4 @@
-"""What comes with the package must load, be what it says, and stay small."""
+"""The bundled models and text must load, match their description and stay small."""
 
 import json
 
@@ -35,7 +35,7 @@ def test_the_package_stays_within_eight_megabytes():
 
 
 def test_held_out_books_are_not_in_the_training_text():
-    """Perplexity on text the model was trained on would prove nothing."""
+    """Perplexity on training text says nothing about extrapolation."""
     held_out = bundled.held_out_text()
     assert held_out.startswith("Judges 1\n")
     assert "\n1 Samuel 31\n" in held_out
@@ -46,7 +46,7 @@ def test_held_out_books_are_not_in_the_training_text():
     assert len(shared) < 0.01 * len(verses)
 
 
-def test_training_data_are_books_and_hidden_keys(tmp_path):
+def test_training_data_has_books_and_hidden_keys(tmp_path):
     make.write_data(tmp_path)
     lines = (tmp_path / "train.jsonl").read_text().splitlines()
     texts = [json.loads(line)["text"] for line in lines]
@@ -59,7 +59,7 @@ def test_training_data_are_books_and_hidden_keys(tmp_path):
 
 @pytest.mark.parametrize("name", ["clex", "gene"])
 def test_fine_tunes_read_far_beyond_the_trained_length(name, held_out):
-    """The reason to have them: the base is lost at 8 x its length, they are not."""
+    """At 8 x the trained length the base fails and the fine-tunes do not."""
     assert perplexity("base", held_out, 512) > 2 * perplexity("base", held_out, 64)
     assert perplexity(name, held_out, 512) < 1.05 * perplexity(name, held_out, 64)
 
@@ -74,7 +74,7 @@ def test_bundled_models_are_scaled_models(name, reach):
 
 
 def test_an_unknown_bundled_model_is_named():
-    with pytest.raises(InputError, match="no bundled model 'x'; there are: base, clex, gene"):
+    with pytest.raises(InputError, match=r"no bundled model 'x'\. There are: base, clex, gene"):
         load("bundled:x")
 
 
@@ -91,12 +91,12 @@ def test_the_words_task_fills_the_length_and_hides_the_key(depth):
 
 def test_a_words_task_without_room_is_refused():
     _, tokenizer = load("bundled:base")
-    with pytest.raises(ValueError, match="10 tokens"):
+    with pytest.raises(ValueError, match=r"the prompt needs \d+ tokens without filler"):
         bundled.words_task(np.random.default_rng(0), tokenizer, 10, 0.5)
 
 
-def test_making_begins_with_a_model_that_trains(tmp_path, monkeypatch):
-    """The command behind the bundled models, with a few steps in place of thousands."""
+def test_the_bundled_models_can_be_made(tmp_path, monkeypatch):
+    """The command runs with a few steps instead of thousands."""
     monkeypatch.setattr(make, "_BASE", make._BASE | {"iters": 2})
     monkeypatch.setattr(make, "_LESSONS", make._LESSONS | {"iters": 1, "batch_size": 2})
     tunes = {name: training | {"iters": 1} for name, training in make._FINE_TUNES.items()}

@@ -46,7 +46,7 @@ def test_an_old_clex_config_gets_the_defaults_of_its_release():
         ("qwen2", None, False),
     ],
 )
-def test_log_scale_is_what_the_family_made_of_it(family, outer, expected):
+def test_log_scale_follows_the_family_of_the_release(family, outer, expected):
     """The Mixtral and Phi code of the release ignores a log_scale of true."""
     config = OLD_CLEX | {"model_type": family}
     if outer is not None:
@@ -58,8 +58,8 @@ def test_log_scale_is_what_the_family_made_of_it(family, outer, expected):
     assert "log_scale" not in normal
 
 
-def test_log_scale_of_a_converted_config_wins():
-    """A converted config keeps its own log_scale, whatever the family assumes."""
+def test_a_converted_config_keeps_its_log_scale():
+    """The family's default replaced the log_scale of a converted config."""
     scaling = {"type": "clex", "max_factor": 4, "log_scale": False}
 
     normal = normalise_config({"model_type": "llama", "rope_scaling": scaling})
@@ -68,7 +68,7 @@ def test_log_scale_of_a_converted_config_wins():
 
 
 def test_transformers_5_spelling_is_understood():
-    """A CLEX folder saved again by transformers 5 has only rope_parameters."""
+    """A CLEX checkpoint that transformers 5 has saved has only rope_parameters."""
     new = dict(OLD_CLEX)
     new["rope_parameters"] = {
         **new.pop("rope_scaling"),
@@ -86,14 +86,14 @@ def test_transformers_5_spelling_is_understood():
 
 
 def test_plain_rope_parameters_mean_no_scaling():
-    """rope_type "default" must not survive as a method of that name."""
+    """rope_type "default" was kept as the name of a method."""
     config = normalise_config({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}})
 
     assert config == {"rope_theta": 1e6}
 
 
 def test_rope_scaling_wins_over_plain_rope_parameters():
-    """A method named once must not be lost to a default named elsewhere."""
+    """A method in rope_scaling was overwritten by the default in rope_parameters."""
     config = normalise_config(
         {
             "rope_parameters": {"type": "default", "rope_theta": 1e5},
@@ -105,14 +105,14 @@ def test_rope_scaling_wins_over_plain_rope_parameters():
 
 
 def test_settings_per_layer_type_stay_untouched():
-    """Gemma-like configs hold one entry per layer type, which is not ours to merge."""
+    """Gemma configs have one entry for each layer type, which must not be merged."""
     per_layer = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
 
     assert normalise_config({"rope_parameters": per_layer}) == {"rope_parameters": per_layer}
 
 
 def test_gpt_neox_names_and_ours_agree():
-    """mlx-lm's gpt_neox reads rotary_emb_base; the rest of the project rope_theta."""
+    """mlx-lm's gpt_neox reads rotary_emb_base, the rest of mlx_clex reads rope_theta."""
     old = normalise_config(
         {"model_type": "gpt_neox", "rotary_emb_base": 25_000, "rotary_pct": 0.25}
     )
@@ -128,7 +128,7 @@ def test_gpt_neox_names_and_ours_agree():
 
 
 def test_mixtral_and_unknown_families_keep_their_base():
-    """A base of 10000 written into a family with another default would ruin it."""
+    """A family with another default base must not get a base of 10000."""
     assert normalise_config({"model_type": "mixtral"})["rope_theta"] == 1e6
     assert "rope_theta" not in normalise_config({"model_type": "gemma3_text"})
 
@@ -188,7 +188,7 @@ def test_the_head_in_the_file_decides(given, has_head, same):
     ],
 )
 def test_unusable_settings_are_named(config, text):
-    """A bad value must be named, not end in a traceback further on."""
+    """A bad value caused a traceback later; the error must name it."""
     with pytest.raises(InputError, match=re.escape(text)) as caught:
         normalise_config(config)
 
@@ -211,8 +211,8 @@ _value = _leaf | _names | st.dictionaries(_rope_keys, _leaf | _names)
 
 @settings(max_examples=200, deadline=None)
 @given(st.dictionaries(_keys, _value))
-def test_any_config_is_normal_after_one_pass_or_refused(config):
-    """A second pass that changes the config means the first one missed something."""
+def test_normalising_twice_changes_nothing_more(config):
+    """Any config must be refused or be normal after one pass."""
     try:
         once = normalise_config(config)
     except InputError:

@@ -102,7 +102,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 
 BROKEN = {
     # name: (golden checkpoint, damage, part of the message)
-    "a record cut short": ("clex_llama", cut_record, "corrupt or cut off"),
+    "a record cut short": ("clex_llama", cut_record, "corrupt or truncated"),
     "a tensor larger than its file": ("clex_llama", expand, "more than the whole file"),
     "a sparse tensor": ("clex_llama", make_sparse, "only tensors of numbers"),
     "a billion layers": ("clex_phi", config(num_hidden_layers=10**9), "num_hidden_layers"),
@@ -132,8 +132,8 @@ BROKEN = {
         without("rms_norm_eps"),
         "rms_norm_eps",
     ),
-    "cut safetensors": ("clex_phi", truncate("model.safetensors"), "corrupt or cut off"),
-    "empty safetensors": ("clex_phi", overwrite("model.safetensors", b""), "corrupt or cut off"),
+    "cut safetensors": ("clex_phi", truncate("model.safetensors"), "corrupt or truncated"),
+    "empty safetensors": ("clex_phi", overwrite("model.safetensors", b""), "corrupt or truncated"),
     "safetensors of noise": (
         "clex_phi",
         overwrite("model.safetensors", b"\x10\0\0\0\0\0\0\0" + b"x" * 90),

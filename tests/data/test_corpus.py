@@ -1,4 +1,4 @@
-"""Texts to tokens on disk to batches."""
+"""Texts become tokens on disk, and tokens become batches."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ from ..conftest import GOLDEN
 
 
 class Letters:
-    """A tokenizer with one token a letter, and a chat template in four tokens a turn."""
+    """A tokenizer with one token for each letter and a chat template with turn tokens 3 and 4."""
 
     eos_token_id = 0
     chat_template = "turns"
@@ -67,8 +67,8 @@ def write_jsonl(file, *records):
         ({"prompt": "a", "completion": "b"}, [2, 3, 97, 4, 3, 98, 4], 5),
     ],
 )
-def test_formats_of_mlx_lm(tmp_path, record, ids, prompt):
-    """text, chat and completions, read by mlx-lm's own code."""
+def test_formats_of_mlx_lm_are_read(tmp_path, record, ids, prompt):
+    """mlx-lm's own code reads text, chat and completions."""
     write_jsonl(tmp_path / "train.jsonl", record, record)
     corpus = load_from(tmp_path, tmp_path, mask_prompt=prompt > 0)["train"]
     assert corpus.tokens.tolist() == ids * 2
@@ -78,8 +78,8 @@ def test_formats_of_mlx_lm(tmp_path, record, ids, prompt):
 
 
 @pytest.mark.parametrize("mask_prompt", [False, True])
-def test_turns_of_gene(converted, tmp_path, mask_prompt):
-    """Pieces tokenised apart, as its data was; one text would have other tokens at the seams."""
+def test_turns_of_gene_are_tokenised_piece_by_piece(converted, tmp_path, mask_prompt):
+    """One rendered text has other tokens than GeNE's data where pieces meet."""
     tokenizer = load_tokenizer(converted("gene_llama"), {"chat_template": GENE})
     turns = [("brown fox", " jumps over"), ("Lazy? ", "dog, and runs")]
     messages = [
@@ -102,8 +102,8 @@ def test_turns_of_gene(converted, tmp_path, mask_prompt):
     assert corpus.prompts.tolist() == [prompt if mask_prompt else 0]
 
 
-def test_a_folder_of_texts_holds_the_last_twentieth_out(tmp_path):
-    """Sub-folders count, other files do not."""
+def test_the_last_twentieth_of_a_folder_of_texts_is_held_out(tmp_path):
+    """Texts in sub-folders are read, other files are not."""
     (tmp_path / "b").mkdir()
     (tmp_path / "a.txt").write_text("x" * 100)
     (tmp_path / "b" / "c.md").write_text("y" * 100)
@@ -115,8 +115,8 @@ def test_a_folder_of_texts_holds_the_last_twentieth_out(tmp_path):
     assert corpora["valid"].starts.tolist() == [0]
 
 
-def test_long_texts_are_no_reason_to_warn(converted, tmp_path, caplog):
-    """transformers told that the model would fail on a book, which is cut up before."""
+def test_long_texts_cause_no_warning(converted, tmp_path, caplog):
+    """transformers warned that a book is longer than the model's maximum; training cuts it."""
     tokenizer = load_tokenizer(converted("gene_llama"))
     (tmp_path / "a.txt").write_text("a long text " * 200)
     options = {"mask_prompt": False, "cache_dir": tmp_path, "splits": ["train"]}
@@ -125,8 +125,8 @@ def test_long_texts_are_no_reason_to_warn(converted, tmp_path, caplog):
     assert caplog.text == ""
 
 
-def test_folders_named_as_splits(tmp_path):
-    """train/, valid/ and test/ are what they say."""
+def test_folders_named_train_valid_and_test_are_splits(tmp_path):
+    """Each sub-folder's texts belong to its split."""
     for split in ("train", "valid", "test"):
         (tmp_path / split).mkdir()
         (tmp_path / split / "a.txt").write_text(split)
@@ -135,7 +135,7 @@ def test_folders_named_as_splits(tmp_path):
 
 
 def test_a_long_text_is_tokenised_in_pieces(tmp_path, monkeypatch):
-    """Pieces end with lines, and only the first has a beginning-of-text token."""
+    """Pieces end at line ends, and only the first has a beginning-of-text token."""
     monkeypatch.setattr("mlx_clex.data.corpus._PIECE", 10)
     text = "a line\n" * 20
     (tmp_path / "a.txt").write_text(text)
@@ -145,7 +145,7 @@ def test_a_long_text_is_tokenised_in_pieces(tmp_path, monkeypatch):
 
 
 def test_tokens_are_kept_until_something_changes(tmp_path, monkeypatch):
-    """A second run reads no text; a changed file or mask does."""
+    """A second run must read no text; a run after a change of the file must."""
     file = tmp_path / "a.txt"
     file.write_text("first text")
     load_from(tmp_path, tmp_path)
@@ -162,17 +162,17 @@ def test_tokens_are_kept_until_something_changes(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("lines", "match"),
     [
-        (b'{"text": "a"}\n{"text": \n', "line 2 is no JSON"),
-        (b'{"text": "a"}\n\n["b"]\n', "line 3 is no JSON object"),
+        (b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
+        (b'{"text": "a"}\n\n["b"]\n', "line 3 is not a JSON object"),
         (b'{"text": "a"}\n{"words": "a"}\n', "line 2 cannot be used .*keys: words"),
         (b'{"words": "a"}\n', "line 1 cannot be used"),
-        (b'{"text": "\xff"}\n', "line 1 is no JSON"),
+        (b'{"text": "\xff"}\n', "line 1 is not JSON"),
         (b'{"text": null}\n', "line 1 cannot be used"),
         (b"\n", "has no text"),
     ],
 )
 def test_broken_lines_are_named(tmp_path, lines, match):
-    """File and line, and nothing half-written is kept."""
+    """The error must name file and line, and no partial token file may stay."""
     (tmp_path / "train.jsonl").write_bytes(lines)
     with pytest.raises(InputError, match=match):
         load_from(tmp_path, tmp_path)
@@ -180,18 +180,18 @@ def test_broken_lines_are_named(tmp_path, lines, match):
 
 
 def test_missing_and_empty_data_are_refused(tmp_path):
-    """One line that says what may be given."""
+    """The error must say what is allowed."""
     with pytest.raises(InputError, match="neither a folder"):
         load_from(tmp_path / "nowhere", tmp_path)
     with pytest.raises(InputError, match=r"train\.jsonl"):
         load_from(tmp_path, tmp_path)
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(InputError, match=r"a\.txt is no UTF-8"):
+    with pytest.raises(InputError, match=r"a\.txt is not UTF-8"):
         load_from(tmp_path, tmp_path)
 
 
 class Table(list):
-    """Rows as the package `datasets` gives them: a list with a fingerprint."""
+    """A list with a fingerprint, in place of a table of `datasets`."""
 
     def __init__(self, rows, fingerprint):
         super().__init__(rows)
@@ -200,7 +200,7 @@ class Table(list):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A package `datasets` whose tables are the dict that this returns."""
+    """Replace the package `datasets`; return the dict of its tables."""
     tables = {}
 
     class NotFoundError(Exception):
@@ -218,8 +218,8 @@ def hub(monkeypatch):
     return tables
 
 
-def test_a_data_set_of_the_hub(hub, tmp_path, monkeypatch):
-    """OWNER/NAME is read as mlx-lm reads it, kept on disk, and read anew when it changes."""
+def test_a_dataset_of_the_hub_is_tokenised_once(hub, tmp_path, monkeypatch):
+    """OWNER/NAME is read as in mlx-lm, cached on disk, and read again after a change."""
     monkeypatch.chdir(tmp_path)
     rows = [{"text": "ab"}, {"text": "c"}]
     hub["owner/name"] = {"train": Table(rows, "1"), "valid": Table(rows[1:], "2"), "more": []}
@@ -230,13 +230,13 @@ def test_a_data_set_of_the_hub(hub, tmp_path, monkeypatch):
             assert corpora["train"].starts.tolist() == [0, 4]
             assert corpora["valid"].tokens.tolist() == [1, 99, 0]
             assert corpora["train"].name == "owner/name (train)"
-            patched.setattr(Letters, "encode", None)  # the second time nothing is read
+            patched.setattr(Letters, "encode", None)  # the second run must not tokenise
     hub["owner/name"]["train"] = Table(rows[:1], "3")
     assert len(load_from(Path("owner/name"), tmp_path)["train"].tokens) == 4
 
 
-def test_data_sets_of_a_yaml_file(hub, tmp_path):
-    """mlx-lm's hf_dataset: several, each with splits and columns of its own."""
+def test_datasets_of_a_yaml_file_are_joined(hub, tmp_path):
+    """Each entry of mlx-lm's hf_dataset may have its own splits and columns."""
     hub["a/b"] = {
         "train[:1]": Table([{"body": "a"}], "1"),
         "train[1:]": Table([{"body": "b"}], "2"),
@@ -261,7 +261,7 @@ def test_data_sets_of_a_yaml_file(hub, tmp_path):
     for entries, splits, match in [
         ([{"name": "a/b"}], ["train"], "path: NAME"),
         ([], ["train"], "path: NAME"),
-        (first, ["test"], "test_split for a/b"),
+        (first, ["test"], "key test_split for a/b"),
         ({"path": "a/c"}, ["train"], "a/c cannot be used .*doesn't exist"),
         (first | {"text_feature": "text"}, ["train"], "a/b cannot be used .*Unsupported"),
     ]:
@@ -269,8 +269,8 @@ def test_data_sets_of_a_yaml_file(hub, tmp_path):
             load(entries, splits)
 
 
-def test_a_data_set_of_the_hub_that_cannot_be_had(hub, tmp_path, monkeypatch):
-    """The package, the name, a row: each in one line."""
+def test_an_unusable_dataset_of_the_hub_is_refused(hub, tmp_path, monkeypatch):
+    """A missing package, a wrong name and a bad row must each end in one line."""
     hub["owner/name"] = {"train": Table([{"text": "ab"}, {"text": None}], "1")}
     with pytest.raises(InputError, match=r"owner/name, row 1, cannot be used \(TypeError"):
         load_from(Path("owner/name"), tmp_path)
@@ -286,8 +286,8 @@ def test_a_data_set_of_the_hub_that_cannot_be_had(hub, tmp_path, monkeypatch):
         load_from(Path("owner/name"), tmp_path)
 
 
-def test_the_package_datasets_itself(tmp_path, monkeypatch):
-    """Tables, fingerprints and errors are as the package has them."""
+def test_the_real_package_datasets_works(tmp_path, monkeypatch):
+    """Tables and fingerprints of the real package must work like those of `hub`."""
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "hf"))
     (tmp_path / "rows").mkdir()
@@ -305,7 +305,7 @@ def test_the_package_datasets_itself(tmp_path, monkeypatch):
 
 
 def test_packing_predicts_every_token_once():
-    """Windows overlap by one token, the last of one being the first of the next."""
+    """The last token of a window is the first of the next."""
     corpus = corpus_of(np.arange(50), np.arange(50, 101))
     batches = Batches(corpus, packing="concat", length=10, batch_size=2, seed=0)
     assert batches.per_epoch == 5
@@ -317,15 +317,15 @@ def test_packing_predicts_every_token_once():
 
 
 def test_prompts_are_left_out_of_the_loss_in_packed_rows_too():
-    """Prompt lengths 3 and 2: targets before them weigh nothing."""
+    """Targets inside prompts (lengths 3 and 2) have weight 0."""
     corpus = corpus_of(np.arange(6), np.arange(10, 15), prompts=[3, 2])
     batch = Batches(corpus, packing="concat", length=10, batch_size=1, seed=0).next()
     assert batch.targets.tolist() == [[1, 2, 3, 4, 5, 10, 11, 12, 13, 14]]
     assert batch.weights.tolist() == [[0, 0, 1, 1, 1, 0, 0, 1, 1, 1]]
 
 
-def test_plain_rows_are_texts_of_similar_length():
-    """mlx-lm sorts by a constant; here a batch pads no more than it must."""
+def test_plain_batches_have_texts_of_similar_length():
+    """mlx-lm sorts by a constant, so its batches have more padding than needed."""
     texts = [np.full(length, length) for length in (100, 5, 90, 7, 40, 6)]
     corpus = corpus_of(*texts, prompts=[50, 0, 0, 0, 0, 0])
     batches = Batches(corpus, packing="plain", length=64, batch_size=2, seed=0)
@@ -342,16 +342,16 @@ def test_plain_rows_are_texts_of_similar_length():
 
 @pytest.mark.parametrize("items", [3, 5, 8])
 @pytest.mark.parametrize("packing", ["concat", "plain"])
-def test_all_of_a_corpus_is_each_row_once(packing, items):
-    """What was left over was never read, and with few windows some were counted twice."""
+def test_an_epoch_has_each_row_once(packing, items):
+    """Remaining rows were never read, and with few windows some were read twice."""
     corpus = corpus_of(*(np.full(10, i) for i in range(items)), [99])
     batches = Batches(corpus, packing=packing, length=10, batch_size=min(4, items), seed=0)
     rows = [row for batch in batches.some(-1) for row in batch.tokens]
     assert sorted(row[0] for row in rows) == list(range(items))
 
 
-def test_plain_rows_without_a_token_to_learn_are_left_out():
-    """A prompt that fills its row; and a text that loses its end is counted."""
+def test_plain_rows_without_a_token_to_learn_are_skipped():
+    """A prompt may fill its row. Texts that lose their end are counted."""
     texts = [np.full(length, length) for length in (30, 100, 90, 20, 1)]
     corpus = corpus_of(*texts, prompts=[30, 65, 10, 0, 0])
     batches = Batches(corpus, packing="plain", length=64, batch_size=1, seed=0)
@@ -360,8 +360,8 @@ def test_plain_rows_without_a_token_to_learn_are_left_out():
 
 
 @pytest.mark.parametrize("packing", ["concat", "plain"])
-def test_the_order_resumes_where_it_was(packing):
-    """From its state alone, across the end of an epoch."""
+def test_the_order_of_batches_resumes_from_its_state(packing):
+    """The order must also resume across the end of an epoch."""
     corpus = corpus_of(*(np.full(11 + i, i) for i in range(6)))
     options = {"packing": packing, "length": 10, "batch_size": 2, "seed": 4}
     batches = Batches(corpus, **options)
@@ -374,8 +374,8 @@ def test_the_order_resumes_where_it_was(packing):
     assert [resumed.next().tokens.tolist() for _ in range(8)] == rest
 
 
-def test_too_little_data_says_how_much_there_is():
-    """File and length."""
+def test_too_little_data_is_refused():
+    """The error must say how much data there is and how much is needed."""
     corpus = corpus_of(np.arange(10))
     with pytest.raises(InputError, match="texts has 10 tokens, shorter than one sequence of 10"):
         Batches(corpus, packing="concat", length=10, batch_size=1, seed=0)

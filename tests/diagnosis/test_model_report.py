@@ -1,4 +1,4 @@
-"""What doctor says about a model must be so, and must cost no weights."""
+"""The report of doctor must be correct and must not load weights."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ GEMMA = {
 
 
 def folder_of(tmp_path, config):
-    """A model of which nothing but the config is right."""
+    """Return a model folder with a valid config and invalid weights."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(b"never read")
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -52,7 +52,7 @@ def folder_of(tmp_path, config):
 
 
 def lines(path):
-    """All texts of each name."""
+    """Return the texts of a report by name."""
     found: dict[str, list[str]] = {}
     for name, text in report(str(path)):
         found.setdefault(name, []).append(text)
@@ -60,8 +60,8 @@ def lines(path):
 
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
-def test_every_published_format(name):
-    """Family, reach and exports, before anything is converted."""
+def test_every_published_format_is_described(name):
+    """Family, reach and exports must be right before conversion."""
     found = lines(GOLDEN / name)
     assert "published checkpoint" in found["weights"][0]
     assert found["family"][0].startswith(name.split("_")[1].replace("param", "llama"))
@@ -76,13 +76,13 @@ def test_every_published_format(name):
     assert "problem" not in found
 
 
-def test_a_converted_folder(converted):
-    """It says so."""
+def test_a_converted_folder_is_recognised(converted):
+    """The report must say that mlx_clex has converted the folder."""
     assert "converted by mlx_clex" in lines(converted("clex_llama"))["weights"][0]
 
 
-def test_seventy_billion_weights_are_not_made_up(tmp_path):
-    """140 GB would be: the model is built and stays lazy."""
+def test_seventy_billion_weights_are_not_initialised(tmp_path):
+    """Initialised weights would need 140 GB."""
     before = mx.get_peak_memory()
     entry = {"type": "clex", "max_factor": 16}
     path = folder_of(
@@ -95,8 +95,8 @@ def test_seventy_billion_weights_are_not_made_up(tmp_path):
     assert f"{80 * 8 * 128 * 2 * 65536 * 2 / 1e9:.2f} GB in 16 bits" in found["KV cache"][0]
 
 
-def test_memory_is_that_of_the_caches(tmp_path):
-    """Window layers stop at their window; --kv-bits counts the scales of its groups."""
+def test_memory_equals_that_of_the_caches(tmp_path):
+    """Window layers stop growing at their window; --kv-bits adds scales and biases."""
     found = lines(folder_of(tmp_path, GEMMA))
     a_token = 2 * 64  # keys and values of one head
     full, window = 4096 * a_token, 5 * 512 * a_token
@@ -111,8 +111,8 @@ def test_memory_is_that_of_the_caches(tmp_path):
     assert "1 of 6 layers" in found["rope"][0]
 
 
-def test_a_stock_model_is_told_what_is_possible(tmp_path):
-    """And why the rest is not."""
+def test_possible_scalings_of_a_stock_model_are_listed(tmp_path):
+    """The report must also say why the others are not possible."""
     found = lines(folder_of(tmp_path, LLAMA_70B | {"num_hidden_layers": 2}))
     assert found["scaling"] == ["none"]
     assert found["possible"][0].endswith("none|linear|ntk|dynamic|yarn|clex|gene")
@@ -140,12 +140,12 @@ def test_what_would_go_wrong(tmp_path):
     for file in folder.glob("tokenizer*"):
         file.unlink()
     problems = lines(folder)["problem"]
-    assert "model-00002-of-00002.safetensors, which is not there" in problems[0]
+    assert "model-00002-of-00002.safetensors, which is missing" in problems[0]
     assert "No tokenizer" in problems[1]
 
 
-def test_doctor_prints_it(capsys, tmp_path):
-    """In the block that goes into an issue; a model that is not there is one line."""
+def test_doctor_prints_the_report(capsys, tmp_path):
+    """The report must be in the block for an issue; a missing model must be one line."""
 
     def run(*argv):
         return run_command(doctor.add_arguments, doctor.run, prog="d", description="", argv=argv)

@@ -1,4 +1,4 @@
-"""Losses read in steps against plain computations, and where windows lie."""
+"""Losses that are read in steps equal plain computations; windows lie where they should."""
 
 import math
 
@@ -27,14 +27,14 @@ IDS = np.random.default_rng(0).integers(0, 64, 300).astype(np.uint32)
 
 
 def corpus(*sizes):
-    """Texts of these sizes, in tokens."""
+    """Return texts of these sizes, in tokens."""
     ends = np.cumsum(sizes)
     tokens = np.resize(IDS, ends[-1])
     return Corpus("the text", tokens, ends - sizes, np.zeros(len(sizes), int))
 
 
 def read(model, ids, *args, **options):
-    """Losses of one text."""
+    """Return the losses of one text."""
     return evaluation.losses_of_text(model, ids[None], *args, **options)[0]
 
 
@@ -44,7 +44,7 @@ def cross_entropy(logits, targets):
 
 
 def plain_losses(model, ids):
-    """One pass, all logits, no cache."""
+    """Return the losses of one pass over all tokens, without a cache."""
     logits = model(mx.array(np.asarray(ids, np.int32))[None])[0]
     return cross_entropy(logits[:-1], ids[1:])
 
@@ -54,8 +54,8 @@ def plain_losses(model, ids):
     ("name", "log_scale"),
     [*((name, False) for name in CONFIGS), *((n, True) for n in ("clex", "gene", "gene-param"))],
 )
-def test_a_text_read_in_steps_is_the_text_read_at_once(name, log_scale, monkeypatch):
-    """A step had the scale of what was read so far, not of the whole text."""
+def test_losses_of_steps_equal_losses_of_one_pass(name, log_scale, monkeypatch):
+    """A step used the scale of the tokens read so far, not of the whole text."""
     monkeypatch.setattr(evaluation, "_STEP", 37)
     model = scaled_llama(name, log_scale=log_scale)
     ours = read(model, IDS[:200], head_chunk=10)
@@ -64,8 +64,8 @@ def test_a_text_read_in_steps_is_the_text_read_at_once(name, log_scale, monkeypa
 
 
 @pytest.mark.parametrize("name", ["none", "dynamic", "clex", "gene-param"])
-def test_chunks_grow_as_in_the_published_code(name, monkeypatch):
-    """Against keys that are cached unrotated and all rotated anew with each chunk."""
+def test_chunked_losses_equal_those_of_unrotated_caches(name, monkeypatch):
+    """The oracle caches unrotated keys and rotates all of them for each chunk."""
     monkeypatch.setattr(evaluation, "_STEP", 7)
     model = scaled_llama(name)
     oracle = Oracle(model)
@@ -76,8 +76,8 @@ def test_chunks_grow_as_in_the_published_code(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
-def test_the_published_code_has_these_losses(name, converted, monkeypatch):
-    """prefill_logits_n is *whole*, chunked_logits_c is *chunked*, for six checkpoints."""
+def test_losses_equal_those_of_the_published_code(name, converted, monkeypatch):
+    """prefill_logits_n is the protocol *whole*, chunked_logits_c the protocol *chunked*."""
     monkeypatch.setattr(evaluation, "_STEP", 50)
     checkpoint = Checkpoint(name, converted(name))
     if checkpoint.clex:
@@ -95,7 +95,7 @@ def test_the_published_code_has_these_losses(name, converted, monkeypatch):
 
 @pytest.mark.parametrize("vocabulary", [64, 256, 49_999, 51_200])
 def test_losses_over_a_large_vocabulary(vocabulary):
-    """A plain sum in float32 took 5e-5 off every loss."""
+    """A plain float32 sum made every loss 5e-5 too small."""
     rng = np.random.default_rng(0)
     logits = (rng.normal(size=(4, vocabulary)) * 3 + 10).astype(np.float32)
     targets = rng.integers(0, vocabulary, 4)
@@ -106,7 +106,7 @@ def test_losses_over_a_large_vocabulary(vocabulary):
 
 
 def test_which_tokens_count():
-    """Whole and sliding: all but the first. Chunked: all but the first of a chunk."""
+    """Whole and sliding skip the first token; chunked skips the first token of each chunk."""
     model, text = scaled_llama("clex"), corpus(300)
     whole = score(model, text, 100, 3)
     assert whole.tokens == 3 * 99
@@ -125,8 +125,8 @@ def test_which_tokens_count():
     assert np.allclose(sliding.losses, means, atol=1e-5)
 
 
-def test_short_windows_are_read_together():
-    """As rows of one batch: the same figures, in fewer passes."""
+def test_short_windows_are_read_in_one_batch():
+    """Batched windows have the same losses as single ones."""
     for name in ("dynamic", "clex"):
         model, text, calls = scaled_llama(name), corpus(300), []
         together = score(model, text, 20, 99, Protocol(chunk=8), on_read=calls.append)
@@ -136,27 +136,27 @@ def test_short_windows_are_read_together():
         assert np.allclose(together.losses, alone, atol=1e-5)
 
 
-def test_where_windows_lie():
-    """A window went across the end of a text although others hold it."""
+def test_windows_lie_within_texts():
+    """A window crossed the end of a text although other texts were long enough."""
     assert windows_of(corpus(100), 40, 8) == [0, 40]
     assert windows_of(corpus(30, 100, 39, 40), 40, 8) == [30, 70, 169]
-    # Of many places, some from the beginning to the end.
+    # More places than windows: they are spread evenly.
     assert windows_of(corpus(1000), 10, 4) == [0, 330, 660, 990]
-    # No text is long enough: all of them are one.
+    # No text is long enough: all texts are joined.
     assert windows_of(corpus(30, 30, 30), 40, 8) == [0, 40]
     assert windows_of(corpus(100, 60), 50, 9, stride=20) == [0, 20, 40, 100]
 
 
 def test_lengths_are_measured_on_the_same_texts():
-    """A curve fell with length because short texts were left out one by one."""
+    """Perplexity fell with length because longer lengths skipped more of the short texts."""
     texts = corpus(30, 100, 39, 40)
     assert windows_of(texts, 30, 9, longest=100) == [30, 60, 90]
     assert windows_of(texts, 100, 9, longest=100) == [30]
     assert windows_of(texts, 100, 9, longest=101) == [0, 100]
 
 
-def test_quantised_caches():
-    """--kv-bits must change the figure, a little, and 8 bits less than 4."""
+def test_quantised_caches_change_the_loss_a_little():
+    """8 bits must change the loss less than 4 bits."""
     for name in ("ntk", "clex"):
         model, text = scaled_llama(name), corpus(200)
         plain, eight, four = (
@@ -166,24 +166,24 @@ def test_quantised_caches():
         assert abs(eight - plain) < abs(four - plain)
 
 
-def test_a_cache_that_cannot_be_quantised():
-    """mlx-lm's own words end in a traceback."""
+def test_a_cache_that_cannot_be_quantised_is_refused():
+    """mlx-lm's own error was a traceback."""
     with pytest.raises(InputError, match="--kv-bits 4 --kv-group-size 64"):
         score(scaled_llama("ntk"), corpus(100), 50, 1, kv_bits=4)
 
 
-def test_training_goes_on_as_it_was():
-    """Evaluation in the middle of a run left the model in another mode."""
+def test_the_training_mode_is_restored():
+    """A model stayed in evaluation mode after a measurement."""
     for training in (True, False):
         model = scaled_llama("clex").train(training)
         score(model, corpus(100), 50, 1)
         assert model.training is training
 
 
-def test_no_array_of_all_logits():
-    """A vocabulary of 128,000: 512 kB of logits a token, 16.8 GB for 32,768 of them.
+def test_memory_does_not_grow_with_the_length():
+    """With a vocabulary of 128,000 the logits of 32,768 tokens have 16.8 GB.
 
-    Three arrays of one chunk of logits are there at once, however long the text is.
+    Memory holds three arrays of one chunk of logits, for any length of text.
     """
     model = attach(tiny_llama(vocabulary=128_000, layers=1), {"type": "clex", "max_factor": 64})
     ids = np.random.default_rng(0).integers(0, 128_000, 512)
@@ -202,7 +202,7 @@ def test_no_array_of_all_logits():
 
 
 def test_confidence_interval():
-    """By hand: losses 1 to 5; mean 3, standard error sqrt(2.5 / 5), t(4) = 2.7764."""
+    """Computed by hand: losses 1 to 5, mean 3, standard error sqrt(2.5 / 5), t(4) = 2.7764."""
     few = Score(np.array([1.0, 2.0, 3.0, 4.0, 5.0]), 50)
     assert math.isclose(few.perplexity, math.exp(3))
     assert few.interval is not None
@@ -211,7 +211,7 @@ def test_confidence_interval():
     assert math.isclose(math.log(high), 3 + 2.7764 / math.sqrt(2), rel_tol=5e-3)
 
 
-def test_intervals_that_mean_nothing_are_not_told():
+def test_few_windows_have_no_interval():
     """Two windows gave "low 1.8e-12, high 2e19"; a perplexity is never below 1."""
     assert Score(np.array([1.0, 9.0, 2.0, 5.0]), 40).interval is None
     low, _ = Score(np.array([0.1, 9.0, 0.2, 0.1, 0.1]), 50).interval or (0, 0)
@@ -223,13 +223,13 @@ def test_intervals_that_mean_nothing_are_not_told():
     [(4, 2.7764), (5, 2.5706), (7, 2.3646), (10, 2.2281), (120, 1.9799)],
 )
 def test_students_t(freedom, quantile):
-    """The printed tables, two-sided 95 %."""
+    """The expected values are from printed tables, two-sided 95 %."""
     assert math.isclose(student_t(0.95, freedom), quantile, rel_tol=3e-3)
 
 
-def test_refusals():
-    """Lengths that cannot be, and what fits."""
-    with pytest.raises(InputError, match=r"300 tokens, too few .* 400.*these lengths 16, 300 fit"):
+def test_unusable_lengths_are_refused():
+    """The message must list the lengths that fit."""
+    with pytest.raises(InputError, match=r"300 tokens, too few .* 400.* fit: 16, 300"):
         evaluation.check_lengths(tiny_llama(), corpus(300), [16, 400, 300])
     with pytest.raises(InputError, match="at least 2 tokens, got 1"):
         score(tiny_llama(), corpus(300), 1, 1)

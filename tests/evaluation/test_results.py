@@ -1,4 +1,4 @@
-"""Result files: what is in them, and that no run loses or mixes figures."""
+"""Result files hold every row, and no run loses or mixes results."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ def row(label, length, value):
     return {"label": label, "length": length, "perplexity": value}
 
 
-def test_both_files_hold_every_row_at_once(tmp_path):
+def test_each_row_is_written_to_both_files_at_once(tmp_path):
     """A run that is killed after its first row must leave that row, as JSON and as CSV."""
     prefix = tmp_path / "new" / "factor-0.5"
     results = opened(prefix)
@@ -43,8 +43,8 @@ def test_both_files_hold_every_row_at_once(tmp_path):
     assert len(list(prefix.parent.iterdir())) == 2, "a temporary file stayed"
 
 
-def test_a_second_run_goes_on_with_the_rows_of_the_first(tmp_path):
-    """Found by their keys; a row with the same keys takes the old one's place."""
+def test_a_second_run_continues_with_the_rows_of_the_first(tmp_path):
+    """A row with the keys of an old row must replace it."""
     first = opened(tmp_path / "out")
     first.add(row("base", 128, 5.0))
     first.add(row("base", 256, 6.0))
@@ -57,8 +57,8 @@ def test_a_second_run_goes_on_with_the_rows_of_the_first(tmp_path):
     assert read_results(tmp_path / "out").rows == [row("base", 128, 7.0), row("base", 256, 6.0)]
 
 
-def test_columns_that_come_later_are_in_the_table(tmp_path):
-    """DictWriter stops at a column that its first row does not have."""
+def test_new_columns_of_later_rows_are_written(tmp_path):
+    """csv.DictWriter raises for a column that its first row lacks."""
     results = opened(tmp_path / "out")
     results.add(row("base", 128, 5.0))
     results.add(row("base", 256, 5.0) | {"reach": None})
@@ -70,15 +70,15 @@ def test_columns_that_come_later_are_in_the_table(tmp_path):
     )
 
 
-def test_a_figure_that_is_no_number_is_null(tmp_path):
-    """Python writes NaN, which no other reader of JSON takes."""
+def test_nan_is_written_as_null(tmp_path):
+    """Python writes NaN, which other JSON readers refuse."""
     opened(tmp_path / "out").add(row("base", 128, float("nan")))
     assert "NaN" not in (tmp_path / "out.json").read_text()
     assert read_results(tmp_path / "out").rows == [row("base", 128, None)]
 
 
-def test_in_memory(tmp_path, monkeypatch):
-    """Without --output nothing is written."""
+def test_without_a_prefix_nothing_is_written(tmp_path, monkeypatch):
+    """Without --output the rows stay in memory."""
     monkeypatch.chdir(tmp_path)
     results = opened(None)
     results.add(row("base", 128, 5.0))
@@ -90,24 +90,24 @@ def test_in_memory(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"kind": "passkey"}, 'kind: "perplexity" there, "passkey" here'),
+        ({"kind": "passkey"}, 'kind: "perplexity" in the file, "passkey" now'),
         (
             {"settings": SETTINGS | {"protocol": "chunked"}},
-            r'\(protocol: "whole" there, "chunked" here\): give another --output, or delete',
+            r'\(protocol: "whole" in the file, "chunked" now\)\. Give another --output, or delete',
         ),
-        ({"settings": {"chunks": [1, 2]}}, 'protocol: "whole" there, null here'),
+        ({"settings": {"chunks": [1, 2]}}, 'protocol: "whole" in the file, null now'),
     ],
 )
 def test_results_of_another_run_are_not_mixed(tmp_path, changes, match):
-    """The line names what differs and what to do."""
+    """The error must name what differs and what to do."""
     opened(tmp_path / "out").add(row("base", 128, 5.0))
     with pytest.raises(InputError, match=match):
         opened(tmp_path / "out", **changes)
     assert read_results(tmp_path / "out").rows
 
 
-def test_a_run_without_a_row_binds_nobody(tmp_path):
-    """A first attempt with a wrong option left a file that refused the right one."""
+def test_a_file_without_rows_may_be_overwritten(tmp_path):
+    """A first run with a wrong option left an empty file, which refused the right option."""
     opened(tmp_path / "out", settings={"protocol": "chunked"})
     assert opened(tmp_path / "out").settings["protocol"] == "whole"
 
@@ -115,26 +115,26 @@ def test_a_run_without_a_row_binds_nobody(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"kind": "perplexity"}', "\xff", '{"rows": [1], "kind": "x"}']
 )
-def test_files_that_are_no_results(tmp_path, text):
-    """One line, for reading and for writing."""
+def test_other_files_are_refused(tmp_path, text):
+    """Reading and writing must both end in one line."""
     (tmp_path / "out.json").write_text(text, encoding="latin-1")
     for read in (read_results, opened):
-        with pytest.raises(InputError, match=r"out\.json is no result file"):
+        with pytest.raises(InputError, match=r"out\.json is not a result file"):
             read(tmp_path / "out")
 
 
-def test_a_missing_file_and_another_kind(tmp_path):
-    """What was looked for, and what was found."""
+def test_a_missing_file_and_another_kind_are_refused(tmp_path):
+    """The error must name the file, and the kinds that were found and expected."""
     with pytest.raises(InputError, match=r"none\.json cannot be read \(No such file"):
         read_results(tmp_path / "none")
     opened(tmp_path / "out")
     assert read_results(tmp_path / "out", "passkey", "perplexity").kind == "perplexity"
-    with pytest.raises(InputError, match="the kind perplexity, not passkey or compare"):
+    with pytest.raises(InputError, match=r"results of perplexity\. Give .* passkey or compare"):
         read_results(tmp_path / "out", "passkey", "compare")
 
 
 def test_a_killed_writer_leaves_whole_files(tmp_path):
-    """Half a file is what a plain write leaves when the process dies in it."""
+    """A plain write leaves half a file if the process dies."""
     code = (
         "import sys; from mlx_clex.evaluation.results import open_results\n"
         "out = open_results(sys.argv[1], kind='k', settings={}, keys=['n'])\n"
@@ -155,7 +155,7 @@ def test_a_killed_writer_leaves_whole_files(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_bad_input(tmp_path):
-    """Found before the work, and the option is named."""
+    """The error must come before the measurement and name the option."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"--output .* cannot be written \(.*\): give another"):
+    with pytest.raises(InputError, match=r"--output .* cannot be written \(.*\)\. Give another"):
         open_results(tmp_path / "file" / "x", kind="k", settings={}, keys=["a"])

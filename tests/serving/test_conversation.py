@@ -314,9 +314,9 @@ def test_saved_and_restored_it_goes_on_without_reading(plain, templated, tmp_pat
     assert answer == wanted
     assert other.messages == conversation.messages
     assert counts[0] < 20
-    with pytest.raises(InputError, match="made with another m, whose config"):
+    with pytest.raises(InputError, match="made with another version of m"):
         known(templated).restore(file)
-    with pytest.raises(InputError, match=r"fixed scale: none there, 2\.0 here"):
+    with pytest.raises(InputError, match=r"fixed scale: none in the file, 2\.0 in this model"):
         known(plain, scale=2.0).restore(file)
 
 

@@ -118,7 +118,7 @@ def test_bad_options_are_one_line(base, texts, tmp_path, more, match, capsys):
     [
         ("clex_llama", None, "", "has no data: give a folder with train.jsonl"),
         ("clex_llama", '{"text": "a few words"}', "", "texts (train) has "),
-        ("clex_llama", '{"text": "a"}\n{"text": ', "", "train.jsonl, line 2 is no JSON"),
+        ("clex_llama", '{"text": "a"}\n{"text": ', "", "train.jsonl, line 2 is not JSON"),
         ("clex_llama", '{"words": "a"}', "", "train.jsonl, line 1 cannot be used"),
         ("gene_llama", WORDS * 40, "--max-seq-length 576", "576 is beyond 512 tokens"),
         ("clex_llama", WORDS * 40, "--test", "has no test part"),

@@ -234,7 +234,7 @@ def test_a_cut_file_is_refused(tiny, tmp_path, keep):
     data = file.read_bytes()
     file.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
 
-    with pytest.raises(InputError, match="corrupt or cut off"):
+    with pytest.raises(InputError, match="corrupt or truncated"):
         convert(file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
