@@ -35,7 +35,7 @@ from mlx_clex.evaluation.perplexity import score, windows_of
 from mlx_clex.evaluation.results import Results, open_results, read_results
 from mlx_clex.loading import load
 from mlx_clex.model.scaled_model import ScaledModel
-from mlx_clex.pictures.drawing import picture
+from mlx_clex.pictures.draw import picture
 
 TARGET = 32  # x L0: the length that every method is set up for
 MULTIPLES = (1, 2, 4, 8, 16, 32)  # x L0, measured
@@ -100,7 +100,6 @@ TRIED = {
     "clex, skips, reach of 64 x, no plain steps": [*_FAR, *_SKIPS, *_NO_PLAIN],
     "clex, skips, network 0 x": [*_CLEX, *_SKIPS, *_network(0)],
     "clex, skips, network 0.1 x": [*_CLEX, *_SKIPS, *_network(0.1)],
-    "clex, dense": [*_CLEX, "--sampling", "dense"],
     "clex, release, network 0.01 x": [*_CLEX, "--release-recipe", *_network(0.01)],
 }
 # The mark is for three seeds.
@@ -291,6 +290,7 @@ def draw_pictures(found: dict[tuple[str, int], list[Results]], folder: Path) -> 
     for trained in sorted({length for _, length in found}):
         rows = [
             {
+                "text": f"held-out books, models trained at {trained} tokens",
                 "label": method,
                 "trained_length": TRAINED_LENGTH,
                 "reach": None,

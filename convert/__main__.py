@@ -10,7 +10,7 @@ from mlx_clex.commands.run_command import run_command
 from mlx_clex.commands.scaling_options import add_scaling_arguments, scaling_from
 from mlx_clex.errors import say
 
-from .options import DTYPES, PROGRAMS, Options
+from .options import DTYPES, OWN_ROPES, PROGRAMS, Options
 from .pipeline import convert
 
 _DEFAULTS = {field.name: field.default for field in fields(Options)}
@@ -66,6 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trained-length",
         type=int,
         help="Length the model was trained at, tokens. Default: max_position_embeddings.",
+    )
+    parser.add_argument(
+        "--own-rope",
+        choices=OWN_ROPES,
+        help="With --scaling, for a source whose rope is stretched already (llama3, longrope, "
+        "yarn): keep it as the base, or drop it and start from plain positions at the length "
+        "before "
+        "stretching, which changes short texts and needs training. Default: keep.",
     )
     parser.add_argument(
         "--freeze",

@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_clex.errors import InputError
 
+OWN_ROPES = ("keep", "drop")  # what becomes of a rope that the source has stretched
 PROGRAMS = ("mlx-lm", "transformers", "llama.cpp")  # those that run frozen checkpoints
 DTYPES = ("float16", "bfloat16", "float32")  # those of mlx_lm.convert
 
@@ -27,6 +28,7 @@ class Options:
     trust_remote_code: bool = False  # let the tokenizer run Python of the source
     scaling: Mapping[str, Any] | None = None  # a rope_scaling entry to switch on
     trained_length: int | None = None  # tokens; None takes max_position_embeddings
+    own_rope: str | None = None  # keep or drop the source's stretched rope; None: keep
     freeze: float | None = None  # the scale to hold for good
     freeze_for: str = PROGRAMS[0]
 
@@ -43,6 +45,8 @@ class Options:
             raise InputError("--for goes with --freeze SCALE; it is missing.")
         if self.freeze_for != "mlx-lm" and self.quantize:
             raise InputError(f"--for {self.freeze_for} and -q exclude each other: leave out -q.")
+        if self.own_rope is not None and self.scaling is None:
+            raise InputError("--own-rope goes with --scaling NAME; it is missing.")
         if self.trained_length is not None and self.trained_length < 2:
             raise InputError(
                 f"--trained-length must be at least 2 tokens, got {self.trained_length}."

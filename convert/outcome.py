@@ -6,7 +6,10 @@ and quantising happen tensor by tensor when the output asks for the bytes.
 """
 
 import gc
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -14,7 +17,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_clex.checkpoint.config import normalise_config
+from mlx_clex.checkpoint.config import (
+    BASE_ROPE,
+    OURS,
+    is_ours,
+    normalise_config,
+    original_length,
+    set_tied,
+)
 from mlx_clex.checkpoint.folder import SHIM
 from mlx_clex.checkpoint.names import CONVERTED, Renaming, rename
 from mlx_clex.errors import InputError
@@ -62,7 +72,13 @@ def decide_outcome(
     """
     notes: list[str] = []
     renaming = rename(weights)
-    config = _config(config, options, "lm_head.weight" in weights, notes)
+    config = _config(config, options, notes)
+    head = weights.get("lm_head.weight")
+    embedding = weights.get("model.embed_tokens.weight")
+    same = False
+    if head is not None and embedding is not None and head.shape == embedding.shape:
+        same = bool(mx.array_equal(head[:1], embedding[:1]))
+    set_tied(config, has_head=head is not None, same=same)
     ours = _scaling_weights(weights, renaming)
     if ours and options.scaling is not None:
         raise InputError(
@@ -89,6 +105,8 @@ def decide_outcome(
     elif scaling is not None:
         config["rope_scaling"] = scaling.entry()
         config["model_file"] = SHIM
+        if not _taken_by_transformers(config):
+            config[OURS] = config.pop("rope_scaling")
     tensors = _in_source_order(model, list(rest))
     if options.freeze is not None:
         tensors = {k: v for k, v in tensors.items() if not k.startswith(PREFIX)}
@@ -102,19 +120,11 @@ def decide_outcome(
     return Outcome(config, tensors, scaling, method, reach, renaming, notes, file_format)
 
 
-def _config(
-    config: dict[str, Any], options: Options, has_head: bool, notes: list[str]
-) -> dict[str, Any]:
+def _config(config: dict[str, Any], options: Options, notes: list[str]) -> dict[str, Any]:
     """The normal config with the user's wishes in it."""
     config = normalise_config(config)
-    before = config.get("rope_scaling")
     if options.scaling is not None:
-        if before and before["type"] != options.scaling["type"]:
-            notes.append(
-                f"--scaling {options.scaling['type']} replaces the rope_scaling of the "
-                f"source, {before['type']}."
-            )
-        config["rope_scaling"] = _in_full(options.scaling)
+        _set_scaling(config, options.scaling, options.own_rope, notes)
     if options.trained_length is not None:
         config["max_position_embeddings"] = options.trained_length
     if "max_position_embeddings" not in config:
@@ -128,8 +138,6 @@ def _config(
             "everything past the trained length."
         )
         config["sliding_window"] = None
-    # Absent means untied in Hugging Face's configs and tied in some mlx-lm classes.
-    config.setdefault("tie_word_embeddings", not has_head)
     foreign = config.get("quantization_config")
     if foreign and "quantization" not in config:
         method = foreign.get("quant_method") if isinstance(foreign, dict) else foreign
@@ -138,6 +146,42 @@ def _config(
             "unquantised one, or convert it with mlx_lm.convert first."
         )
     return config
+
+
+def _set_scaling(
+    config: dict[str, Any], scaling: Mapping[str, Any], own_rope: str | None, notes: list[str]
+) -> None:
+    """Put a scaling of ours over the rope that the source brings."""
+    before = config.get("rope_scaling")
+    name = scaling.get("type")
+    if before is not None and not is_ours(config, before["type"]):
+        config[BASE_ROPE] = before
+    elif before is not None and before["type"] != name:
+        notes.append(f"--scaling {name} replaces the scaling of the source, {before['type']}.")
+    base = config.get(BASE_ROPE)
+    if own_rope is not None and base is None:
+        raise InputError(
+            f"--own-rope {own_rope}: the source has a plain rope. Leave the option out."
+        )
+    if base is not None and own_rope == "drop":
+        length = original_length(config)
+        if length is None:
+            raise InputError(
+                "--own-rope drop: config.json does not say the length before the rope was "
+                "stretched (original_max_position_embeddings). Keep the rope."
+            )
+        del config[BASE_ROPE]
+        config["max_position_embeddings"] = length
+        notes.append(
+            f"The source's rope ({base['type']}) is dropped: positions are plain, made for "
+            f"{length:,} tokens. Short texts change, and training is needed."
+        )
+    elif base is not None:
+        notes.append(
+            f"The source's own rope ({base['type']}) is the base; at scale 1 it is unchanged."
+        )
+    config["rope_scaling"] = _in_full(scaling)
+    config["model_file"] = SHIM
 
 
 def _in_full(scaling: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,6 +251,34 @@ def _compare(expected: Mapping[str, Any], given: Mapping[str, mx.array]) -> None
                 f"The tensor {name} has shape {tuple(array.shape)}; the config asks for "
                 f"{tuple(expected[name])}."
             )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' words on entries that are only tried."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _taken_by_transformers(config: Mapping[str, Any]) -> bool:
+    """Whether transformers reads this config, as it does for the tokenizer."""
+    from transformers import AutoConfig
+
+    family = config["model_type"]
+    entry = {key: deepcopy(config[key]) for key in ("rope_scaling", "rope_theta") if key in config}
+    with _quiet():
+        try:
+            AutoConfig.for_model(family, **entry)
+        except ValueError as error:
+            return "Unrecognized model" in str(error)
+        except Exception:
+            return False
+    return True
 
 
 def _published_names(

@@ -12,12 +12,14 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 import numpy as np
 from tqdm import tqdm
 
+from .bundled import PREFIX
 from .checkpoint.fingerprint import fingerprint, short
 from .commands.run_command import run_command
 from .data.corpus import Corpus
@@ -32,7 +34,7 @@ from .evaluation.perplexity import (
 from .evaluation.results import Results, open_results
 from .loading import load, resolve
 from .model.scaled_model import scaled
-from .pictures.drawing import picture
+from .pictures.draw import picture
 
 _FIRST = 16  # positions below are one bucket; the others begin at powers of two
 
@@ -141,6 +143,7 @@ def _measure(
     results: Results,
 ) -> None:
     windows = windows_of(corpus, length, args.windows)
+    labels = dict(zip(("label_a", "label_b"), _labels(args), strict=True))
     total = np.zeros((length - 1, 4))
     with tqdm(
         total=len(windows) * (length - 1), unit="tok", unit_scale=True, leave=False, disable=None
@@ -159,10 +162,25 @@ def _measure(
                 "flips": flips,
                 "perplexity_a": exp(loss_a),
                 "perplexity_b": exp(loss_b),
+                "text": corpus.name,
                 "model_a": args.a,
                 "model_b": args.b,
+                **labels,
             }
         )
+
+
+def _labels(args: argparse.Namespace) -> list[str]:
+    """Return a short name for each model, with its adapters and its scale."""
+    names = [Path(path).name.removeprefix(PREFIX) for path in (args.a, args.b)]
+    if names[0] == names[1]:
+        names = [args.a, args.b]
+    for index, (adapters, scale) in enumerate(
+        ((args.adapter_path_a, args.scale_a), (args.adapter_path_b, args.scale_b))
+    ):
+        names[index] += f" + {Path(adapters).name}" if adapters else ""
+        names[index] += f" at scale {scale:g}" if scale else ""
+    return names
 
 
 def buckets(length: int) -> list[tuple[int, int]]:

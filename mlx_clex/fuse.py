@@ -20,7 +20,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.utils import dequantize_model, save_model
 
 from .checkpoint.adapters import other_base
-from .checkpoint.config import normalise_config
+from .checkpoint.config import BASE_ROPE, SHIM, is_ours, normalise_config
 from .checkpoint.files import write_json
 from .checkpoint.folder import files_of, read_config
 from .commands.help import point_elsewhere
@@ -136,7 +136,11 @@ def _merged_config(base: Path, model: Any) -> dict[str, Any]:
         scaling = model.scaling
         plain = isinstance(scaling, NoScaling) and config.get("rope_scaling") is None
         if not plain:
+            before = config.get("rope_scaling")
+            if before is not None and not is_ours(config, before["type"]):
+                config[BASE_ROPE] = before
             config["rope_scaling"] = scaling.entry()
+            config["model_file"] = SHIM
             config["max_position_embeddings"] = scaling.trained_length
     return config
 

@@ -20,9 +20,18 @@ from mlx_lm.utils import load_model, load_tokenizer
 
 from . import bundled
 from .checkpoint.adapters import add_adapters, other_base
+from .checkpoint.config import normalise_config, unread_keys
 from .checkpoint.digest import state_digest
-from .checkpoint.folder import SHIM, check_hub_id, files_of, needs_conversion, read_config
+from .checkpoint.folder import (
+    SHIM,
+    check_hub_id,
+    files_of,
+    needs_conversion,
+    read_config,
+    tied_override,
+)
 from .errors import InputError, one_line, say
+from .model.finite import check_finite
 from .model.scaled_model import scaled
 from .model.sharding import share_out, wait_for_all
 from .model_file import Model, ModelArgs
@@ -67,8 +76,8 @@ def load(
         (model, tokenizer), as `mlx_lm.load` gives them.
 
     Raises:
-        InputError: the checkpoint is missing, incomplete or damaged, or asks for
-            something unknown; the message says what.
+        InputError: the checkpoint is missing, incomplete or damaged, asks for something
+            unknown, or gives no finite numbers; the message says what.
     """
     if group is not None and group.size() == 1:
         group = None
@@ -103,9 +112,9 @@ def load(
     # Nothing lazy may be left: it would belong to the streams of this thread, and a server
     # generates in another one.
     mx.eval(model.parameters())
-    if scaling is not None:
-        # CLEX is solved while loading, not at the first token.
-        scaling.inv_freq(model.scale_at(1))
+    if scaling is not None and (message := scaling.check_frequencies(scale)):
+        say(message)
+    check_finite(model)
     # Its only complaint is that transformers does not know our rope_scaling types.
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
     tokenizer_options = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
@@ -144,6 +153,8 @@ def load_scaling(path_or_hub_id: str | Path, adapter_path: str | Path | None = N
             f"{path_or_hub_id} was not converted with mlx_clex, so it has no scaling. Convert "
             "it with --scaling NAME first."
         )
+    if message := scaling.check_frequencies(order=True):
+        say(message)
     return scaling
 
 
@@ -157,23 +168,31 @@ def _load_model(
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model and its config; lazily, its weights are read where they are first needed."""
-    overrides = dict(model_config or {})
-    if read_config(folder).get("model_file") == SHIM:
-        # Ours, without running the copy in the folder.
+    overrides = tied_override(folder) | dict(model_config or {})
+    ours = read_config(folder).get("model_file") == SHIM
+    if ours:
+        # Without running the copy in the folder.
         overrides["model_file"] = None
-    builder = functools.partial(Model, scale=scale)
+
+    class Args(ModelArgs):
+        @classmethod
+        def from_dict(cls, config: Mapping[str, Any]) -> ModelArgs:
+            return ModelArgs.from_dict({**config, "model_file": SHIM} if ours else config)
+
     try:
         model, config = load_model(
             folder,
             lazy=lazy,
             model_config=overrides,
-            get_model_classes=lambda config: (builder, ModelArgs),
+            get_model_classes=lambda config: (functools.partial(Model, scale=scale), Args),
             trust_remote_code=trust_remote_code,
         )
     except InputError:
         raise
-    except (ValueError, RuntimeError, FileNotFoundError, KeyError, TypeError) as error:
+    except Exception as error:  # model files raise anything on settings they do not take
         raise InputError(f"{folder} does not load: {one_line(error)}") from error
+    if note := unread_keys(normalise_config(read_config(folder))):
+        say(note)
     if adapter_path is not None:
         add_adapters(model, Path(adapter_path), scale)
         if message := other_base(folder, Path(adapter_path)):

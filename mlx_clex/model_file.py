@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.utils import _get_classes as get_stock_classes
 
-from .checkpoint.config import normalise_config
+from .checkpoint.config import BASE_ROPE, is_ours, normalise_config
 from .errors import InputError
 from .model.scaled_model import attach
 from .scaling import SCALINGS
@@ -48,7 +48,7 @@ def Model(args: ModelArgs, scale: float | None = None) -> nn.Module:  # noqa: N8
     """
     config = args.config
     rope_scaling = config.get("rope_scaling")
-    ours = rope_scaling is not None and rope_scaling["type"] in SCALINGS
+    ours = rope_scaling is not None and is_ours(config, rope_scaling["type"])
     if rope_scaling is not None and not ours and not _known_to_mlx_lm(rope_scaling):
         raise InputError(
             f"config.json asks for rope_scaling type {rope_scaling['type']!r}, which neither "
@@ -60,8 +60,8 @@ def Model(args: ModelArgs, scale: float | None = None) -> nn.Module:  # noqa: N8
         raise InputError(
             f"mlx-lm has no model for model_type {config.get('model_type')!r} of config.json."
         ) from error
-    # Where the scaling is ours, the stock class must not see it and scale as well.
-    stock_config = {**config, "rope_scaling": None} if ours else config
+    # Where the scaling is ours, the stock class must not see it, but the rope below it.
+    stock_config = {**config, "rope_scaling": config.get(BASE_ROPE)} if ours else config
     model = model_class(args_class.from_dict(stock_config))
     if rope_scaling is None or not ours:
         return model

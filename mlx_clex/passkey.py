@@ -29,7 +29,7 @@ from .evaluation.results import Results, open_results
 from .evaluation.tasks import TASKS
 from .loading import load, resolve
 from .model.scaled_model import scaled
-from .pictures.drawing import picture
+from .pictures.draw import picture
 
 _KEYS = ("task", "label", "length", "depth")
 _TRAINED_LENGTHS = (1, 2, 4)  # --lengths, unless given

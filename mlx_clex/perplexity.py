@@ -30,7 +30,7 @@ from .evaluation.perplexity import Protocol, Score, check_lengths, score, window
 from .evaluation.results import Results, open_results
 from .loading import load, resolve
 from .model.scaled_model import attach, scaled
-from .pictures.drawing import picture
+from .pictures.draw import picture
 from .scaling import SCALINGS
 
 _KEYS = ("label", "length")
@@ -391,7 +391,7 @@ def _measure(
                     bar.set_description(f"{line.label}, {length} tokens")
                     model = loader.with_scaling(line.path, line.entry)
                     found = _score(args, model, corpus, line, length, lengths[-1], bar.update)
-                    results.add(_row(model, line, length, found))
+                    results.add(_row(model, line, length, found, corpus.name))
                 row = results.find(label=line.label, length=length)
                 assert row is not None
                 rows.append(row)
@@ -445,10 +445,11 @@ def _score(
     )
 
 
-def _row(model: nn.Module, line: Line, length: int, found: Score) -> dict[str, Any]:
+def _row(model: nn.Module, line: Line, length: int, found: Score, text: str) -> dict[str, Any]:
     low, high = found.interval or (None, None)
     return {
         "label": line.label,
+        "text": text,
         "inference_time": line.entry is not None,
         "trained_length": line.trained_length,
         "reach": line.reach,

@@ -10,18 +10,31 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from .bundled import PREFIX
+from .checkpoint.files import read_json
+from .commands.help import Formatter
 from .commands.run_command import run_command
 from .errors import InputError
 from .evaluation.results import Results, read_results
 from .loading import load_scaling
-from .pictures.drawing import check_path, draw, draw_frequencies, draw_training
+from .pictures.draw import draw
+from .pictures.frequencies import draw_frequencies
+from .pictures.style import check_path
+from .pictures.training import draw_training
 from .training.log import LOG, read_log
 
 # Pictures of result files: the kind of the results, and what --help says.
 _OF_RESULTS = {
-    "extrapolation": ("perplexity", "Perplexity against length, from mlx_clex.perplexity."),
-    "passkey": ("passkey", "Right answers by length and depth, from mlx_clex.passkey."),
-    "compare": ("compare", "How far two models differ by position, from mlx_clex.compare."),
+    "extrapolation": ("perplexity", "Perplexity by length, from mlx_clex perplexity."),
+    "passkey": ("passkey", "Facts found by length and depth, from mlx_clex passkey."),
+    "compare": ("compare", "Two models on one text by position, from mlx_clex compare."),
+}
+_EXAMPLES = {
+    "extrapolation": "mlx_clex plot extrapolation perplexity.json --output perplexity.svg",
+    "passkey": "mlx_clex plot passkey passkey.json",
+    "compare": "mlx_clex plot compare compare.json",
+    "frequencies": "mlx_clex plot frequencies --model my-model --max-scale 8",
+    "training": "mlx_clex plot training adapters",
 }
 
 
@@ -29,40 +42,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add a subcommand for each picture."""
     which = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE")
 
-    text = "How fast every pair turns at every scale: what was learned, what it began with."
-    frequencies = which.add_parser("frequencies", help=text, description=text)
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return which.add_parser(
+            name,
+            help=text,
+            description=text,
+            formatter_class=Formatter,
+            epilog=f"example:\n  {_EXAMPLES[name]}",
+        )
+
+    for name, (_, text) in _OF_RESULTS.items():
+        several = " Several files are drawn together." if name != "compare" else ""
+        add(name, text).add_argument(
+            "file",
+            nargs="+" if several else 1,
+            type=Path,
+            metavar="FILE",
+            help=f"PREFIX.json, as --output PREFIX of the command wrote it.{several}",
+        )
+    frequencies = add("frequencies", "Frequencies of models / those of NTK-aware scaling.")
     frequencies.add_argument(
-        "--model", required=True, nargs="+", help="Folders, .gguf files or Hugging Face ids."
+        "--model",
+        required=True,
+        nargs="+",
+        help="Folders, .gguf files or Hugging Face ids of models with a scaling. Required.",
     )
-    frequencies.add_argument("--adapter-path", help="A folder of adapters to put on top.")
+    frequencies.add_argument(
+        "--adapter-path", help="A folder of adapters to put on top of the model. Default: none."
+    )
     frequencies.add_argument(
         "--max-scale",
         type=float,
         metavar="NUMBER",
-        help="Largest target length / trained length. Default: the reach, or 16.",
+        help="The largest scale to draw, target length / trained length. Default: the model's "
+        "reach / its trained length, or 16 where it has no reach.",
     )
-
-    for name, (_, text) in _OF_RESULTS.items():
-        of_results = which.add_parser(name, help=text, description=text)
-        of_results.add_argument(
-            "file",
-            nargs=1 if name == "compare" else "+",
-            type=Path,
-            metavar="FILE",
-            help="What --output wrote, .json.",
-        )
-
-    text = "Loss, and perplexity by length, from mlx_clex.lora."
-    training = which.add_parser("training", help=text, description=text)
-    training.add_argument("log", type=Path, help=f"The --adapter-path of a run, or its {LOG}.")
-
+    training = add("training", "Loss and perplexity by iteration, from mlx_clex lora.")
+    training.add_argument(
+        "log", type=Path, help=f"The --adapter-path of a run, or the {LOG} in it."
+    )
     for name, parser_of_one in which.choices.items():
         default = "frequencies.png" if name == "frequencies" else "the input's name, as .png"
         parser_of_one.add_argument(
             "--output",
             type=Path,
             metavar="FILE",
-            help=f"The picture, .png or .svg. Default: {default}.",
+            help=f"The picture to write, .png or .svg. Default: {default}.",
         )
 
 
@@ -70,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     """Draw one picture.
 
     Raises:
-        InputError: a file or model that cannot be drawn, or no matplotlib.
+        InputError: a file or model that cannot be drawn, or matplotlib is missing.
     """
     path = args.output or _default_path(args)
     check_path(path)
@@ -79,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
         if args.picture == "frequencies":
             _frequencies(args, path)
         elif args.picture == "training":
-            draw_training(_log(args.log), path)
+            draw_training(_log(args.log), path, _title(args.log))
         else:
             kind, _ = _OF_RESULTS[args.picture]
             draw(_together({file: read_results(file, kind) for file in args.file}), path)
@@ -105,9 +130,11 @@ def _frequencies(args: argparse.Namespace, path: Path) -> None:
         raise InputError(
             f"--adapter-path goes with one --model, got {len(args.model)}: fuse the adapters first."
         )
-    names = [Path(model).name for model in args.model]
+    names = [_short(model) for model in args.model]
     if len(set(names)) < len(names):
         names = args.model
+    if args.adapter_path is not None:
+        names = [f"{names[0]} + {Path(args.adapter_path).name}"]
     scalings = {
         name: load_scaling(model, args.adapter_path)
         for name, model in zip(names, args.model, strict=True)
@@ -122,18 +149,34 @@ def _log_file(path: Path) -> Path:
 def _log(path: Path) -> list[dict[str, Any]]:
     file = _log_file(path)
     if not file.is_file():
-        raise InputError(f"{file} is not there: give the --adapter-path of a mlx_clex.lora run.")
+        raise InputError(f"{file} is not there: give the --adapter-path of a mlx_clex lora run.")
     try:
         lines: list[Any] = read_log(file)
     except ValueError:
         lines = [None]
     if not all(isinstance(line, dict) and "iteration" in line for line in lines):
-        raise InputError(f"{file} is no log of mlx_clex.lora: give the {LOG} of a run.")
+        raise InputError(f"{file} is no log of mlx_clex lora: give the {LOG} of a run.")
     return lines
 
 
+def _title(path: Path) -> str:
+    """Name the data and the model of a run, from the settings beside its log."""
+    file = _log_file(path)
+    settings = file.with_name("adapter_config.json")
+    run = read_json(settings) if settings.is_file() else {}
+    if not isinstance(run, dict) or not {"data", "model"} <= run.keys():
+        return f"Training run {file.parent.name or file}"
+    scaling = (run.get("rope_scaling") or {}).get("type")
+    method = f" with {scaling} scaling" if scaling else ""
+    return f"{run['data']}: training of {_short(run['model'])}{method}"
+
+
+def _short(model: object) -> str:
+    return Path(str(model)).name.removeprefix(PREFIX)
+
+
 def _together(results: dict[Path, Results]) -> Results:
-    """One of several; a label that more than one file has gets the file's name.
+    """Join results; a label that more than one file has gets the file's name.
 
     Raises:
         InputError: they are of several protocols or texts, whose figures do not compare.
@@ -143,7 +186,8 @@ def _together(results: dict[Path, Results]) -> Results:
         if len(values) > 1:
             told = ", ".join(f"{value} in {file}" for value, file in values.items())
             raise InputError(
-                f"These figures do not compare, their {name} differ: {told}. Draw them apart."
+                f"The files differ in their {name} ({told}), so their figures do not compare. "
+                "Draw each file in a picture of its own."
             )
     labels = ({row.get("label") for row in one.rows} for one in results.values())
     files = Counter(label for its in labels for label in its)
@@ -163,6 +207,7 @@ def main() -> None:
             run,
             prog="mlx_clex.plot",
             description="Pictures of results, training runs and learned frequencies.",
+            example=_EXAMPLES["extrapolation"],
         )
     )
 

@@ -75,6 +75,8 @@ def test_a_model_is_itself(converted, text, tmp_path, capsys):
     ]
     assert all(row["kl"] == 0 == row["flips"] for row in found)
     assert all(row["perplexity_a"] == row["perplexity_b"] for row in found)
+    # The folder's name would not tell the two apart.
+    assert found[0]["label_a"] == str(folder)
     assert read_results(tmp_path / "out", "compare").rows == found
 
     # The perplexity of all is that of the other command.
@@ -111,6 +113,7 @@ def test_frozen_is_unfrozen_at_its_scale(text, tmp_path, capsys):
     assert max(row["kl"] for row in rows(capsys, *argv, "--length", 96)) > 1e-4
     held = rows(capsys, *argv, "--length", 96, "--scale-a", 4)
     assert max(abs(row["kl"]) for row in held) < 1e-6
+    assert (held[0]["label_a"], held[0]["label_b"]) == ("ours at scale 4", "frozen")
 
 
 def test_quantised_is_a_little_off(text, tmp_path, capsys):

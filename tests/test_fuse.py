@@ -13,7 +13,6 @@ from mlx_lm.utils import save_config, save_model
 from mlx_clex import fuse, generate, load
 from mlx_clex.commands.run_command import run_command
 from mlx_clex.lora import add_arguments as lora_arguments
-from mlx_clex.lora import build_parser
 from mlx_clex.lora import run as lora_run
 
 from .conftest import GOLDEN, stock_folder
@@ -39,10 +38,7 @@ def train(model, tmp_path, *more):
         *("--adapter-path", str(tmp_path / "adapters"), "--iters", "3", "--batch-size", "1"),
         *("--max-seq-length", "32", "--learning-rate", "1e-3", *more),
     ]
-    parents = [build_parser()]
-    status = run_command(
-        lora_arguments, lora_run, prog="lora", description="", argv=argv, parents=parents
-    )
+    status = run_command(lora_arguments, lora_run, prog="lora", description="", argv=argv)
     assert status == 0
     return tmp_path / "adapters"
 

@@ -1,5 +1,6 @@
 """The plot command: from files and models to pictures."""
 
+import argparse
 import json
 import sys
 
@@ -13,7 +14,7 @@ from mlx_clex.evaluation.results import open_results
 from mlx_clex.loading import SHIM, load, load_scaling
 
 from .conftest import CONFIGS, stock_folder
-from .pictures.test_drawing import ROWS, log
+from .pictures.rows import ROWS, log
 
 
 @pytest.fixture
@@ -84,6 +85,43 @@ def test_a_training_run(cli, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "adapters" / "log.png").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("settings", "title"),
+    [
+        (None, "Training run adapters"),
+        (
+            {"data": "texts", "model": "models/mine", "rope_scaling": {"type": "yarn"}},
+            "texts: training of mine with yarn scaling",
+        ),
+        ({"data": "texts", "model": "bundled:clex"}, "texts: training of clex"),
+    ],
+)
+def test_the_title_of_a_training_run(cli, tmp_path, monkeypatch, settings, title):
+    """The log does not say what was trained on what; the settings beside it do."""
+    adapters = tmp_path / "adapters"
+    adapters.mkdir()
+    (adapters / "log.jsonl").write_text('{"iteration": 1, "loss": 2.0}\n')
+    if settings is not None:
+        (adapters / "adapter_config.json").write_text(json.dumps(settings))
+    seen = []
+    monkeypatch.setattr(plot, "draw_training", lambda log, path, title: seen.append(title))
+    assert cli("training", "adapters")[0] == 0
+    assert seen == [title]
+
+
+@pytest.mark.parametrize("name", ["extrapolation", "passkey", "compare", "frequencies", "training"])
+def test_help_of_each_picture_ends_with_an_example(cli, name):
+    """The example is a command line that the parser takes."""
+    status, out, _ = cli(name, "--help")
+    *_, heading, example = out.rstrip().splitlines()
+    assert (status, heading) == (0, "example:")
+    parser = argparse.ArgumentParser()
+    plot.add_arguments(parser)
+    program, command, *arguments = example.split()
+    assert (program, command) == ("mlx_clex", "plot")
+    assert parser.parse_args(arguments).picture == name
+
+
 def test_frequencies_of_models(cli, converted, monkeypatch):
     """Those of the model that generates, under the names of the folders."""
     seen = {}
@@ -130,9 +168,10 @@ def test_the_scaling_of_adapters(tmp_path, converted):
     learned = load_scaling(folder)
     adapters = tmp_path / "adapters"
     adapters.mkdir()
-    settings = {"fine_tune_type": "full", "num_layers": 0, "lora_parameters": {}}
+    none = {"rank": 8, "scale": 1.0, "dropout": 0.0, "keys": []}
+    settings = {"fine_tune_type": "scaling", "num_layers": 2, "lora_parameters": none}
     (adapters / "adapter_config.json").write_text(json.dumps(settings))
-    mx.save_safetensors(str(adapters / "adapters.safetensors"), {"model.norm.weight": mx.ones(64)})
+    mx.save_safetensors(str(adapters / "adapters.safetensors"), {})
     changed = {"up_proj": learned.up_proj * 2, "down_proj": learned.down_proj}
     named = {f"scaling.{name}": array for name, array in changed.items()}
     mx.save_safetensors(str(adapters / "scaling.safetensors"), named)
@@ -150,14 +189,14 @@ def test_the_scaling_of_adapters(tmp_path, converted):
         (("passkey", "no"), "no.json is no result file"),
         (("passkey", "empty"), "lack accuracy"),
         (("compare", "a", "b"), "unrecognized arguments"),
-        (("training", "nowhere"), "--adapter-path of a mlx_clex.lora run"),
-        (("training", "text.txt"), "no log of mlx_clex.lora"),
-        (("training", "no.json"), "no log of mlx_clex.lora"),
-        (("frequencies", "--model", "/nowhere"), "neither a folder"),
+        (("training", "nowhere"), "--adapter-path of a mlx_clex lora run"),
+        (("training", "text.txt"), "no log of mlx_clex lora"),
+        (("training", "no.json"), "no log of mlx_clex lora"),
+        (("frequencies", "--model", "/nowhere"), "no folder or file"),
         (("frequencies", "--model", "MODEL", "--max-scale", "1"), "greater than 1, got 1"),
         (("frequencies", "--model", "MODEL", "--max-scale", "9"), "within 1..8"),
         (("frequencies", "--model", "MODEL", "MODEL", "--adapter-path", "a"), "one --model, got 2"),
-        (("frequencies", "--model", "STOCK"), "no scaling of ours"),
+        (("frequencies", "--model", "STOCK"), "so it has no scaling"),
     ],
 )
 def test_bad_input_is_one_line(cli, tmp_path, converted, args, match):
@@ -171,7 +210,8 @@ def test_bad_input_is_one_line(cli, tmp_path, converted, args, match):
         models["STOCK"] = str(stock_folder(tmp_path, converted("clex_llama")))
     status, _, err = cli(*(models.get(arg, arg) for arg in args))
     assert status == 2
-    (line,) = err.splitlines()
+    # Before it, a note on the curve of the model, whose weights are random.
+    *_, line = err.splitlines()
     assert match in line
     assert not [*tmp_path.glob("*.png"), *tmp_path.glob("*.pdf")]
 
@@ -195,6 +235,6 @@ def test_figures_that_do_not_compare_are_not_drawn_together(cli, tmp_path):
         results.add({"label": "m", "length": 64, "perplexity": 2.0})
     status, _, err = cli("extrapolation", "whole.json", "chunked.json", "--output", "both.svg")
     assert status == 2
-    assert "their protocol differ: whole in" in err
+    assert "differ in their protocol (whole in" in err
     assert "chunked in" in err
     assert not (tmp_path / "both.svg").exists()

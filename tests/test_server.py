@@ -1,30 +1,29 @@
 """The server as a client sees it: the real openai package over a real socket."""
 
+import argparse
 import concurrent.futures
-import http.client
+import contextlib
+import functools
 import json
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
+from unittest import mock
 
-import mlx.core as mx
+import mlx_lm.server
 import pytest
 from mlx_clex.convert import convert
 
 from mlx_clex import load
-from mlx_clex.errors import RunError
-from mlx_clex.model.plans import plan_of
 from mlx_clex.model.scaled_model import make_prompt_cache
-from mlx_clex.server import PlannedPromptCache, PlanningResponseGenerator
+from mlx_clex.server import add_arguments, main
 
-from .conftest import GOLDEN, random_adapters, scaled_llama, stock_folder
+from .conftest import GOLDEN, random_adapters, stock_folder
+from .served import GOOD, HEAD, SENTENCE, Server, answers_of, chat, complete
 
 openai = pytest.importorskip("openai")
-
-SENTENCE = "The quick brown fox jumps over the lazy dog. "
 
 
 @pytest.fixture(scope="module")
@@ -41,75 +40,11 @@ def wide(tmp_path_factory, model):
     return convert(source, folder / "m", scaling={"type": "clex", "max_factor": 16})
 
 
-class Server:
-    """A server process on a free port."""
-
-    def __init__(self, folder, *options):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "mlx_clex.server", "--model", str(folder)]
-        command += ["--port", str(self.port), "--log-level", "WARNING", *options]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        for _ in range(600):
-            if self.process.poll() is not None:
-                raise AssertionError(self.process.stderr.read())
-            try:
-                if self.raw("GET", "/health")[0] == 200:
-                    break
-            except OSError:
-                time.sleep(0.1)
-        self.client = openai.OpenAI(
-            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0
-        )
-
-    def ask(self, prompt, max_tokens=20, model="default_model", adapters=None, **options):
-        """The text that completes a prompt, and the usage."""
-        done = self.client.completions.create(
-            model=model,
-            prompt=prompt,
-            max_tokens=max_tokens,
-            temperature=0,
-            extra_body={"adapters": str(adapters)} if adapters else {},
-            **options,
-        )
-        return done.choices[0].text, done.usage
-
-    def raw(self, method, path, body=None, headers=None):
-        """(status, body) of a request that no client library would send."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request(method, path, body, headers or {})
-        answer = connection.getresponse()
-        result = answer.status, answer.read()
-        connection.close()
-        return result
-
-    def stop(self):
-        self.process.terminate()
-        self.process.wait(30)
-        self.process.stderr.close()
-
-
 @pytest.fixture(scope="module")
 def server(model):
     server = Server(model, "--prefill-step-size", "32")
     yield server
     server.stop()
-
-
-def answers_of(model, adapters=None):
-    """A function from a prompt to what a model answers when nothing was served before."""
-    from mlx_lm.generate import stream_generate
-
-    loaded, tokenizer = load(model, adapter_path=adapters)
-
-    def answer(prompt, max_tokens=20):
-        ids = tokenizer.encode(prompt)
-        cache = make_prompt_cache(loaded, len(ids))
-        parts = stream_generate(loaded, tokenizer, ids, max_tokens=max_tokens, prompt_cache=cache)
-        return "".join(part.text for part in parts)
-
-    return answer
 
 
 @pytest.fixture(scope="module")
@@ -187,50 +122,97 @@ def test_chat_needs_no_template(server):
     assert done.usage.completion_tokens == 5
 
 
-GOOD = {"model": "default_model", "prompt": "hi", "max_tokens": 2}
-BAD = {
-    "no JSON": (b"{", 400),
-    "no object": (b"[1]", 400),
-    "no UTF-8": (b"\xff\xfe\x00", 400),
-    "no prompt": (json.dumps({"model": "default_model"}).encode(), 400),
-    "negative max_tokens": (json.dumps(GOOD | {"max_tokens": -1}).encode(), 400),
-    "negative temperature": (json.dumps(GOOD | {"temperature": -1}).encode(), 400),
-    "a text for a number": (json.dumps(GOOD | {"top_p": "all"}).encode(), 400),
-    "temperature beyond floats": (json.dumps(GOOD | {"temperature": 2**70}).encode(), 400),
-    "temperature not a number": (b'{"prompt": "hi", "temperature": NaN}', 400),
-    "a negative seed": (json.dumps(GOOD | {"seed": -1}).encode(), 400),
-    "a bias for no token": (
-        json.dumps(GOOD | {"logit_bias": {"99999999": 1.0}}).encode(),
-        400,
-    ),
-    "more than all tokens": (json.dumps(GOOD | {"top_k": 512, "temperature": 1}).encode(), 400),
-    "nested without end": (b"[" * 200_000, 400),
-    "unknown model": (json.dumps(GOOD | {"model": "/nowhere/at/all"}).encode(), 404),
-}
+@pytest.mark.parametrize("more", [{}, {"seed": 1}], ids=["in a batch", "alone"])
+def test_stop_strings(more, server, alone):
+    """A stop string inside a token was deleted from the text, and the text went on."""
+    whole = alone(SENTENCE)
+    for start in range(0, len(whole) - 3, 5):
+        stop = whole[start : start + 3]
+        expected = whole[: whole.index(stop)]
+        done = complete(server, prompt=SENTENCE, stop=["\x00", stop], **more)
+        (choice,) = done.choices
+        assert (choice.text, choice.finish_reason) == (expected, "stop"), repr(stop)
+        assert done.usage.completion_tokens <= 20
+        stream = complete(server, prompt=SENTENCE, stop=stop, stream=True, **more)
+        events = [event.choices[0] for event in stream]
+        assert "".join(event.text for event in events) == expected
+        assert [event.finish_reason for event in events if event.finish_reason] == ["stop"]
 
 
-@pytest.mark.parametrize("kind", BAD)
-def test_bad_requests_get_a_status_and_the_next_one_an_answer(kind, server, alone):
-    """One line that says why, no thread lost."""
-    body, status = BAD[kind]
-    answered, text = server.raw("POST", "/v1/completions", body)
-    assert answered == status, text
-    assert json.loads(text)["error"]
-    assert server.ask(SENTENCE)[0] == alone(SENTENCE)
+def test_an_answer_cut_at_a_stop_string_is_not_read_again(server, alone):
+    """Agents stop at a string, and send everything again with more behind it."""
+    prompt = "Once more. " + SENTENCE
+    whole = alone(prompt)
+    stop = whole[8:12]
+    cut = complete(server, prompt=prompt, stop=stop).choices[0].text
+    done = complete(server, prompt=prompt + cut)
+    assert done.choices[0].text == alone(prompt + cut)
+    assert done.usage.prompt_tokens_details.cached_tokens >= len(prompt) // 8
 
 
-@pytest.mark.parametrize(
-    ("length", "status"),
-    [("100000000", 413), ("-5", 400), ("ten", 400), ("--5", 400), ("9" * 5000, 400)],
-)
-def test_a_body_of_impossible_length_is_not_read(length, status, server, alone):
-    """100 MB would sit in memory, and a negative length would read for ever."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
-        connection.sendall(
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n".encode()
-        )
-        assert connection.recv(100).split()[1] == str(status).encode()
-    assert server.ask(SENTENCE)[0] == alone(SENTENCE)
+def test_every_kind_of_prompt(server, alone, model):
+    """Lists, token ids, nothing at all, and several answers to each."""
+    _, tokenizer = load(model)
+    prompts = [SENTENCE, SENTENCE + "And", "A"]
+    done = complete(server, prompt=prompts, n=2)
+    texts = [choice.text for choice in sorted(done.choices, key=lambda choice: choice.index)]
+    assert texts == [alone(prompt) for prompt in prompts for _ in "12"]
+    assert done.usage.prompt_tokens == sum(len(tokenizer.encode(prompt)) for prompt in prompts)
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    assert [choice.text for choice in complete(server, prompt=ids).choices] == texts[::2]
+    assert complete(server, prompt=ids[0]).choices[0].text == texts[0]
+    assert complete(server, prompt="").choices[0].text == alone("")
+
+
+def test_answers_with_a_seed_differ_and_come_again(server):
+    """n answers with one seed were n times the same."""
+    options = {"prompt": SENTENCE, "temperature": 2, "max_tokens": 12}
+    both = [choice.text for choice in complete(server, n=2, seed=7, **options).choices]
+    assert both[0] != both[1]
+    assert both == [complete(server, seed=s, **options).choices[0].text for s in (7, 8)]
+
+
+def test_log_probabilities(server):
+    """Of each token, the same in a stream, the likeliest first."""
+    done = complete(server, prompt=SENTENCE, max_tokens=6, logprobs=3).choices[0].logprobs
+    assert len(done.tokens) == len(done.token_logprobs) == 6
+    for token, own, top in zip(done.tokens, done.token_logprobs, done.top_logprobs, strict=True):
+        assert len(top) == 3
+        assert max(top.values()) == top[token] == own < 0, "greedy"
+    stream = complete(server, prompt=SENTENCE, max_tokens=6, logprobs=3, stream=True)
+    parts = [event.choices[0].logprobs for event in stream]
+    assert [token for part in parts if part for token in part.tokens] == done.tokens
+
+    options = chat(model="default_model", temperature=1, seed=3, logprobs=True)
+    ask = functools.partial(server.client.chat.completions.create, **options | {"max_tokens": 6})
+    content = ask().choices[0].logprobs.content
+    assert [bool(each.top_logprobs) for each in content] == [False] * 6
+    streamed = [
+        each
+        for event in ask(stream=True, top_logprobs=2)
+        for each in (event.choices[0].logprobs.content if event.choices[0].logprobs else ())
+    ]
+    assert [(each.token, each.logprob) for each in streamed] == [
+        (each.token, each.logprob) for each in content
+    ]
+    assert all(
+        len(each.top_logprobs) == 2 and each.top_logprobs[0].logprob >= each.logprob
+        for each in streamed
+    )
+
+
+def test_a_prompt_far_beyond_the_reach_is_not_tokenised(server):
+    """60 MB of prompt took 10 GB and five minutes before they were refused."""
+    for path, body in [
+        ("/v1/completions", GOOD | {"prompt": "na " * 2_500_000}),
+        ("/v1/chat/completions", chat("na " * 2_500_000)),
+    ]:
+        started = time.monotonic()
+        status, text = server.raw("POST", path, json.dumps(body))
+        error = json.loads(text)["error"]
+        assert (status, error["code"]) == (400, "context_length_exceeded")
+        assert "bytes" in error["message"]
+        assert time.monotonic() - started < 10
 
 
 def test_a_client_that_hangs_up_frees_its_place(server, alone):
@@ -238,36 +220,10 @@ def test_a_client_that_hangs_up_frees_its_place(server, alone):
     body = json.dumps(GOOD | {"prompt": SENTENCE, "max_tokens": 200, "stream": True}).encode()
     for _ in range(3):
         with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
-            head = (
-                f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-            )
-            connection.sendall(head.encode() + body)
+            connection.sendall(HEAD % len(body) + body)
             connection.recv(200)
     assert server.ask(SENTENCE)[0] == alone(SENTENCE)
     assert server.raw("GET", "/health")[0] == 200
-
-
-def test_a_request_that_breaks_generation_fails_alone():
-    """An error while tokens are made killed the thread that answers everybody."""
-
-    class Generator(PlanningResponseGenerator):
-        runs = 0
-
-        def _generate(self):
-            self.runs += 1
-            while not self._stop:
-                if self._next_request(timeout=0.05) is not None and self.runs == 1:
-                    raise ZeroDivisionError("the first request")
-
-    provider = SimpleNamespace(model=object())
-    generator = Generator(provider, PlannedPromptCache(provider, 1))
-    try:
-        with pytest.raises(RunError, match="the first request"):
-            generator.generate(object(), None)
-        assert generator.generation_available()
-        assert generator.runs == 2
-    finally:
-        generator.stop_and_join()
 
 
 def test_adapters_of_the_server_and_of_a_request(model, wide, tmp_path):
@@ -280,14 +236,23 @@ def test_adapters_of_the_server_and_of_a_request(model, wide, tmp_path):
     bare, one, two = (answers_of(model, adapters) for adapters in (None, first, second))
     assert len({answer(SENTENCE * 3) for answer in (bare, one, two)}) == 3
     prompts = [SENTENCE * 3, SENTENCE * 3 + "And"]
-    server = Server(model, "--adapter-path", str(first))
+    plain = tmp_path / "plain"  # the same model under another name
+    plain.symlink_to(model)
+    (tmp_path / "empty").mkdir()
+    allowed = [("--allow-model", plain), ("--allow-model", wide)]
+    allowed += [("--allow-adapters", folder) for folder in (second, tmp_path / "empty")]
+    options = [str(word) for pair in allowed for word in pair]
+    server = Server(model, "--adapter-path", str(first), *options)
     try:
         for _ in range(2):
             for prompt in prompts:
                 assert server.ask(prompt)[0] == one(prompt)
                 assert server.ask(prompt, adapters=second)[0] == two(prompt)
-                assert server.ask(prompt, model=str(model))[0] == bare(prompt)
+                assert server.ask(prompt, model=str(model))[0] == one(prompt)
+                assert server.ask(prompt, model=str(plain))[0] == bare(prompt)
                 with pytest.raises(openai.NotFoundError, match="adapter_config"):
+                    server.ask(prompt, adapters=tmp_path / "empty")
+                with pytest.raises(openai.NotFoundError, match="not served"):
                     server.ask(prompt, adapters=tmp_path)
             assert server.ask(prompts[0])[0] == one(prompts[0])
             text, usage = server.ask(prompts[1])
@@ -339,66 +304,83 @@ def test_drafts_quantised_keys_and_fixed_scales(options, wide):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--model", "/nowhere/at/all"), ["/nowhere/at/all"]),
         (("--scale", "banana"), ["--scale", "banana"]),
         (("--scale", "grow"), ["--scale grow"]),
-        (("--scale", "99"), ["1..8"]),
         (("--port", "70000"), ["--port", "65535"]),
-        (("--host", "256.1.1.1"), ["256.1.1.1"]),
+        (("--temp", "-1"), ["temperature", "0..100"]),
+        (("--kv-bits", "7"), ["--kv-bits", "7"]),
+        (("--chat-template-args", "5"), ["--chat-template-args", "object"]),
     ],
 )
-def test_a_server_that_cannot_start_says_so_in_one_line(options, words, model):
-    """And exits with status 2, instead of listening without a model."""
+def test_options_that_cannot_be_used_are_one_line(options, words, monkeypatch, capsys):
+    """With status 2, before the model is loaded."""
+    monkeypatch.setattr(sys, "argv", ["server", "--model", "/nowhere/at/all", *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in words), line
+
+
+def test_nothing_to_serve(monkeypatch, capsys):
+    """A server without a model loaded whatever a request named."""
+    monkeypatch.setattr(sys, "argv", ["server"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "give --model, or --allow-model" in capsys.readouterr().err
+
+
+def started(model, *options):
     command = [sys.executable, "-m", "mlx_clex.server", "--model", str(model), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("mlx_clex server:")]
-    assert done.returncode == 2, done.stderr
-    assert len(lines) == 1
-    assert all(word in lines[0] for word in words), lines
-    assert "Traceback" not in done.stderr
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def error_of(process):
+    """The one line of a server that ended with status 2."""
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 2, errors
+    assert "Traceback" not in errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("mlx_clex server:")]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(("--model", "/nowhere/at/all"), ["/nowhere/at/all"]), (("--scale", "99"), ["1..8"])],
+)
+def test_a_server_without_its_model_says_so_in_one_line(options, words, model):
+    """And exits with status 2, instead of listening without a model."""
+    line = error_of(started(model, *options))
+    assert all(word in line for word in words), line
 
 
 def test_a_server_that_ends_is_not_aborted(model):
     """The end of the thread that generates raced the interpreter's: one in two was aborted."""
-    command = [sys.executable, "-m", "mlx_clex.server", "--model", str(model)]
-    command += ["--host", "256.1.1.1"]
-    ends = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(4)]
-    errors = [end.communicate(timeout=120)[1] for end in ends]
-    assert [end.returncode for end in ends] == [2] * 4, errors
+    ends = [started(model, "--host", "256.1.1.1") for _ in range(4)]
+    assert all("Cannot listen on 256.1.1.1" in error_of(end) for end in ends)
 
 
-class Provider:
-    loads = 0
+def test_the_options_are_those_of_mlx_lm():
+    """A list of our own goes stale when mlx-lm adds an option or changes a default."""
 
-    def __init__(self, *models):
-        self.models = list(models)
+    def options_of(parser):
+        return {
+            action.dest: (action.option_strings, action.default, action.nargs, action.choices)
+            for action in parser._actions
+        }
 
+    built = []
+    with (
+        mock.patch.object(argparse.ArgumentParser, "parse_args", lambda p: built.append(p)),
+        # What is parsed is None then, which has no `log_level`.
+        contextlib.suppress(AttributeError),
+    ):
+        mlx_lm.server.main()
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
 
-@pytest.mark.parametrize(
-    ("name", "log_scale", "read", "kept"),
-    [
-        ("clex", False, 60, True),
-        ("clex", False, 70, False),  # past the plan, at another scale
-        ("clex", True, 60, False),  # the gain of one length serves no other
-        ("gene", False, 60, True),
-        ("gene", True, 62, True),  # its gain belongs to positions
-        ("linear", False, 300, True),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:.*past the.*that this model's scaling")
-def test_only_prefixes_of_one_plan_are_kept(name, log_scale, read, kept, tokens):
-    """A cache of mixed scales answers like no single pass over any prompt."""
-    model = scaled_llama(name, log_scale=log_scale)
-    cache = make_prompt_cache(model, 61)
-    model(tokens[:1, :60], cache=cache)
-    for i in range(60, read):
-        model(tokens[:1, i : i + 1], cache=cache)
-    assert log_scale or (plan_of(model, cache) is not None) == kept
-
-    prompts = PlannedPromptCache(Provider(model), 10)
-    ids = tokens[0, :read].tolist()
-    prompts.insert_cache("m", ids, cache)
-    reused, rest = prompts.fetch_nearest_cache("m", [*ids, 1])
-    assert len(prompts) == kept
-    assert rest == ([1] if kept else [*ids, 1])
-    assert mx.array(reused[0].offset).item() == (read if rest == [1] else 0)
+    theirs, ours = options_of(*built), options_of(parser)
+    assert ours.keys() - theirs.keys() == {"scale", "allow_model", "allow_adapters", "api_key"}
+    assert ours.pop("allowed_origins")[0] == theirs.pop("allowed_origins")[0]
+    assert {name: ours.get(name) for name in theirs} == theirs

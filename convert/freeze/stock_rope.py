@@ -17,7 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_clex.errors import InputError
+from mlx_clex.checkpoint.config import BASE_ROPE
+from mlx_clex.errors import InputError, one_line
 from mlx_clex.model.rotary import rotate
 from mlx_clex.model_file import get_stock_classes
 from mlx_clex.scaling import Scaling
@@ -66,7 +67,8 @@ def frozen_config(
     gain = scaling.query_gain(None, length)
     ours = _Ours(scaling, scale, 1.0 if gain is None else float(gain))
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    base = {key: value for key, value in config.items() if key not in ("model_file", "log_scale")}
+    dropped = ("model_file", "log_scale", BASE_ROPE)
+    base = {key: value for key, value in config.items() if key not in dropped}
     base |= {"rope_scaling": None, "head_dim": head_dim, "max_position_embeddings": length}
     if program == "llama.cpp":
         gguf_export.check(config)
@@ -167,6 +169,8 @@ def _difference(theirs: Any, ours: Any, head_dim: int, length: int) -> float:
                 for side in (theirs, ours)
             ]
             error = abs(scores[0].item() - scores[1].item())
+            if not math.isfinite(error):
+                return math.inf  # NaN would pass for the smallest error
             worst = max(worst, error / (_SCORES + _ROUNDING * at))
     return worst
 
@@ -219,8 +223,10 @@ def _transformers_family(config: Mapping[str, Any]) -> tuple[Any, Any]:
         return AutoConfig.for_model(**given), import_module(
             f"transformers.models.{family}.modeling_{family}"
         )
-    except (ValueError, KeyError, ImportError) as error:
-        raise InputError(f"transformers has no model for {family}: {error}") from error
+    except Exception as error:  # config classes raise anything on settings they do not take
+        raise InputError(
+            f"transformers has no model for {family} with these settings: {one_line(error)}"
+        ) from error
 
 
 def _transformers_rotation(config: dict[str, Any]) -> _Theirs:

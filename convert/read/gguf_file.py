@@ -153,7 +153,8 @@ def _config_of(gguf: GgufFile) -> dict[str, Any]:
     if kind != _ROPES[0]:
         config["rope_scaling"] = {"type": kind, "factor": key("rope.scaling.factor")}
         original = metadata.get("llama.rope.scaling.original_context_length")
-        config["max_position_embeddings"] = original or config["max_position_embeddings"]
+        if original:
+            config["rope_scaling"]["original_max_position_embeddings"] = original
     return config
 
 

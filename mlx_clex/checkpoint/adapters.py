@@ -21,6 +21,8 @@ from .files import read_json
 
 ADAPTER_SCALING = "scaling.safetensors"  # the scaling's tensors, where they were trained
 EXTRA_WEIGHTS = "norms_embeddings.safetensors"  # norms and embeddings, likewise
+_TYPES = ("lora", "dora", "full", "scaling")  # fine_tune_type of adapter_config.json
+_LEAVES = ("lora_a", "lora_b", "m")  # tensors of an adapted layer; m only in DoRA's
 CURRENT = "current"  # a link to the newest save
 
 
@@ -53,8 +55,9 @@ def add_adapters(model: nn.Module, folder: Path, scale: float | None) -> None:
             # Of a base that got its scaling only for training.
             length = settings.get("trained_length")
             attach(model, settings["rope_scaling"], trained_length=length, scale=scale)
+        _check_type(settings, folder)
         load_adapters(model, str(folder))
-        _check_adapters(model, folder / "adapters.safetensors")
+        _check_adapters(model, settings, folder / "adapters.safetensors")
         scaling_file, extra_file = folder / ADAPTER_SCALING, folder / EXTRA_WEIGHTS
         if scaling_file.is_file():
             if not isinstance(model, ScaledModel):
@@ -86,15 +89,36 @@ def add_adapters(model: nn.Module, folder: Path, scale: float | None) -> None:
     model.eval()
 
 
-def _check_adapters(model: nn.Module, file: Path) -> None:
-    """Refuse a file without the tensors of some layer, while none is in memory yet.
+def _check_type(settings: dict[str, Any], folder: Path) -> None:
+    """Refuse a fine_tune_type that mlx-lm would read as LoRA."""
+    kind = settings.get("fine_tune_type", "lora")
+    if kind not in _TYPES:
+        raise InputError(
+            f"{folder / 'adapter_config.json'} has fine_tune_type {kind!r}; there is: "
+            f"{', '.join(_TYPES)}."
+        )
 
-    mlx-lm would leave such a layer without effect, and make it up at any rank that is asked for.
+
+def _check_adapters(model: nn.Module, settings: dict[str, Any], file: Path) -> None:
+    """Refuse a file without some of the tensors that its adapter_config.json asks for.
+
+    mlx-lm checks only that the model has every tensor of the file. What the file lacks it
+    leaves as it starts: without effect, or of random values. It must be refused before it is
+    computed, since adapter_config.json may ask for any rank.
     """
     given: Any = mx.load(str(file))
     parameters: Any = tree_flatten(model.parameters())
-    names = (name for name, _ in parameters if name.endswith(".lora_a"))
-    missing = next((name for name in names if name not in given), None)
+    names = [name for name, _ in parameters]
+    if settings.get("fine_tune_type") == "full":
+        layers: Any = model.layers
+        trained = {id(layer) for layer in layers[-max(settings["num_layers"], 0) :]}
+        inside = tuple(f"{n}." for n, module in model.named_modules() if id(module) in trained)
+        wanted = [name for name in names if name.startswith(inside)]
+    else:
+        adapted = {name.removesuffix("lora_a") for name in names if name.endswith(".lora_a")}
+        parts = {prefix + leaf for prefix in adapted for leaf in _LEAVES}
+        wanted = [name for name in names if name in parts]
+    missing = next((name for name in wanted if name not in given), None)
     if missing is not None:
         raise InputError(
             f"{file} lacks {missing}, which its adapter_config.json asks for: copy the whole "

@@ -7,6 +7,9 @@ Not covered: settings nested under `text_config`, and settings given per
 layer type; both are left as they are.
 """
 
+import functools
+import math
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -14,17 +17,12 @@ from ..errors import InputError
 from ..scaling import SCALINGS
 from ..scaling.none import NoScaling
 
+SHIM = "mlx_clex_model.py"  # the model_file of converted checkpoints
+OURS = "mlx_clex_rope_scaling"  # in place of rope_scaling, where transformers refuses ours
+BASE_ROPE = "mlx_clex_base_rope"  # the rope_scaling that the source brings, under ours
+_YARN_TYPES = ("yarn", "deepseek_yarn", "telechat3-yarn")  # that mlx-lm runs as YaRN
 _PLAIN = "default"  # transformers' name of a rope without scaling
 
-# What a family's own configuration class takes when config.json does not say. Families
-# that are not here keep the default of their mlx-lm class.
-_DEFAULT_BASE = {
-    "llama": 10_000.0,
-    "mistral": 10_000.0,
-    "phi": 10_000.0,
-    "gpt_neox": 10_000.0,
-    "mixtral": 1_000_000.0,
-}
 # The largest values that any model has, with room to spare.
 _SIZES = {
     "num_hidden_layers": 10_000,
@@ -66,20 +64,69 @@ def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
         )
     config = deepcopy(config)
     config.pop("auto_map", None)
+    if OURS in config:
+        config["rope_scaling"] = config.pop(OURS)
+        config["model_file"] = SHIM
     scaling = _merged_scaling(config)
     _hoist(config, scaling)
     _set_base(config)
     _mirror_gpt_neox(config)
-    _set_length(config, scaling)
-    _check_sizes(config)
     name = scaling.get("type", _PLAIN)
-    if name in SCALINGS:
+    ours = name in SCALINGS and is_ours(config, name)
+    _set_length(config, scaling if ours else {})
+    _check_sizes(config)
+    if ours:
         scaling = SCALINGS[name].from_release(scaling, config)
     if name in (_PLAIN, NoScaling.name):
         config.pop("rope_scaling", None)
     else:
         config["rope_scaling"] = scaling
     return config
+
+
+def is_ours(config: Mapping[str, Any], name: str) -> bool:
+    """Tell whether a rope_scaling entry of this type is this project's, not mlx-lm's.
+
+    Types that transformers has too (yarn, linear, dynamic) are ours only in folders that
+    mlx_clex has converted; elsewhere mlx-lm runs them as published.
+    """
+    if name not in SCALINGS:
+        return False
+    return not SCALINGS[name].in_transformers or config.get("model_file") == SHIM
+
+
+def unread_keys(config: Mapping[str, Any]) -> str | None:
+    """Say which keys of a published rope mlx-lm ignores while transformers reads them.
+
+    Args:
+        config: config.json in its normal spelling.
+    """
+    entry = config.get("rope_scaling") or {}
+    kind = str(entry.get("type"))
+    if kind not in _YARN_TYPES or is_ours(config, kind):
+        return None
+    factor = entry.get("factor")
+    usual = 0.1 * math.log(factor) + 1 if isinstance(factor, int | float) and factor >= 1 else 1
+    gain = entry.get("attention_factor")
+    odd = isinstance(gain, int | float) and not math.isclose(gain, usual, rel_tol=1e-3)
+    keys = ["attention_factor"] * odd + ["truncate"] * (entry.get("truncate") is False)
+    if not keys:
+        return None
+    return (
+        f"mlx-lm ignores {' and '.join(keys)} of this model's rope_scaling, which transformers "
+        "reads: the answers differ from those in transformers."
+    )
+
+
+def original_length(config: Mapping[str, Any]) -> int | None:
+    """Return the length before the rope of a model was stretched, in tokens, or None."""
+    entry = config.get(BASE_ROPE) or config.get("rope_scaling") or {}
+    length = entry.get("original_max_position_embeddings")
+    length = length or config.get("original_max_position_embeddings")
+    whole, factor = config.get("max_position_embeddings"), entry.get("factor")
+    if length is None and whole and isinstance(factor, int | float) and factor >= 1:
+        return int(whole / factor)
+    return length
 
 
 def _merged_scaling(config: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +181,7 @@ def _set_base(config: dict[str, Any]) -> None:
     if base is None:
         base = config.get("rotary_emb_base")
     if base is None:
-        base = _DEFAULT_BASE.get(str(config.get("model_type")))
+        base = _default_base(str(config.get("model_type")))
     if base is None:
         config.pop("rope_theta", None)
         return
@@ -147,12 +194,38 @@ def _set_base(config: dict[str, Any]) -> None:
     config["rope_theta"] = float(base)
 
 
+@functools.cache
+def _default_base(family: str) -> float | None:
+    """rope_theta of transformers' config class, which published configs leave out, or None."""
+    from transformers import AutoConfig
+
+    try:
+        rope: Any = getattr(AutoConfig.for_model(family), "rope_parameters", None)
+    except Exception:  # a family that transformers does not have, or that needs more settings
+        return None
+    return rope.get("rope_theta") if isinstance(rope, dict) else None
+
+
+def set_tied(config: dict[str, Any], *, has_head: bool, same: bool) -> None:
+    """Say whether the output head is the embedding, as transformers finds it.
+
+    Absent means untied in transformers and tied in some mlx-lm classes; and a head in the
+    file that differs from the embedding is used whatever the config says.
+
+    Args:
+        config: config.json; changed in place.
+        has_head: whether the checkpoint has a tensor lm_head.weight.
+        same: whether it equals the embedding.
+    """
+    if has_head and not same:
+        config["tie_word_embeddings"] = False
+    else:
+        config.setdefault("tie_word_embeddings", not has_head)
+
+
 def _set_length(config: dict[str, Any], scaling: dict[str, Any]) -> None:
-    original = None
-    name = scaling.get("type")
-    if name in SCALINGS and SCALINGS[name].in_transformers:
-        # Theirs: the length before stretching. Ours is always that one.
-        original = scaling.pop("original_max_position_embeddings", None)
+    # In an entry of ours it is the length that the top level has anyway.
+    original = scaling.pop("original_max_position_embeddings", None)
     found = [config[key] for key in _LENGTH_KEYS if config.get(key) is not None]
     length = original if original is not None else (found[0] if found else None)
     if length is None:

@@ -38,7 +38,17 @@ def weights_digest(folder: Path) -> str:
 
 
 def weights_samples(files: list[Path]) -> Iterator[bytes]:
-    """Of every tensor but the scaling's, in the order of their names, what it is known by."""
+    """Yield what each tensor is known by, in the order of their names, without the scaling's."""
+    known = samples_by_name(files)
+    if files and not known:
+        raise InputError(f"{files[0]} holds no tensors.")
+    for name in sorted(known):
+        if not name.startswith(PREFIX):
+            yield name.encode() + known[name]
+
+
+def samples_by_name(files: list[Path]) -> dict[str, bytes]:
+    """Return type, shape and a few bytes of every tensor in safetensors files."""
     known = {}
     for file in files:
         header = read_header(file)
@@ -50,10 +60,6 @@ def weights_samples(files: list[Path]) -> Iterator[bytes]:
                 for step in range(_SAMPLES):
                     data.seek(at + last * step // (_SAMPLES - 1))
                     samples.append(data.read(min(_SAMPLE, info.nbytes)))
-                known[name] = f"{name} {info.dtype} {info.shape}".encode() + b"".join(samples)
+                known[name] = f" {info.dtype} {info.shape}".encode() + b"".join(samples)
                 at += info.nbytes
-    if files and not known:
-        raise InputError(f"{files[0]} holds no tensors.")
-    for name in sorted(known):
-        if not name.startswith(PREFIX):
-            yield known[name]
+    return known

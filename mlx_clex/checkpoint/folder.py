@@ -11,11 +11,11 @@ from typing import Any
 from ..bundled import MODELS
 from ..errors import InputError
 from ..scaling import SCALINGS
-from .config import normalise_config
+from .config import SHIM, normalise_config, set_tied
+from .digest import samples_by_name
 from .files import read_json
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-SHIM = "mlx_clex_model.py"  # the model_file of converted checkpoints
 
 
 def check_hub_id(name: str | Path) -> str:
@@ -79,6 +79,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"{folder / 'config.json'} is no JSON object.")
     return config
+
+
+def tied_override(folder: Path) -> dict[str, bool]:
+    """Return tie_word_embeddings where the weights of a folder decide it, else nothing."""
+    samples = samples_by_name([f for f in files_of(folder) if f.suffix == ".safetensors"])
+    head = samples.get("lm_head.weight")
+    if head is None or "lm_head.scales" in samples:
+        return {}
+    embeddings = [text for name, text in samples.items() if name.endswith("embed_tokens.weight")]
+    config = read_config(folder)
+    set_tied(config, has_head=True, same=head in embeddings)
+    return {"tie_word_embeddings": config["tie_word_embeddings"]}
 
 
 def needs_conversion(names: list[str], config: dict[str, Any], where: Any) -> bool:

@@ -17,7 +17,7 @@ GROUPS = {
         "system_prompt prefill_response ignore_chat_template use_default_chat_template "
         "chat_template_config chat_template chat_template_args apply_chat_template image"
     ),
-    "scale": "scale scalings factor scale_a scale_b freeze freeze_for",
+    "scale": "scale scalings factor own_rope trained_length scale_a scale_b freeze freeze_for",
     "answer": (
         "max_tokens temp top_p min_p top_k min_tokens_to_keep xtc_probability xtc_threshold seed "
         "extra_eos_token eos_token verbose"

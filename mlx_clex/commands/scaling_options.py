@@ -59,6 +59,8 @@ def scaling_from(args: argparse.Namespace) -> dict[str, Any] | None:
         if given:
             raise InputError(f"{options} needs --scaling, one of {', '.join(SCALINGS)}.")
         return None
+    if args.scaling not in SCALINGS:  # from a YAML file
+        raise InputError(f"--scaling must be one of {', '.join(SCALINGS)}, got {args.scaling!r}.")
     known = [field.name for field in fields(SCALINGS[args.scaling].Config)]
     for name in given:
         if name not in known:

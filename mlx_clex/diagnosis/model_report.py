@@ -1,7 +1,8 @@
 """What `doctor` says about a model: its rope, scaling, reach, memory, and what would go wrong.
 
-Everything comes out of config.json and the sizes of the files. The model is built, but MLX is
-lazy: its weights are neither read nor made up, so a model of any size takes seconds.
+Everything comes out of config.json, the sizes of the files and the scaling's tensors. The model is
+built, but MLX is lazy: its weights are neither read nor made up, so a model of any size takes
+seconds.
 
 Not covered: whether the weights fit the config, which loading checks.
 """
@@ -18,7 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from ..checkpoint.config import normalise_config
+from ..checkpoint.config import normalise_config, unread_keys
 from ..checkpoint.files import read_json
 from ..checkpoint.folder import SHIM, check_hub_id, files_of, needs_conversion, read_config
 from ..errors import InputError, one_line
@@ -27,7 +28,7 @@ from ..model.plans import single_caches
 from ..model.scaled_model import ScaledModel, attach, make_prompt_cache
 from ..model.stock import config_value, model_name
 from ..model_file import Model, ModelArgs
-from ..scaling import SCALINGS
+from ..scaling import PREFIX, SCALINGS, Scaling
 
 Row = tuple[str, str]
 
@@ -55,10 +56,13 @@ def report(path_or_hub_id: str) -> list[Row]:
         config = normalise_config(config)
     except InputError as error:
         return [*rows, (_PROBLEM, str(error))]
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # model files raise anything on settings they do not take
         return [*rows, (_PROBLEM, f"config.json does not make a model: {one_line(error)}")]
+    if note := unread_keys(config):
+        rows.append((_PROBLEM, note))
     rows.append(("family", f"{config.get('model_type')} ({model_name(model)})"))
     if isinstance(model, ScaledModel):
+        rows += _curve(Path(path_or_hub_id).expanduser(), config, model.scaling)
         _stand_in(model)
         return [
             *rows,
@@ -130,7 +134,8 @@ def _ropes(model: nn.Module, sites: list[Site]) -> Iterator[Row]:
     yield (
         "rope",
         f"{', '.join(names)} in {len(sites)} of {len(model.layers)} layers; "
-        f"{2 * rope.pairs} dimensions rotate as pairs of {pairs}, base {rope.base:g}",
+        f"{2 * rope.pairs} dimensions rotate as pairs of {pairs}, base {rope.base:g}"
+        + ("" if rope.inv_freq is None else ", stretched by a rope_scaling of the model itself"),
     )
     if len(sites) < len(model.layers):
         yield "other layers", "keep the rope, window or state they have"
@@ -138,6 +143,23 @@ def _ropes(model: nn.Module, sites: list[Site]) -> Iterator[Row]:
         yield "note", f"holds one scale only: {first.unmovable}"
     if first.ungainable:
         yield "note", f"takes no log_scale: {first.ungainable}"
+
+
+def _curve(folder: Path, config: dict[str, Any], scaling: Scaling) -> Iterator[Row]:
+    """What is wrong with the learned frequencies of a converted folder."""
+    if not scaling.learned or config.get("model_file") != SHIM:
+        return
+    learned: dict[str, mx.array] = {}
+    try:
+        for file in sorted(folder.glob("model*.safetensors")):
+            loaded: Any = mx.load(str(file))
+            learned |= {name: array for name, array in loaded.items() if name.startswith(PREFIX)}
+        scaling.take_weights(learned)
+        message = scaling.check_frequencies(order=True)
+    except (InputError, RuntimeError, ValueError) as error:
+        message = one_line(error)
+    if message is not None:
+        yield _PROBLEM, message
 
 
 def _stand_in(model: Any) -> None:
@@ -221,7 +243,7 @@ def _exports(model: Any, config: dict[str, Any]) -> Iterator[Row]:
             text = f"--freeze {scale:g} --for {program}"
         except InputError as error:
             text = f"not for {program}: {error}"
-        except (KeyError, ValueError, TypeError, AttributeError, StopIteration) as error:
+        except Exception as error:  # a boundary: model files raise anything on odd settings
             text = f"not for {program}: {one_line(error)}"
         yield "export", text
 

@@ -37,6 +37,7 @@ from mlx_lm.evaluate import MLXLM, chat_template_fn
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from tqdm import tqdm
 
+from ..data.stop_strings import cut
 from ..errors import InputError, RunError, generating, say
 from ..model.plans import plan_at
 from ..model.scaled_model import make_prompt_cache
@@ -112,7 +113,8 @@ class PlannedLM(MLXLM, TemplateLM):
                 stops = () if think_end else until
                 progress = functools.partial(_advance, bar, bar.n)
                 reply = self._reader.answer(tokens, count, progress, stops)
-                replies.append(postprocess_generated_text(reply, until, think_end))
+                reply = postprocess_generated_text(reply, None, think_end)
+                replies.append(cut(reply, until))
                 self.cache_hook.add_partial("generate_until", request.args, replies[-1])
         return replies
 

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START, stream_generate
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
+from ..data.stop_strings import StopStrings
 from ..errors import generating
 from ..model.plans import plan_at, plan_of, planned_caches, single_caches
 from ..model.scaled_model import make_prompt_cache
@@ -54,7 +55,7 @@ class Reader:
             prompt: ids.
             max_tokens: how many are generated, at most.
             progress: told how many tokens of the prompt are read.
-            until: generation may end where the text has one of these; they stay in it.
+            until: the text ends before the first of these strings.
 
         Raises:
             RunError: MLX failed, for want of memory above all.
@@ -74,11 +75,13 @@ class Reader:
             prompt_progress_callback=lambda done, _: progress(start + done),
         )
         reply = ""
+        stops = StopStrings(until)
         with generating(lambda: f"on a prompt of {len(prompt)} tokens"):
             for part in parts:
-                reply += part.text
-                if any(stop in reply for stop in until):
+                reply += stops.add(part.text)
+                if stops.found:
                     break
+        reply += stops.end()
         self._tokens, self._caches = prompt, caches
         return reply
 

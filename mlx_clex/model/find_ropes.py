@@ -12,33 +12,21 @@ learned or added in other ways.
 """
 
 import inspect
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_map
 from mlx_lm.models.cache import CacheList, KVCache
 
 from ..errors import InputError
+from .base_rope import BaseRope, NoVectorError, measured_rope, stands_still
 from .cache import Place
-from .rotary import Rope
 from .stock import config_value, model_name, stock_caches, stock_class
 
 _NAMES = ("rope", "rotary")  # the attribute of a rope has one of them in it
-
-
-@dataclass(frozen=True)
-class PlainRope:
-    """What a rope does, if it is the plain one."""
-
-    dims: int  # D, dimensions of a head that take part
-    base: float  # rope_theta
-    traditional: bool  # neighbouring dimensions are a pair, not the two halves
-    pairs: int  # pairs that rotate, the fastest ones; D/2 but for a few families
 
 
 @dataclass(frozen=True)
@@ -63,7 +51,7 @@ class Site:
     layer: int
     owner: nn.Module  # the attention
     name: str  # the rope's attribute there
-    rope: PlainRope
+    rope: BaseRope
     calls: int  # in one pass
     query_call: int = 0  # which of them has the queries, from 0
     heads: int = 1
@@ -94,10 +82,10 @@ def find_sites(model: nn.Module) -> list[Site]:
     sites = _sort_out(model, ropes, log)
     if not sites:
         raise InputError(_nothing_found(model, ropes, log))
-    if len({(site.rope.dims, site.rope.base, site.rope.pairs) for site in sites}) > 1:
+    if len({(r.dims, r.pairs, r.inv_freq, r.base, r.gain) for r in (s.rope for s in sites)}) > 1:
         raise InputError(
-            f"The layers of {model_name(model)} have ropes of different dimensions or bases; one "
-            "scaling cannot serve them all."
+            f"The layers of {model_name(model)} have ropes of different dimensions or frequencies; "
+            "one scaling cannot serve them all."
         )
     return sites
 
@@ -202,7 +190,7 @@ def _sort_out(
     waiting: list[_Rotated] = []  # calls whose output no cache has been given yet
     for event in log:
         if isinstance(event, _Rotated):
-            if not _stands_still(ropes[event.rope][2], event.out):
+            if not stands_still(ropes[event.rope][2], event.out):
                 waiting.append(event)
             continue
         # The rope called last is the likeliest, but an indexer may have come in between.
@@ -256,16 +244,16 @@ def _site(
             f"{model_name(model)} calls its rope with more than an array and an offset, which "
             "a scaling does not know."
         )
-    plain = _plain(module, calls[0].out.shape[-1], config_value(model, "rope_theta"))
-    if plain is None:
+    try:
+        base = measured_rope(module, calls[0].out.shape[-1], config_value(model, "rope_theta"))
+    except NoVectorError as error:
         raise InputError(
-            f"{model_name(model)} brings a rope that scales by itself "
-            f"({type(module).__name__}); two scalings would multiply. Load it without "
-            "its own rope_scaling first."
-        )
+            f"{model_name(model)} has a rope ({type(module).__name__}) that no list of frequencies "
+            f"describes: {error}. Start from plain positions with --own-rope drop."
+        ) from error
     in_a_pass = sum(isinstance(event, _Rotated) and event.rope == rope for event in log)
     heads = calls[0].out.shape[1]
-    return Site(layers[0] if layers else 0, owner, name, plain, in_a_pass, 0, heads, heads)
+    return Site(layers[0] if layers else 0, owner, name, base, in_a_pass, 0, heads, heads)
 
 
 def _find_keys(calls: list[_Rotated], event: _Cached) -> tuple[int, Place] | None:
@@ -371,75 +359,3 @@ def _attentions(layer: nn.Module) -> Iterator[str]:
     for module in layer.modules():
         if "ttention" in type(module).__name__:
             yield f"{type(module).__name__}: {', '.join(module.children())}"
-
-
-# What a rope does.
-
-
-def _plain(rope: Any, width: int, rope_theta: Any) -> PlainRope | None:
-    """The plain rope that a module is, by what it does; None if it is another.
-
-    Args:
-        rope: a rope module of mlx-lm or of ours.
-        width: last dimension of what it rotates.
-        rope_theta: of the config, or None. A rope with another base has been scaled.
-    """
-    if isinstance(rope, Rope):
-        return PlainRope(rope.dims, rope.base, rope.traditional, rope.pairs)
-    if isinstance(rope, nn.RoPE):
-        if rope.scale != 1.0:
-            return None
-        return PlainRope(rope.dims, rope.base, rope.traditional, rope.dims // 2)
-    dims = getattr(rope, "dims", getattr(rope, "dim", width))
-    for traditional in (False, True):
-        inv_freq = _measured(rope, width, dims, traditional)
-        if inv_freq is None:
-            continue
-        pairs = int(np.count_nonzero(inv_freq))
-        if pairs < 2 or not inv_freq[:pairs].all():
-            return None
-        base = float(f"{float(inv_freq[pairs - 1]) ** (-dims / 2 / (pairs - 1)):.5g}")
-        if isinstance(rope_theta, int | float) and pairs == dims // 2:
-            if not math.isclose(base, rope_theta, rel_tol=1e-4):
-                return None
-            base = float(rope_theta)
-        plain = PlainRope(dims, base, traditional, pairs)
-        return plain if _is(rope, plain, width) else None
-    return None
-
-
-def _stands_still(rope: Any, x: mx.array) -> bool:
-    """Whether a rope is there in name only; some families have one in some layers."""
-    if isinstance(rope, Rope | nn.RoPE):
-        return False
-    return bool(mx.array_equal(rope(x, offset=1), x))
-
-
-def _first_of_pairs(width: int, dims: int, traditional: bool) -> np.ndarray:
-    x = np.zeros(width, np.float32)
-    x[slice(0, dims, 2) if traditional else slice(0, dims // 2)] = 1
-    return x
-
-
-def _measured(rope: Any, width: int, dims: int, traditional: bool) -> np.ndarray | None:
-    """Radians per token of each pair, (D/2,), or None if it pairs other dimensions."""
-    x = _first_of_pairs(width, dims, traditional)
-    out = np.array(rope(mx.array(x)[None, None, None], offset=1))[0, 0, 0]
-    first = x.astype(bool)
-    second = np.roll(first, 1 if traditional else dims // 2)
-    if not np.allclose(out[first] ** 2 + out[second] ** 2, 1, atol=1e-3):
-        return None
-    return np.arctan2(out[second], out[first])
-
-
-def _is(rope: Any, plain: PlainRope, width: int) -> bool:
-    """Whether a rope is this plain one near and far, for one token and for many."""
-    inv_freq = plain.base ** -(np.arange(0, plain.dims, 2) / plain.dims)
-    inv_freq[plain.pairs :] = 0
-    x = _first_of_pairs(width, plain.dims, plain.traditional)
-    first = x.astype(bool)
-    for offset in (1, 1000, 100_003):
-        out = np.array(rope(mx.array(x)[None, None, None], offset=offset))[0, 0, 0]
-        if not np.allclose(out[first], np.cos(offset * inv_freq), atol=0.1):
-            return False
-    return True

@@ -151,8 +151,7 @@ class Planner:
         new = Pass()
         scale = scales[0]
         same = all(other == scale for other in scales)
-        if same:
-            new.rotary_gain = scaling.rotary_gain(scale)
+        new.rotary_gain = scaling.rotary_gain(scale)  # rows differ only where it is constant
         if same and learns and scaling.trainable_parameters():
             layers = self.layers if scaling.by_layer else [0]
             new.inv_freq = [scaling.differentiable_inv_freq(scale, i) for i in layers]

@@ -21,6 +21,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .base_rope import BaseRope
+
 Offset = int | mx.array  # position of the first token: one, or one a row, (B,)
 
 
@@ -210,23 +212,20 @@ class Rope(nn.Module):
 
     def __init__(
         self,
-        dims: int,
-        base: float,
-        traditional: bool,
+        base: BaseRope,
         layer: int,
         current: CurrentPass,
         *,
-        pairs: int | None = None,
         calls: int = 2,
         query_call: int = 0,
     ) -> None:
         super().__init__()
-        self.dims = dims
-        self.base = base
-        self.traditional = traditional
-        self.pairs = dims // 2 if pairs is None else pairs  # that rotate, the fastest ones
+        self.dims = base.dims
+        self.traditional = base.traditional
+        self.pairs = base.pairs  # that rotate, the fastest ones
         self.layer = layer  # counted among the scaled layers
-        self._all_rotate = self.pairs == dims // 2
+        self._base_rope = base
+        self._all_rotate = self.pairs == self.dims // 2
         self._current = current
         self._calls = calls  # in one pass, of this module
         self._query_call = query_call  # which of them has the queries, from 0
@@ -268,4 +267,4 @@ class Rope(nn.Module):
         return out
 
     def _extra_repr(self) -> str:
-        return f"{self.dims}, base={self.base}, traditional={self.traditional}"
+        return f"{self.dims}, base={self._base_rope.base}, traditional={self.traditional}"

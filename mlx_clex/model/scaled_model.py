@@ -68,13 +68,16 @@ def attach(
         rope_scaling,
         dims=rope.dims,
         base=rope.base,
+        inv_freq=rope.inv_freq,
+        gain=rope.gain,
         trained_length=trained_length,
         weights=weights,
         heads=sites[0].heads,
         key_heads=sites[0].key_heads,
         layers=len(model.layers),
     )
-    assert scaling.static or scaling.rotary_gain(2.0) == 1.0, "cached keys would keep it"
+    one = scaling.rotary_gain(1.0)
+    assert scaling.static or scaling.rotary_gain(2.0) == one, "cached keys would keep it"
     _check_heads(model, scaling, sites)
     _check_gain(model, scaling, sites)
     if scale is not None:
@@ -85,12 +88,9 @@ def attach(
     layers = sorted({site.layer for site in sites})
     for site in sites:
         new = Rope(
-            rope.dims,
-            rope.base,
-            site.rope.traditional,
+            site.rope,
             layers.index(site.layer),
             current,
-            pairs=rope.pairs,
             calls=site.calls,
             query_call=site.query_call,
         )

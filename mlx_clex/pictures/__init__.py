@@ -1,1 +1,1 @@
-"""Pictures, one file for each kind."""
+"""Pictures of results, of training runs and of frequencies, one file for each."""

@@ -1,6 +1,6 @@
 """The scalings, by the names they have in a config.json."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -38,6 +38,8 @@ def build_scaling(
     dims: int,
     base: float,
     trained_length: int,
+    inv_freq: Sequence[float] | None = None,
+    gain: float = 1.0,
     weights: Mapping[str, mx.array] | None = None,
     heads: int | None = None,
     key_heads: int | None = None,
@@ -50,6 +52,9 @@ def build_scaling(
         dims: D, rotated dimensions of a head.
         base: rope_theta.
         trained_length: L0, in tokens.
+        inv_freq: the base model's frequencies, radians per token, (D/2,); None: those of
+            a plain rope with this base.
+        gain: of the base model's rope, on rotated dimensions.
         weights: the learned tensors, `scaling.up_proj` and so on; None starts afresh.
         heads: query heads; read off the weights where they have them.
         key_heads: key heads, the same as `heads` where not given.
@@ -72,6 +77,8 @@ def build_scaling(
         dims=dims,
         base=base,
         trained_length=trained_length,
+        inv_freq=None if inv_freq is None else tuple(inv_freq),
+        gain=gain,
         heads=heads,
         key_heads=key_heads,
         layers=layers,

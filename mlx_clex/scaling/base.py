@@ -9,7 +9,7 @@ Not covered: rotation itself, caches, and which length a pass has.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, get_args, get_type_hints
@@ -36,6 +36,8 @@ class RotaryShape:
     dims: int  # D, rotated dimensions of a head
     base: float  # rope_theta
     trained_length: int  # L0, tokens
+    inv_freq: tuple[float, ...] | None = None  # radians per token, (D/2,); None: plain
+    gain: float = 1.0  # of the base model's rope, on rotated dimensions of queries and keys
     heads: int | None = None  # query heads; needed by gene-param
     key_heads: int | None = None  # key heads; needed by gene-param
     layers: int | None = None  # layers; needed by gene-param
@@ -48,6 +50,11 @@ class RotaryShape:
             )
         if not (self.base > 1 and math.isfinite(self.base)):
             raise InputError(f"rope_theta must be greater than 1, got {self.base}.")
+        if self.inv_freq is not None and len(self.inv_freq) != self.dims // 2:
+            raise InputError(
+                f"inv_freq must have one frequency for each of {self.dims // 2} pairs, got "
+                f"{len(self.inv_freq)}."
+            )
         if self.trained_length < 2:
             raise InputError(
                 f"The trained length must be at least 2 tokens, got "
@@ -184,9 +191,10 @@ class Scaling(nn.Module, ABC):
     def rotary_gain(self, scale: float) -> float:
         """What the rotated dimensions of queries and keys are multiplied by.
 
-        Only for `static` scalings: cached keys would keep that of an old scale.
+        It depends on the scale for `static` scalings alone: cached keys would keep that of
+        an old scale.
         """
-        return 1.0
+        return self.shape.gain
 
     def check_scale(self, scale: float) -> float:
         """Return `scale` if the model can be held at it for good.
@@ -237,29 +245,112 @@ class Scaling(nn.Module, ABC):
                     f"asks for {shape}; check rope_scaling and head_dim in config.json."
                 )
             self[name.removeprefix(PREFIX)] = given[name].astype(mx.float32)
+        self.check_weights()
+
+    def check_weights(self) -> None:
+        """Refuse learned tensors that are not finite.
+
+        Raises:
+            InputError: the message names the tensor.
+        """
+        for name in self.learned:
+            if not mx.isfinite(self[name]).all().item():
+                raise InputError(
+                    f"The tensor {PREFIX}{name} has values that are not finite (NaN or infinity). "
+                    "The file is damaged or its training diverged: use an earlier save."
+                )
+
+    def check_frequencies(self, scale: float | None = None, *, order: bool = False) -> str | None:
+        """Check the frequencies of every layer at every scale the model can have.
+
+        Where they are not learned, or the scale grows without end, the first is enough.
+
+        Args:
+            scale: the one the model is held at; None: it follows the text.
+            order: also report pairs that are faster than the one before. Trained curves may
+                have them and be of use.
+
+        Returns:
+            A line for the user where learned frequencies are finite, and yet faster than pi
+            radians per token, too slow for float32, or out of order; else None.
+
+        Raises:
+            InputError: they are not finite; the message has the method, scale and pair.
+        """
+        self.check_weights()
+        first = self.scale_at(1) if scale is None else scale
+        last = self.largest_scale if self.learned and scale is None else first
+        found: dict[str, str] = {}
+        for at in np.arange(first, max(first, last) + 0.5).tolist():
+            for layer in range((self.shape.layers or 1) if self.by_layer else 1):
+                inv_freq = self._finite(at, layer)
+                for kind, where in _suspicious(inv_freq) if self.learned else ():
+                    if order or kind != "order":
+                        found.setdefault(kind, f"{where} at scale {at:g}")
+        if not found:
+            return None
+        return (
+            f"The learned frequencies of {self.name} are suspicious: {'; '.join(found.values())}. "
+            "Longer texts may be answered wrongly: measure with mlx_clex perplexity."
+        )
 
     def _base_inv_freq(self) -> np.ndarray:
         """The base model's frequencies, radians per token, float64, (D/2,)."""
+        if self.shape.inv_freq is not None:
+            return np.array(self.shape.inv_freq)
         return self.base ** -(np.arange(0, self.dims, 2) / self.dims)
 
     def _table(self, scale: float, layer: int) -> tuple[mx.array, mx.array]:
-        solved = self._solved
-        weights = tuple(self[name] for name in self.learned)
-        if any(a is not b for a, b in zip(weights, solved.weights, strict=False)):
-            solved = self._solved = _Solved()
-        solved.weights = weights
+        solved = self._use_current_weights()
         table = solved.tables.get((scale, layer))
         if table is None:
-            inv_freq = self._solve(scale, layer)
+            inv_freq = self._finite(scale, layer)
             # Both made on the host: a lazy 1 / inv_freq would belong to the stream of
             # this thread, and a server generates in another one.
-            with np.errstate(divide="ignore"):
+            with np.errstate(divide="ignore", over="ignore"):
                 table = (
                     mx.array(inv_freq.astype(np.float32)),
                     mx.array((1 / inv_freq).astype(np.float32)),
                 )
             solved.tables[scale, layer] = table
         return table
+
+    def _use_current_weights(self) -> "_Solved":
+        """What is solved with the current weights; that of older ones is dropped."""
+        solved = self._solved
+        weights = tuple(self[name] for name in self.learned)
+        if any(a is not b for a, b in zip(weights, solved.weights, strict=False)):
+            solved = self._solved = _Solved()
+        solved.weights = weights
+        return solved
+
+    def _finite(self, scale: float, layer: int) -> np.ndarray:
+        """What `_solve` gives, refused where float32 cannot hold it."""
+        self._use_current_weights()
+        try:
+            with np.errstate(all="ignore"):
+                inv_freq = self._solve(scale, layer)
+                finite = np.isfinite(inv_freq.astype(np.float32))
+            gain = self.rotary_gain(scale)
+        except OverflowError:  # from Python's own numbers
+            finite, gain = np.zeros(1, bool), 1.0
+        if finite.all() and math.isfinite(gain):
+            return inv_freq
+        what = "gain" if finite.all() else f"frequency of pair {np.argwhere(~finite)[0][-1]}"
+        raise InputError(
+            f"The {what} of {self.name} at scale {scale:g} is not finite. {self._largest_weight()}"
+        )
+
+    def _largest_weight(self) -> str:
+        """Advice for frequencies that cannot be used."""
+        if not self.learned:
+            return "Choose a smaller factor."
+        largest = {name: mx.abs(self[name]).max().item() for name in self.learned}
+        values = ", ".join(f"{PREFIX}{name} {value:.3g}" for name, value in largest.items())
+        return (
+            f"The learned tensors are too large (largest values: {values}): train with a lower "
+            "learning rate, or use an earlier save."
+        )
 
     def entry(self) -> dict[str, Any]:
         """Return the rope_scaling entry of a config.json, with every field."""
@@ -310,6 +401,18 @@ class _Solved:
         self.weights: tuple[mx.array, ...] = ()
         self.tables: dict[tuple[float, int], tuple[mx.array, mx.array]] = {}
         self.state: Any = None  # what a solver keeps between scales
+
+
+def _suspicious(inv_freq: np.ndarray) -> Iterator[tuple[str, str]]:
+    """Kinds of oddities in frequencies, and where the first of each is."""
+    size = np.abs(inv_freq)
+    for where in np.argwhere(size > math.pi)[:1]:
+        speed = size[tuple(where)]
+        yield "fast", f"pair {where[-1]} turns {speed:.3g} radians per token (above pi it aliases)"
+    for where in np.argwhere(size < np.finfo(np.float32).tiny)[:1]:
+        yield "lost", f"pair {where[-1]} is too slow for float32 and does not turn"
+    for where in np.argwhere(np.diff(inv_freq) > 0)[:1]:
+        yield "order", f"pair {where[-1] + 1} is faster than pair {where[-1]}"
 
 
 def parse_config(config_class: type, rope_scaling: Mapping[str, Any]) -> Any:

@@ -14,9 +14,10 @@ and with W_down = 0 the answer is exact: NTK-aware scaling by 2t - 1.
 
 For inference one solve serves all scales 1..max_factor: float64 on the host, equal steps
 in u, 8 from scale 1 to 2, 4 between neighbours below 4, 2 above. At max_factor 64 and
-D 128 that is 136 steps. For training 16 equal steps in u, float32, lead straight to the
-one scale of the pass. Measured errors are in `benchmarks/README.md`; tests hold them to
-1e-6 in ln inv_freq for weights as large as trained ones.
+D 128 that is 136 steps. The number is doubled until the estimated error in ln inv_freq is
+below 1e-7, which it is at once for weights as large as published ones. For training, steps
+equal in sqrt(2t - 1), float32, lead straight to the one scale of the pass: 4 sqrt(max_factor)
+of them, at least 16. Measured errors are in `benchmarks/README.md`.
 
 Not covered: drawing scales and positions for training.
 """
@@ -32,14 +33,17 @@ import numpy as np
 
 from ..errors import InputError
 from .base import Scaling, option
-from .ode import solve
+from .ode import Rhs, solve, solve_with_error
 from .procedure import PLAIN_SHARE, RELEASE, SKIPS, UNIFORM, Procedure
 
 # Published weights were trained with this base in ln n(t), whatever the model's
 # rope_theta is (Mixtral: 1e6).
 NETWORK_BASE = 10_000.0
 
-TRAINING_STEPS = 16
+_FEWEST_TRAINING_STEPS = 16
+
+_TOLERANCE = 1e-7  # of ln inv_freq at inference
+_MOST_STEPS = 1 << 14  # of a solve, unless max_factor needs more from the start
 
 _LARGEST_FACTOR = 4096  # every scale up to it is solved; a larger one is a slip
 
@@ -182,57 +186,93 @@ class Clex(Scaling):
         """Radians per token, float32, (D/2,), with gradients for W_up and W_down.
 
         The number of steps does not depend on `scale`, so a compiled training step is
-        traced once for all of them.
+        traced once for all scales.
         """
         act = _ACTIVATIONS[self.config.act][1]
-        start, slope = (mx.array(a, mx.float32) for a in self._curve())
+        start, slope = (mx.array(a, mx.float32) for a in self._line())
 
         def rhs(u: mx.array, y: mx.array) -> mx.array:
             hidden = act((y + start - 2 * u * slope) @ self.up_proj)
             return mx.exp(u) / 2 * (hidden @ self.down_proj)
 
-        end = mx.log(2 * mx.array(scale, mx.float32) - 1)
-        times = (end * (k / TRAINING_STEPS) for k in range(TRAINING_STEPS + 1))
+        # Equal in u, the last steps would span too many scales where max_factor is large.
+        steps = max(_FEWEST_TRAINING_STEPS, math.ceil(4 * math.sqrt(self.config.max_factor)))
+        root = mx.sqrt(2 * mx.array(scale, mx.float32) - 1)
+        times = [2 * mx.log(1 + (root - 1) * (k / steps)) for k in range(steps + 1)]
         *_, y = solve(rhs, mx.zeros_like(start), times)
-        return mx.exp(y + mx.array(np.log(self._base_inv_freq()), mx.float32) - slope * end)
+        return mx.exp(y + mx.array(np.log(self._base_inv_freq()), mx.float32) - slope * times[-1])
 
     def _solve(self, scale: float, layer: int) -> np.ndarray:
         if self._solved.state is None:
             self._solved.state = self._integrate()
-        rhs, y_at = self._solved.state
+        curve: _Curve = self._solved.state
         below = int(min(scale, self.config.max_factor))
-        y = y_at[below - 1]
+        error = curve.errors[min(math.ceil(scale), self.config.max_factor) - 1]
+        if not error <= _TOLERANCE:
+            raise InputError(
+                f"The frequencies of clex at scale {scale:g} cannot be computed: after "
+                f"{curve.steps:,} steps ln inv_freq is uncertain by {error:.1g} "
+                f"(allowed: {_TOLERANCE:g}). {self._largest_weight()}"
+            )
+        y = curve.y[below - 1]
         if scale != below:
-            *_, y = solve(rhs, y, _equal_steps(below, scale))
-        slope = self._curve()[1]
+            *_, y = solve(curve.rhs, y, _equal_steps(below, scale, curve.refinement))
+        slope = self._line()[1]
         return self._base_inv_freq() * np.exp(y - slope * math.log(2 * scale - 1))
 
-    def _curve(self) -> tuple[np.ndarray, np.ndarray]:
+    def _line(self) -> tuple[np.ndarray, np.ndarray]:
         """z(1) + ln n(1) and i/(D-2), the line in u that the network reads, (D/2,)."""
         i = np.arange(0, self.dims, 2)
         start = np.log(self._base_inv_freq()) - i / self.dims * math.log(NETWORK_BASE)
         return start, i / (self.dims - 2)
 
-    def _integrate(self) -> tuple[Any, list[np.ndarray]]:
-        """The right-hand side dy/du and y at the scales 1..max_factor, float64."""
+    def _integrate(self) -> "_Curve":
+        """y at the scales 1..max_factor, with as many steps as the tolerance takes."""
+        rhs = self._rhs()
+        refinement = 1
+        while True:
+            times = [0.0]
+            ends = [0]  # indices of the whole scales in `times`
+            for t in range(1, self.config.max_factor):
+                times += _equal_steps(t, t + 1, refinement)[1:]
+                ends.append(len(times) - 1)
+            pairs = list(solve_with_error(rhs, np.zeros(self.dims // 2), times))
+            y, errors = (
+                np.array([pair[side] for pair in pairs])[np.array(ends) // 2] for side in (0, 1)
+            )
+            # The largest so far, NaN included: a later scale builds on the earlier ones.
+            errors = np.maximum.accumulate(errors.max(axis=1))
+            if errors[-1] <= _TOLERANCE or 2 * len(times) > _MOST_STEPS:
+                return _Curve(rhs, refinement, len(times) - 1, y, errors)
+            refinement *= 2
+
+    def _rhs(self) -> Rhs:
+        """dy/du for NumPy, float64, of one solution or of several in rows."""
         act = _ACTIVATIONS[self.config.act][0]
         up = np.array(self.up_proj, np.float64)
-        down = np.array(self.down_proj, np.float64)
-        start, slope = self._curve()
+        half_down = np.array(self.down_proj, np.float64) / 2
+        start, slope = self._line()
         # (y + start - 2 u slope) @ W_up, with all but y @ W_up multiplied out once.
         start_up, slope_up = start @ up, 2 * slope @ up
 
-        def rhs(u: float, y: np.ndarray) -> np.ndarray:
-            return math.exp(u) / 2 * (act(y @ up + start_up - u * slope_up) @ down)
+        def rhs(u: Any, y: np.ndarray) -> np.ndarray:
+            return np.exp(u) * (act(y @ up + start_up - u * slope_up) @ half_down)
 
-        y_at = [np.zeros(self.dims // 2)]
-        for t in range(1, self.config.max_factor):
-            *_, y = solve(rhs, y_at[-1], _equal_steps(t, t + 1))
-            y_at.append(y)
-        return rhs, y_at
+        return rhs
 
 
-def _equal_steps(t: float, later: float) -> list[float]:
+@dataclass(frozen=True)
+class _Curve:
+    """A solution at the scales 1..max_factor."""
+
+    rhs: Rhs  # dy/du
+    refinement: int  # steps / those of the first attempt
+    steps: int  # in all
+    y: np.ndarray  # (max_factor, D/2)
+    errors: np.ndarray  # estimated, of ln inv_freq up to each scale, (max_factor,)
+
+
+def _equal_steps(t: float, later: float, refinement: int) -> list[float]:
     """Times u = ln(2t - 1) from one scale to a later one, equally far apart."""
-    steps = 8 if t < 2 else 4 if t < 4 else 2
+    steps = refinement * (8 if t < 2 else 4 if t < 4 else 2)
     return np.linspace(math.log(2 * t - 1), math.log(2 * later - 1), steps + 1).tolist()

@@ -48,5 +48,4 @@ class Dynamic(Scaling):
     def _solve(self, scale: float, layer: int) -> np.ndarray:
         """Source: transformers, modeling_rope_utils.py, the type `dynamic`."""
         growth = self.config.factor * scale - (self.config.factor - 1)
-        base = self.base * growth ** (self.dims / (self.dims - 2))
-        return base ** -(np.arange(0, self.dims, 2) / self.dims)
+        return self._base_inv_freq() * growth ** -(np.arange(0, self.dims, 2) / (self.dims - 2))

@@ -18,5 +18,4 @@ class Ntk(FactorScaling):
 
     def _solve(self, scale: float, layer: int) -> np.ndarray:
         """Source: NTK-aware scaled RoPE, as in section 3.1 of arXiv 2309.00071."""
-        base = self.base * scale ** (self.dims / (self.dims - 2))
-        return base ** -(np.arange(0, self.dims, 2) / self.dims)
+        return self._base_inv_freq() * scale ** -(np.arange(0, self.dims, 2) / (self.dims - 2))

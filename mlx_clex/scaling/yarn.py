@@ -54,7 +54,7 @@ class Yarn(FactorScaling):
 
     def rotary_gain(self, scale: float) -> float:
         """Source: arXiv 2309.00071, equation 22."""
-        return 0.1 * math.log(scale) + 1.0
+        return self.shape.gain * (0.1 * math.log(scale) + 1.0)
 
     def _solve(self, scale: float, layer: int) -> np.ndarray:
         """Source: arXiv 2309.00071, section 3.2; bounds rounded as its code does."""
@@ -68,5 +68,9 @@ class Yarn(FactorScaling):
 
     def _pair_with_turns(self, turns: float) -> float:
         """The pair, counted from the fastest, that turns so often within L0 tokens."""
-        per_radian = self.trained_length / (turns * 2 * math.pi)
-        return self.dims * math.log(per_radian) / (2 * math.log(self.base))
+        # On a line through the logarithms of the frequencies, for a plain rope the formula
+        # of the paper; between neighbours, and past the ends as at the ends.
+        wanted = math.log(turns * 2 * math.pi / self.trained_length)
+        logs = np.log(self._base_inv_freq())
+        at = int(np.clip(np.searchsorted(-logs, -wanted), 1, len(logs) - 1))
+        return at - 1 + (wanted - logs[at - 1]) / (logs[at] - logs[at - 1])

@@ -1,4 +1,4 @@
-"""Token ids into batches, in an order that can be resumed.
+"""Make batches of token ids, in an order that can be resumed.
 
 `concat` lays all texts end to end and cuts them into sequences of one length, so no token
 is padding and attention needs no mask. `plain` gives every text a row of its own, texts
@@ -26,28 +26,26 @@ class Batches:
     def __init__(
         self, corpus: Corpus, *, packing: str, length: int, batch_size: int, seed: int
     ) -> None:
-        """Decide what a row is.
+        """Cut the corpus into rows.
 
         Args:
-            corpus: where texts come from.
+            corpus: the texts.
             packing: one of `PACKINGS`.
-            length: of the longest row, tokens.
-            batch_size: rows.
-            seed: of the order.
+            length: tokens of the longest row.
+            batch_size: rows of a batch.
+            seed: decides the order of the rows.
 
         Raises:
             InputError: the corpus is too small for one row or batch.
         """
-        if packing not in PACKINGS:
-            raise InputError(f"--packing must be one of {', '.join(PACKINGS)}, got {packing!r}.")
         self.corpus = corpus
         self.length = length
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
-        self.index = 0  # of the next batch in the epoch
-        self.cut = 0  # texts that lose their end
-        self.mute = 0  # texts that have no token to learn within a row
+        self.index = 0  # number of the next batch in the epoch
+        self.cut = 0  # texts whose end does not fit into a row
+        self.mute = 0  # texts without a token to learn in their row
         self._masked = bool(corpus.prompts.any())
         self._make = self._windows if packing == "concat" else self._rows
         self._groups: list[np.ndarray] | None = None
@@ -65,16 +63,19 @@ class Batches:
 
     @property
     def per_epoch(self) -> int:
-        """Batches in one pass over the corpus, at least one."""
+        """How many batches one pass over the corpus has, at least 1."""
         if self._groups is not None:
             return len(self._groups)
         return max(1, self._items // self.batch_size)
 
-    def some(self, count: int) -> Iterator[Batch]:
-        """So many batches, spread evenly over the corpus; all of it where it has fewer.
+    def chosen(self, count: int) -> list[np.ndarray]:
+        """Choose batches that are spread evenly over the corpus.
 
         Args:
-            count: batches; -1: all. Of all, one may have fewer rows than the others.
+            count: how many at most; -1: all. The last one of all may have fewer rows.
+
+        Returns:
+            Numbers of the rows of each batch.
         """
         if self._groups is None:
             every = np.split(
@@ -83,18 +84,21 @@ class Batches:
         else:
             every = ([self._left_over] if len(self._left_over) else []) + self._groups
         count = len(every) if count == -1 else min(count, len(every))
-        for index in np.linspace(0, len(every) - 1, count).round().astype(int):
-            yield self._make(every[index])
+        return [every[i] for i in np.linspace(0, len(every) - 1, count).round().astype(int)]
+
+    def some(self, count: int) -> Iterator[Batch]:
+        """Make the batches of `chosen`, each when it is asked for."""
+        return map(self._make, self.chosen(count))
 
     def next(self) -> Batch:
-        """The next batch."""
+        """Return the next batch."""
         if self.index == self.per_epoch:
             self.epoch += 1
             self.index = 0
             self._order = self._shuffled()
         if self._groups is None:
             first = self.index * self.batch_size
-            # Fewer windows than rows: some come twice.
+            # A corpus with fewer windows than a batch has rows: some are used twice.
             chosen = np.take(self._order, range(first, first + self.batch_size), mode="wrap")
         else:
             chosen = self._groups[self._order[self.index]]
@@ -103,7 +107,7 @@ class Batches:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Where in the data the next batch is."""
+        """The place of the next batch in the data."""
         return {"epoch": self.epoch, "index": self.index}
 
     @state.setter
@@ -137,7 +141,7 @@ class Batches:
         return _batch(ids, weights)
 
     def _grouped(self) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Texts of similar length, `batch_size` each; before them the shortest, left over."""
+        """Return the shortest texts that fill no group, and groups of texts of similar length."""
         lengths = self.corpus.ends - self.corpus.starts
         shown = np.minimum(lengths, self.length + 1)
         order = np.argsort(lengths, kind="stable")
@@ -154,7 +158,7 @@ class Batches:
         return order[:left_over], np.split(order[left_over:], len(order) // self.batch_size)
 
     def _weights(self, begin: int, end: int) -> np.ndarray:
-        """1 for tokens the loss counts and 0 for prompts, (end - begin,)."""
+        """Return 1 for tokens that the loss counts and 0 for prompts, (end - begin,)."""
         if not self._masked:
             return np.ones(end - begin, np.float32)
         index = np.arange(begin, end)

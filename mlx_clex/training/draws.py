@@ -1,6 +1,6 @@
-"""Draws the scale and the positions of a training step.
+"""Draw the scale and the positions of each training step.
 
-`scaling/procedure.py` lists the ways to draw, and each method's choice. Random
+`scaling/procedure.py` lists the ways to draw, and each scaling has its own procedure. Random
 numbers are NumPy's, whose state can be saved and restored exactly.
 
 Not covered: which tokens a step has.
@@ -12,20 +12,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..scaling import Scaling
-from ..scaling.procedure import (
-    CONTIGUOUS,
-    DENSE,
-    FIXED,
-    GENE,
-    RELEASE,
-    SAMPLINGS,
-    SCALE_DRAWS,
-    SKIPS,
-    UNIFORM,
-    Procedure,
-)
-
-__all__ = ["DENSE", "SAMPLINGS", "SCALE_DRAWS", "SKIPS", "Draws", "Procedure", "procedure_for"]
+from ..scaling.procedure import CONTIGUOUS, FIXED, GENE, RELEASE, UNIFORM, Procedure
 
 _MOST_RUNS = 4  # of `skips`
 
@@ -61,11 +48,20 @@ class Draws:
         if scaling.static and procedure.scale_draw != FIXED:
             raise InputError(
                 f"--scale-draw {procedure.scale_draw} needs a scaling whose scale can change; "
-                f"{type(scaling).__name__} has one for all lengths. Use --scale-draw fixed."
+                f"{scaling.name} has one for all lengths. Use --scale-draw fixed."
             )
         self.scaling = scaling
         self.procedure = procedure
         self.rng = rng
+
+    @property
+    def longest(self) -> int | None:
+        """The longest sequence that can be drawn for, in tokens; None where there is no limit."""
+        scaling = self.scaling
+        limits = [scaling.reach] if scaling.hard_reach and scaling.reach is not None else []
+        if self.procedure.scale_draw != FIXED:
+            limits.append(scaling.trained_length * int(self.scaling.largest_scale))
+        return min(limits, default=None)
 
     def check(self, length: int) -> None:
         """Refuse a training length that cannot be drawn for.
@@ -74,31 +70,21 @@ class Draws:
             length: of the sequences, tokens.
 
         Raises:
-            InputError: it is too short, or beyond what the scaling is made for.
+            InputError: it is too short, or beyond `longest`.
         """
-        trained, largest = self.scaling.trained_length, self.scaling.largest_scale
         if length < 4:
             raise InputError(f"--max-seq-length must be at least 4 tokens, got {length}.")
-        if self.procedure.scale_draw == GENE and largest // _steps(length, trained) < 1:
+        trained, longest = self.scaling.trained_length, self.longest
+        if longest is not None and length > longest:
             raise InputError(
-                f"--max-seq-length {length} is {_steps(length, trained)} times the trained "
-                f"length {trained}, and factor is {largest:g}: lower --max-seq-length to "
-                f"{int(largest) * trained} or raise --factor."
+                f"--max-seq-length {length} is beyond {longest} tokens (trained length {trained} "
+                f"x {longest // trained}), the longest that this scaling can be trained at: lower "
+                "it, or raise --max-factor or --factor."
             )
-        reach = self.scaling.reach if self.scaling.hard_reach else None
-        drawn_reach = trained * int(largest) if self.procedure.scale_draw == UNIFORM else None
-        for limit in (reach, drawn_reach):
-            if limit is not None and length > limit:
-                raise InputError(
-                    f"--max-seq-length {length} is beyond {limit} tokens (trained length "
-                    f"{trained} x {limit // trained}), the longest this scaling serves: lower "
-                    "it, or raise --max-factor or --factor."
-                )
 
     def draw(self, length: int) -> Draw:
-        """The next scale and positions, for sequences of `length` tokens."""
+        """Draw the next scale and positions, for sequences of `length` tokens."""
         procedure, trained = self.procedure, self.scaling.trained_length
-        dense = procedure.sampling == DENSE
         plain_share = procedure.plain_share_at(length, trained)
         if plain_share and self.rng.random() < plain_share:
             pieces = _steps(length, trained)
@@ -113,8 +99,7 @@ class Draws:
             sample = self.rng.choice(span, length - 2, replace=False, shuffle=False)
             return Draw(scale, release_positions(np.sort(sample), length, int(scale), trained))
         span = max(length, int(trained * scale))
-        sample = self._dense(length, span) if dense else self._skips(length, span)
-        return Draw(scale, sample.astype(np.float32))
+        return Draw(scale, self._skips(length, span).astype(np.float32))
 
     def _scale(self, length: int) -> float:
         trained = self.scaling.trained_length
@@ -128,11 +113,6 @@ class Draws:
             chances = gene_chances(self.scaling.largest_scale, length, trained)
             return float((1 + self.rng.choice(len(chances), p=chances)) * _steps(length, trained))
         return self.scaling.scale_at(length)
-
-    def _dense(self, length: int, span: int) -> np.ndarray:
-        """0, a sorted sample of whole positions, and span - 1."""
-        inner = self.rng.choice(span - 2, length - 2, replace=False, shuffle=False)
-        return np.concatenate([[0], np.sort(inner) + 1, [span - 1]])
 
     def _skips(self, length: int, span: int) -> np.ndarray:
         """Runs of neighbours, each further on than the one before, within the span."""

@@ -1,10 +1,10 @@
-"""The log of a run: JSON objects, one a line, in the order of iterations.
+"""The log of a run: one JSON object a line, in the order of iterations.
 
     {"iteration": 10, "loss": 5.1, "scale": 3.0, "learning_rate": 1e-05, "tokens": 20480}
     {"iteration": 200, "valid_loss": 5.0, "perplexity": {"4096": 148.4, "8192": 151.2}}
 
-One of the first kind for each iteration; `tokens` is how many have been trained on so far. One
-of the second for each validation; `perplexity` is by length in tokens.
+Each iteration has a line of the first kind; `tokens` counts those trained on so far. Each
+validation has one of the second kind; the keys of `perplexity` are lengths in tokens.
 
 Not covered: what is printed.
 """
@@ -18,14 +18,14 @@ LOG = "log.jsonl"  # in the adapters' folder
 
 
 class Log:
-    """The log of a run that begins or goes on."""
+    """The log of a run, open for writing."""
 
     def __init__(self, path: Path | None, iteration: int) -> None:
-        """Open it, and drop what a killed run wrote past its last save.
+        """Open the log, and delete the lines that a killed run wrote after its last save.
 
         Args:
-            path: the file, which need not exist; None writes nothing.
-            iteration: that of the save; 0 where there is none.
+            path: the file, which need not exist; None: nothing is written.
+            iteration: the iteration of that save; 0: there is none.
         """
         self._file: BinaryIO | None = None
         if path is None:
@@ -39,7 +39,7 @@ class Log:
         self._file.truncate(kept)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append a line, at once."""
+        """Append a line and flush it."""
         if self._file:
             self._file.write(json.dumps(line).encode() + b"\n")
             self._file.flush()
@@ -53,12 +53,12 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """All lines of a log; one that was cut off ends it. None where there is no file."""
+    """Return all whole lines of a log; an empty list where there is no file."""
     return [line for line, _ in _lines(path)]
 
 
 def _lines(path: Path, *, broken_ends: bool = False) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each whole line, and the bytes up to its end; a broken one raises ValueError, or ends it."""
+    """Yield each whole line and the bytes up to its end; a broken line raises, or ends the log."""
     end = 0
     if not path.is_file():
         return

@@ -1,10 +1,10 @@
-"""The training loop: steps, reports, evaluations, saves, and going on from one.
+"""The training loop: steps, reports, validations, saves, and resuming from a save.
 
-What decides the next step is saved in full: weights, optimizer, generator of the draws,
-place in the data, iteration. A resumed run on the CPU is bit-identical to one that was
+A save holds everything that decides the next step: weights, optimizer, random state of the
+draws, place in the data, iteration. A resumed run on the CPU is bit-identical to one that was
 never stopped.
 
-Not covered: what is trained and with which optimizer (`setup.py`).
+Not covered: what is trained, and with which optimizer (`setup.py`).
 """
 
 import contextlib
@@ -19,14 +19,16 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from ..checkpoint.adapters import ADAPTER_SCALING, EXTRA_WEIGHTS
 from ..data.corpus import Corpus
 from ..errors import InputError, RunError
-from ..evaluation.perplexity import mean_loss, perplexity
+from ..evaluation.perplexity import mean_loss, score, windows_of
 from ..scaling import PREFIX
+from .bars import Pace, with_bar
 from .batches import Batches
 from .draws import Draws
 from .log import LOG, Log
@@ -37,7 +39,7 @@ from .step import Result, TrainingStep
 
 @dataclass(frozen=True, kw_only=True)
 class LoopOptions:
-    """When to do what, in iterations; one iteration is one micro-batch."""
+    """When to do what, in iterations; an iteration is one batch."""
 
     iters: int
     grad_accumulation_steps: int = 1
@@ -52,7 +54,7 @@ class LoopOptions:
 
 @dataclass
 class Progress:
-    """What is counted on the way."""
+    """Counters of a run."""
 
     iteration: int = 0
     trained_tokens: int = 0
@@ -86,16 +88,16 @@ class Run:
         return self.step.model
 
     def resume(self, same: Mapping[str, Any]) -> bool:
-        """Go on from the newest save.
+        """Restore the newest save, so that the run goes on from it.
 
         Args:
-            same: settings that must be as they were.
+            same: settings that must be the same as when the save was written.
 
         Returns:
-            Whether there was one.
+            Whether there was a save.
 
         Raises:
-            InputError: it is of another run; the message says what differs.
+            InputError: the save is damaged, or of another run; the message says what differs.
         """
         newest = self.checkpoints.newest
         if newest is None:
@@ -133,14 +135,14 @@ class Run:
         return True
 
     def train(self, same: Mapping[str, Any]) -> None:
-        """Run to the last iteration, saving as it goes and at the end.
+        """Run to the last iteration, with saves on the way and at the end.
 
         Args:
-            same: settings that a later resume must have as well.
+            same: settings that a resumed run must have in common with this one.
 
         Raises:
             InputError: the folder for saves cannot be made.
-            RunError: the loss is no longer a number, or MLX failed; the last save stays.
+            RunError: the loss or the weights are not finite, or MLX failed; the last save stays.
             KeyboardInterrupt: Ctrl-C, after a save.
         """
         options, progress = self.options, self.progress
@@ -154,86 +156,103 @@ class Run:
                 ) from error
         log = Log(self.checkpoints.folder / LOG if self.ranks.first else None, progress.iteration)
         self.model.train()
-        started, timed_steps, timed_tokens = time.perf_counter(), 0, 0
         save_due = False
-        bar = tqdm(
-            total=options.iters,
-            initial=progress.iteration,
-            desc="Training",
-            leave=False,
-            disable=not self.ranks.first,
-        )
-        with self.ranks.running(), log, bar, _stop_request() as stop_asked:
+        with self.ranks.running(), log, _stop_request() as stop_asked:
             if progress.iteration == 0:
                 self._validate(log)
-                started = time.perf_counter()
-            while progress.iteration < options.iters:
-                iteration = progress.iteration + 1
-                update = (
-                    iteration % options.grad_accumulation_steps == 0 or iteration == options.iters
-                )
-                result, scale = self._iterate(iteration, update)
-                if mx.get_cache_memory() > options.clear_cache_threshold:
-                    mx.clear_cache()
-                loss = result.loss / max(result.tokens, 1)
-                self._check_finite(iteration, scale, loss, result.norm)
-                progress.iteration = iteration
-                progress.losses += result.loss
-                progress.tokens += result.tokens
-                progress.trained_tokens += result.tokens
-                log.write(
-                    {
-                        "iteration": iteration,
-                        "loss": loss,
-                        "scale": scale,
-                        "learning_rate": self._learning_rate,
-                        "tokens": progress.trained_tokens,
-                    }
-                )
-                timed_steps += 1
-                timed_tokens += result.tokens
-                bar.update()
-                if iteration % options.steps_per_report == 0 or iteration == options.iters:
-                    seconds = time.perf_counter() - started
-                    self._report(timed_steps / seconds, timed_tokens / seconds)
-                    started, timed_steps, timed_tokens = time.perf_counter(), 0, 0
-                if iteration % options.steps_per_eval == 0 or iteration == options.iters:
-                    before = time.perf_counter()
-                    self._validate(log)
-                    started += time.perf_counter() - before
-                save_due = save_due or iteration % options.save_every == 0
-                if not update:
-                    continue  # there is a half-made gradient
-                stop = any(self.ranks.each(stop_asked()))
-                if save_due or stop or iteration == options.iters:
-                    self._save(same)
-                    save_due = False
-                if stop:
-                    raise KeyboardInterrupt
+            with Pace(options.iters, progress.iteration, shown=self.ranks.first) as pace:
+                while progress.iteration < options.iters:
+                    update = self._iterate(log, pace)
+                    iteration = progress.iteration
+                    last = iteration == options.iters
+                    if last or iteration % options.steps_per_report == 0:
+                        self._report(*pace.rates())
+                    if last or iteration % options.steps_per_eval == 0:
+                        with pace.paused():
+                            self._check_weights()
+                            self._validate(log)
+                    save_due = save_due or iteration % options.save_every == 0
+                    if not update:
+                        continue  # the gradient of this update is not complete
+                    stop = any(self.ranks.each(stop_asked()))
+                    if save_due or stop or last:
+                        self._save(same)
+                        save_due = False
+                    if stop:
+                        raise KeyboardInterrupt
 
-    def _iterate(self, iteration: int, update: bool) -> tuple[Result, float]:
+    def _iterate(self, log: Log, pace: Pace) -> bool:
+        """Run one iteration; return whether it changed the weights."""
+        options, progress = self.options, self.progress
+        iteration = progress.iteration + 1
+        update = iteration % options.grad_accumulation_steps == 0 or iteration == options.iters
+        result, scale = self._step(iteration, update)
+        if mx.get_cache_memory() > options.clear_cache_threshold:
+            mx.clear_cache()
+        loss = result.loss / max(result.tokens, 1)
+        if not (math.isfinite(loss) and math.isfinite(result.norm)):
+            raise self._failure(
+                f"Iteration {iteration}, scale {scale:g}: the loss is {loss:g}, the gradient's "
+                f"norm {result.norm:g}"
+            )
+        progress.iteration = iteration
+        progress.losses += result.loss
+        progress.tokens += result.tokens
+        progress.trained_tokens += result.tokens
+        log.write(
+            {
+                "iteration": iteration,
+                "loss": loss,
+                "scale": scale,
+                "learning_rate": self._learning_rate,
+                "tokens": progress.trained_tokens,
+            }
+        )
+        pace.step(result.tokens)
+        return update
+
+    def _step(self, iteration: int, update: bool) -> tuple[Result, float]:
         batch = self.batches.next()
         draw = self.draws.draw(batch.tokens.shape[1])
-        # Dropout of an iteration depends on nothing that came before it.
+        # A seed for each iteration, so that dropout is the same after a resume.
         ranks = self.ranks
         mx.random.seed((self.seed * 1_000_003 + iteration) * ranks.size + ranks.rank)
         return self.step(batch.rows(ranks.rank, ranks.size), draw, update=update), draw.scale
 
-    def _check_finite(self, iteration: int, scale: float, loss: float, norm: float) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
+    def _failure(self, what: str) -> RunError:
         newest = self.checkpoints.newest
         kept = f"the last good save is {newest}" if newest else "nothing was saved yet"
-        raise RunError(
-            f"Iteration {iteration}, scale {scale:g}: the loss is {loss:g}, the gradient's norm "
-            f"{norm:g}; {kept}. Begin a run with a lower --learning-rate or "
+        return RunError(
+            f"{what}; {kept}. Begin a run with a lower --learning-rate or "
             "--scaling-learning-rate, or with --max-grad-norm; --resume-adapter-file starts it "
             "from the adapters of a save."
         )
 
+    def _check_weights(self) -> None:
+        """Refuse to go on with weights that are not finite, or that give no finite loss.
+
+        The loss of an iteration is that of the weights before its update, so it does not show
+        what the update did to them.
+        """
+        weights: Any = tree_flatten(self.model.trainable_parameters())
+        finite: Any = mx.stack([mx.isfinite(value).all() for _, value in weights]).tolist()
+        broken = [name for (name, _), fine in zip(weights, finite, strict=True) if not fine]
+        loss = math.nan if broken else self._loss_of_a_row()
+        if any(self.ranks.each(bool(broken) or not math.isfinite(loss))):
+            what = f"{broken[0]} is not finite" if broken else f"the loss is {loss:g}"
+            raise self._failure(
+                f"Iteration {self.progress.iteration}: after its update {what}, so it is not saved"
+            )
+
+    def _loss_of_a_row(self) -> float:
+        row = next(self.batches.some(1)).rows(0, self.batches.batch_size)
+        # Every token counts, since all of a row may be a prompt.
+        with np.errstate(all="ignore"):
+            return mean_loss(self.model, [row._replace(weights=np.ones_like(row.weights))])
+
     @property
     def _learning_rate(self) -> float:
-        # Of several optimizers the last is the model's.
+        # The last of several optimizers is the model's; see `build_optimizer`.
         optimizer = getattr(self.step.optimizer, "optimizers", [self.step.optimizer])[-1]
         rate: Any = mx.array(optimizer.learning_rate).item()
         return rate
@@ -266,11 +285,10 @@ class Run:
         if self.valid is None or self.valid_corpus is None:
             return
         started = time.perf_counter()
-        loss = mean_loss(self.model, self.valid.some(options.val_batches))
-        found = {
-            n: perplexity(self.model, self.valid_corpus, n, options.eval_windows)
-            for n in options.eval_lengths
-        }
+        shown = self.ranks.first
+        batches = with_bar(self.valid, options.val_batches, "Validating", shown=shown)
+        loss = mean_loss(self.model, batches)
+        found = {n: self._perplexity(self.valid_corpus, n) for n in options.eval_lengths}
         seconds = time.perf_counter() - started
         text = f"Iter {self.progress.iteration}: Val loss {loss:.3f}, Val took {seconds:.3f}s"
         tqdm.write(text)
@@ -281,10 +299,20 @@ class Run:
         by_length = {f"perplexity_{n}": value for n, value in found.items()}
         self.on_validation(info | {"val_loss": loss, "val_time": seconds} | by_length)
 
+    def _perplexity(self, corpus: Corpus, length: int) -> float:
+        windows = self.options.eval_windows
+        total = len(windows_of(corpus, length, windows)) * (length - 1)
+        text = f"Perplexity at {length} tokens"
+        shown = self.ranks.first
+        with tqdm(total=total, desc=text, unit="token", leave=False, disable=not shown) as bar:
+            return score(self.model, corpus, length, windows, on_read=bar.update).perplexity
+
     def _save(self, same: Mapping[str, Any]) -> None:
+        self._check_weights()
         if self.ranks.first:
             self._write_save(same)
-        self.ranks.each(0)  # nobody ends, and so ends the others, before it is written
+        # Wait for the first: a process that ends now would make mlx.launch end it too.
+        self.ranks.each(0)
 
     def _write_save(self, same: Mapping[str, Any]) -> None:
         trained = dict(tree_flatten(self.model.trainable_parameters()))
@@ -317,7 +345,7 @@ def _as_json(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _stop_request() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C be asked for, and the second stop at once."""
+    """Yield a function that tells whether Ctrl-C was pressed; a second one stops at once."""
     asked: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -328,7 +356,7 @@ def _stop_request() -> Iterator[Callable[[], bool]]:
 
     try:
         before = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not in the main thread, where no signal comes
+    except ValueError:  # only the main thread gets signals
         yield lambda: False
         return
     try:

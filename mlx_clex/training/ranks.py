@@ -1,11 +1,11 @@
 """The processes of one training run under mlx.launch.
 
-Each has the whole model and takes its rows of every batch; gradients are summed
-(`step.py`). All of them do the same things in the same order, or wait for each other for
-ever: so what could differ, a failure or Ctrl-C, is asked of all. The first one speaks and
-writes.
+Each process has the whole model and takes its rows of every batch; gradients are summed
+(`step.py`). All processes must do the same things in the same order, or they wait for each
+other for ever. So a failure or Ctrl-C in one of them is told to all. Only the first process
+prints and writes.
 
-Not covered: a model shared out among processes (`sharding.py`), which training never is.
+Not covered: a model shared among processes (`model/sharding.py`); training has none.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ _MEMORY = (
 
 
 class Ranks:
-    """This process among the others; alone, without a group."""
+    """This process among the others."""
 
     def __init__(self, group: mx.distributed.Group | None = None) -> None:
         self.group = group
@@ -39,7 +39,7 @@ class Ranks:
         return self.rank == 0
 
     def each(self, value: int) -> list[int]:
-        """What every process gives here, in their order; below 2^31."""
+        """Return the value that each process gives, in their order; values below 2^31."""
         if self.size == 1:
             return [value]
         mine = mx.array([value])
@@ -47,13 +47,13 @@ class Ranks:
         return every
 
     def check_same(self, settings: Any) -> None:
-        """Refuse to go on with processes that would do different things.
+        """Refuse processes whose settings differ.
 
         Args:
-            settings: as JSON.
+            settings: of this process, as JSON.
 
         Raises:
-            InputError: they are not the same everywhere.
+            InputError: another process has other settings.
         """
         digest = zlib.crc32(json.dumps(settings, sort_keys=True).encode()) >> 1
         if len(set(self.each(digest))) > 1:
@@ -64,7 +64,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
-        """Within the block, what fails in every process is told by the first alone."""
+        """Report an error of the block once, if it happens in every process."""
         failure: Exception | None = None
         try:
             yield
@@ -83,10 +83,10 @@ class Ranks:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Within the block, the first process alone tells of an end that all share.
+        """Report a failure of the block once, if it ends every process.
 
         Raises:
-            RunError: the run failed, or MLX.
+            RunError: the run or MLX failed.
         """
         try:
             yield
@@ -96,7 +96,7 @@ class Ranks:
             self._leave(1)
         except RuntimeError as error:
             if type(error) is not RuntimeError:
-                raise  # RecursionError and the like are mistakes of ours
+                raise  # a subclass such as RecursionError is a mistake of ours
             if self.size == 1:
                 raise RunError(f"MLX failed: {error}. {_MEMORY}") from error
             raise RunError(
@@ -105,7 +105,7 @@ class Ranks:
             ) from error
 
     def _leave(self, status: int) -> None:
-        """End without a word, but not before those that have one to say.
+        """Exit without a message, once the process that prints one has done so.
 
         mlx.launch kills all processes when one of them has failed.
         """

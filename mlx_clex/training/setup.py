@@ -1,10 +1,10 @@
-"""What is trained, and by which optimizer.
+"""Choose the trained parameters and build the optimizer.
 
-Layers, schedules and optimizers are mlx-lm's and mlx's own; added are the scaling's
-tensors, with a learning rate of their own, and norms and embeddings (after LongLoRA,
+Adapters, schedules and optimizers are those of mlx-lm and mlx. Added are the tensors of the
+scaling, with a learning rate of their own, and norms and embeddings (after LongLoRA,
 arXiv 2309.12307, which found adapters alone too weak for longer contexts).
 
-Not covered: the steps themselves.
+Not covered: the steps of training (`step.py`).
 """
 
 from collections.abc import Mapping
@@ -27,9 +27,9 @@ OPTIMIZERS: dict[str, Any] = {
     "sgd": optim.SGD,
     "adafactor": optim.Adafactor,
 }
-# Settings that stand where `optimizer_config` has none.
+# Settings of ours, which `optimizer_config` may replace.
 _OPTIONS: dict[str, dict[str, Any]] = {
-    "adafactor": {"relative_step": False},  # else it has a learning rate of its own
+    "adafactor": {"relative_step": False},  # True would ignore the learning rate
 }
 
 
@@ -42,26 +42,22 @@ def choose_trained(
     scaling: bool,
     norms_and_embeddings: bool,
 ) -> frozenset[str]:
-    """Freeze the model but for what is to be trained.
+    """Freeze all parameters of the model except those that are trained.
 
     Args:
         model: from `load` or `attach`.
         fine_tune_type: one of `FINE_TUNE_TYPES`.
         num_layers: how many of the last layers; -1 for all.
-        lora_parameters: rank, scale, dropout and, if wanted, keys, as in mlx-lm.
-        scaling: train the scaling's tensors, where it has some.
-        norms_and_embeddings: train these too, in all layers.
+        lora_parameters: rank, scale, dropout and optionally keys, as in mlx-lm.
+        scaling: train the tensors of the scaling, if it has any.
+        norms_and_embeddings: train the norms and embeddings of all layers as well.
 
     Returns:
-        Names of norms and embeddings that would otherwise not be trained.
+        Names of the parameters that are trained because of `norms_and_embeddings` alone.
 
     Raises:
-        InputError: nothing would be trained, or a quantised weight would.
+        InputError: nothing would be trained, or a quantised weight would be.
     """
-    if fine_tune_type not in FINE_TUNE_TYPES:
-        raise InputError(
-            f"--fine-tune-type must be one of {', '.join(FINE_TUNE_TYPES)}, got {fine_tune_type!r}."
-        )
     model.freeze()
     count = len(model.layers)
     last = model.layers[-num_layers:] if 0 < num_layers < count else model.layers
@@ -88,7 +84,7 @@ def choose_trained(
     after = set(dict(tree_flatten(model.trainable_parameters())))
     if not after:
         raise InputError(
-            f"--fine-tune-type {fine_tune_type} trains nothing: {type(model.scaling).__name__} has "
+            f"--fine-tune-type {fine_tune_type} trains nothing: {model.scaling.name} has "
             "no tensors of its own, or --scaling-learning-rate is 0. Use lora, dora or full."
         )
     return frozenset(after - before)
@@ -112,19 +108,17 @@ def build_optimizer(
     *,
     scaling_share: float,
 ) -> optim.Optimizer:
-    """One optimizer for the model and one for the scaling.
+    """Build an optimizer with one part for the model and one for the scaling.
 
     Args:
         name: one of `OPTIMIZERS`.
-        options: its own settings, as in mlx-lm's `optimizer_config`.
+        options: settings of this optimizer, as in mlx-lm's `optimizer_config`.
         learning_rate: a number, or a schedule from `learning_rate_schedule`.
         scaling_share: the scaling's learning rate / the model's.
 
     Raises:
-        InputError: an unknown optimizer or setting.
+        InputError: a setting that the optimizer does not have.
     """
-    if name not in OPTIMIZERS:
-        raise InputError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
     kind = _with_masters(OPTIMIZERS[name])
     options = _OPTIONS.get(name, {}) | dict(options)
     try:
@@ -140,10 +134,10 @@ def build_optimizer(
 
 
 def _with_masters(kind: type[optim.Optimizer]) -> Any:
-    """An optimizer that keeps a float32 copy of each half-precision weight in its state.
+    """Return an optimizer that keeps a float32 copy of each half-precision weight in its state.
 
-    An update of 1e-5 to a norm's weight of 1 is below what bfloat16 can tell apart: added to
-    the weight itself, none would ever change it.
+    bfloat16 cannot represent 1 + 1e-5, so small updates added to a norm's weight of 1 would
+    never change it.
     """
 
     class WithMasters(kind):  # type: ignore[misc, valid-type]
@@ -166,14 +160,14 @@ def _with_masters(kind: type[optim.Optimizer]) -> Any:
 def learning_rate_schedule(
     learning_rate: float, *, updates: int, warmup: int, cosine: bool, config: Any = None
 ) -> Any:
-    """A number, or a function from the update to the learning rate.
+    """Return a number, or a function from the update to the learning rate.
 
     Args:
-        learning_rate: the highest.
-        updates: of the whole run.
-        warmup: updates of linear growth from 0 before it.
-        cosine: fall to 0 along a half cosine after it.
-        config: mlx-lm's `lr_schedule`, in place of the others.
+        learning_rate: the highest one.
+        updates: how many the whole run has.
+        warmup: how many updates the linear growth from 0 takes.
+        cosine: fall to 0 along a half cosine after the warm-up.
+        config: mlx-lm's `lr_schedule`, used instead of the other arguments.
 
     Raises:
         InputError: a schedule that mlx-lm does not know.
@@ -181,7 +175,7 @@ def learning_rate_schedule(
     if config is None:
         if not (warmup or cosine):
             return learning_rate
-        # Where nothing falls, a straight line from the rate to itself.
+        # Without a cosine: a constant, as a straight line from the rate to itself.
         config = {"name": "linear_schedule", "arguments": [learning_rate, learning_rate, 1]}
         if cosine:
             arguments = [learning_rate, max(1, updates - warmup)]

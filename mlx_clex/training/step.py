@@ -27,11 +27,11 @@ from .draws import Draw
 
 
 class Result(NamedTuple):
-    """What a step reports, of all processes together."""
+    """What a step reports, summed over all processes."""
 
     loss: float  # sum over the tokens counted, nats
     tokens: int  # how many were counted
-    norm: float  # of the gradient before clipping; 0 where nothing was updated
+    norm: float  # norm of the gradient before clipping; 0 without an update
 
 
 class TrainingStep:
@@ -51,13 +51,13 @@ class TrainingStep:
 
         Args:
             model: from `load` or `attach`; its trainable parameters are trained.
-            optimizer: takes the updates.
+            optimizer: updates the weights.
             grad_checkpoint: recompute each layer in the backward pass.
-            max_grad_norm: clip the gradient's norm to this, that of the scaling's own tensors
-                and that of all others each; 0 for no clipping.
-            chunk: tokens whose logits are there at once; None takes as many as fit 16 MiB.
-            group: processes whose steps these are, each with rows of its own; every token
-                weighs the same, wherever it is.
+            max_grad_norm: clip the gradient to this norm, the scaling's and all others' each;
+                0: no clipping.
+            chunk: tokens whose logits are computed at once; None: as many as fit 16 MiB.
+            group: processes that share a step, each with its own rows; every token has the
+                same weight.
         """
         self.model = model
         self.scaling: Scaling = model.scaling
@@ -67,7 +67,7 @@ class TrainingStep:
         self.chunk = chunk
         self.group = group
         self.parts = group.size() if group else 1
-        self.traces = 0  # how often a step was traced anew
+        self.traces = 0  # how often a step was traced
         self._carried: Any = None  # gradients and token count of earlier micro-batches
         optimizer.init(model.trainable_parameters())
         self._compile()
@@ -95,7 +95,7 @@ class TrainingStep:
         return dict(tree_flatten(self.optimizer.state))
 
     def restore(self, arrays: Mapping[str, mx.array]) -> None:
-        """Take back what `optimizer_arrays` gave."""
+        """Set the optimizer's state from what `optimizer_arrays` returned."""
         state = tree_map_with_path(lambda name, _: arrays[name], self.optimizer.state)
         self.optimizer.state = state
         self._compile()
@@ -128,8 +128,7 @@ class TrainingStep:
         return Pass(
             inv_freq=inv_freq,
             positions=positions,
-            # Only scalings that are never drawn have one.
-            rotary_gain=scaling.rotary_gain(scaling.scale_at(1)) if scaling.static else 1.0,
+            rotary_gain=scaling.rotary_gain(scaling.scale_at(1) if scaling.static else 1.0),
             # CLEX's log_scale is for inference; GeNE's is part of its training.
             position_gain=self._position_gain if by_position else None,
         )

@@ -64,7 +64,7 @@ def test_fine_tunes_read_far_beyond_the_trained_length(name, held_out):
     assert perplexity(name, held_out, 512) < 1.05 * perplexity(name, held_out, 64)
 
 
-@pytest.mark.parametrize(("name", "reach"), [("clex", 2048), ("gene", None)])
+@pytest.mark.parametrize(("name", "reach"), [("clex", 2048), ("gene", 2048)])
 def test_bundled_models_are_scaled_models(name, reach):
     model, tokenizer = load(f"bundled:{name}")
     assert isinstance(model, ScaledModel)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_clex.checkpoint.config import normalise_config
+from mlx_clex.checkpoint.config import is_ours, normalise_config, original_length, set_tied
 from mlx_clex.errors import InputError
 
 OLD_CLEX: dict[str, Any] = {  # the keys of a CLEX config of October 2023
@@ -133,21 +133,43 @@ def test_mixtral_and_unknown_families_keep_their_base():
     assert "rope_theta" not in normalise_config({"model_type": "gemma3_text"})
 
 
-def test_yarn_configs_of_others_name_the_trained_length_inside():
-    """Ours always keeps the length before stretching in max_position_embeddings."""
-    config = normalise_config(
-        {
-            "max_position_embeddings": 131_072,
-            "rope_scaling": {
-                "type": "yarn",
-                "factor": 4.0,
-                "original_max_position_embeddings": 32_768,
-            },
-        }
-    )
+def test_yarn_configs_of_others_stay_as_published():
+    """They were taken over as this project's yarn, which ignores mscale and the like."""
+    published = {
+        "max_position_embeddings": 131_072,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32_768,
+            "mscale": 0.7,
+        },
+    }
+    config = normalise_config(published)
+    assert config["max_position_embeddings"] == 131_072
+    assert config["rope_scaling"] == published["rope_scaling"]
+    assert not is_ours(config, "yarn")
+    assert original_length(config) == 32_768
 
-    assert config["max_position_embeddings"] == 32_768
-    assert config["rope_scaling"] == {"type": "yarn", "factor": 4.0}
+
+def test_an_entry_that_transformers_refuses_has_a_key_of_its_own():
+    """transformers checks rope_scaling of phi3 when it reads the tokenizer."""
+    config = normalise_config({"mlx_clex_rope_scaling": {"type": "yarn", "factor": 2.0}})
+    assert config["rope_scaling"] == {"type": "yarn", "factor": 2.0}
+    assert is_ours(config, "yarn")
+
+
+@pytest.mark.parametrize(("has_head", "same"), [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("given", [None, True, False])
+def test_the_head_in_the_file_decides(given, has_head, same):
+    """`load` was off by 7.0 in a logit where tie_word_embeddings was absent or wrong."""
+    config = {} if given is None else {"tie_word_embeddings": given}
+    set_tied(config, has_head=has_head, same=same)
+    if has_head and not same:
+        assert config["tie_word_embeddings"] is False
+    elif given is None:
+        assert config["tie_word_embeddings"] is not has_head
+    else:
+        assert config["tie_word_embeddings"] is given
 
 
 @pytest.mark.parametrize(

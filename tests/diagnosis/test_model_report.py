@@ -122,17 +122,11 @@ def test_a_stock_model_is_told_what_is_possible(tmp_path):
 
 def test_what_would_go_wrong(tmp_path):
     """Each in words, instead of a traceback at the first use."""
-    llama3 = {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+    yarn = {"type": "yarn", "factor": 4.0, "attention_factor": 1.0, "truncate": False}
     for config, words in [
         ({"rope_scaling": {"type": "clex", "max_facto": 3}}, "'max_facto'"),
         ({"rope_scaling": {"type": "spline"}}, "'spline'"),
-        ({"rope_scaling": llama3}, "scales by itself"),
+        ({"rope_scaling": yarn}, "mlx-lm ignores attention_factor and truncate"),
         ({"model_type": "abacus"}, "abacus"),
         ({"hidden_size": "wide"}, "hidden_size"),
     ]:
@@ -164,3 +158,24 @@ def test_doctor_prints_it(capsys, tmp_path):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     with pytest.raises(InputError, match=r"config\.json"):
         report(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w * float("nan"), "scaling.down_proj has values that are not finite"),
+        (lambda w: w * 0 + 0.2, "pair 0 turns"),
+        (lambda w: w, "pair 5 is faster than pair 4"),
+        (lambda w: w * 1e4, "of clex at scale"),
+    ],
+)
+def test_a_learned_curve_that_cannot_be_right_is_a_problem(tmp_path, converted, change, words):
+    """doctor said nothing of a scaling with NaN, or one that speeds pairs up."""
+    folder = shutil.copytree(converted("clex_llama"), tmp_path / "model")
+    (file,) = folder.glob("model*.safetensors")
+    weights = mx.load(str(file))
+    weights["scaling.down_proj"] = change(weights["scaling.down_proj"])
+    mx.eval(weights)
+    mx.save_safetensors(str(file), weights, metadata={"format": "mlx"})
+
+    assert any(words in text for text in lines(folder)["problem"]), lines(folder)["problem"]

@@ -16,7 +16,7 @@ from mlx_lm.utils import does_model_support_input_embeddings
 from mlx_clex import attach, make_prompt_cache
 from mlx_clex.errors import InputError
 from mlx_clex.model.cache import ScaledKVCache
-from mlx_clex.model.rotary import Pass, Rope
+from mlx_clex.model.rotary import Pass, Rope, rotate
 from mlx_clex.model.scaled_model import given_pass
 from mlx_clex.scaling import SCALINGS
 
@@ -264,15 +264,19 @@ def test_partial_rotary_and_interleaved_models_are_served(kind, tokens):
     assert worst(moved[0].keys, growing[0].keys) < 1e-5
 
 
-def test_a_model_with_another_rope_is_refused():
-    """Two scalings would multiply without a word."""
+@pytest.mark.parametrize(
+    "entry", [{"type": "llama3", "factor": 8.0}, {"type": "linear", "factor": 2.0}]
+)
+def test_frequencies_are_those_of_the_models_own_rope(entry):
+    """Two scalings multiplied, or the model's own was dropped."""
     args = tiny_llama().args
-    args.rope_scaling = {"type": "llama3", "factor": 8.0}
-    with pytest.raises(InputError, match=r"scales by itself \(Llama3RoPE\)"):
-        attach(llama.Model(args), {"type": "clex"})
-    args.rope_scaling = {"type": "linear", "factor": 2.0}
-    with pytest.raises(InputError, match="scales by itself"):
-        attach(llama.Model(args), {"type": "clex"})
+    args.rope_scaling = entry
+    source = llama.Model(args)
+    own = source.layers[0].self_attn.rope
+    x = mx.random.normal((1, 1, 5, 32))
+    before = own(x, offset=7)
+    model = attach(source, {"type": "clex"}, scale=1.0)
+    assert mx.abs(rotate(x, model.scaling.inv_freq(1.0), 7) - before).max() < 1e-5
 
 
 def test_a_model_without_a_rope_is_told_what_was_looked_for():

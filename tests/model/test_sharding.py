@@ -1,5 +1,6 @@
 """Two processes of mlx.launch give the tokens of one."""
 
+import argparse
 import concurrent.futures
 import http.client
 import json
@@ -163,7 +164,8 @@ def serving(*options):
 
         def ask(path="/v1/completions", method="POST", **body):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-            connection.request(method, path, json.dumps(body) if body else None)
+            headers = {"Content-Type": "application/json"}
+            connection.request(method, path, json.dumps(body) if body else None, headers)
             answer = connection.getresponse()
             return answer.status, answer.read().decode()
 
@@ -230,7 +232,8 @@ def hang_up(port, **body):
     """Send a request, and leave when the answer begins."""
     data = json.dumps(body)
     with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
-        head = f"POST /v1/completions HTTP/1.1\r\nContent-Length: {len(data)}\r\n\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(data)}\r\n\r\n"
         connection.sendall((head + data).encode())
         connection.recv(200)
 
@@ -240,12 +243,15 @@ def hang_up(port, **body):
     [
         ((), ["--model"]),
         (("--model", "x", "--draft-model", "x"), ["--draft-model", "one process"]),
+        (("--model", "x", "--allow-model", "y"), ["--allow-model", "one process"]),
         (("--model", "x", "--pipeline", "--prompt-cache-bytes", "1GB"), ["--prompt-cache-bytes"]),
     ],
 )
 def test_options_that_several_processes_cannot_have(options, words):
     """They would answer out of step, or not at all."""
-    args = server.stock_parser().parse_args(options)
+    parser = argparse.ArgumentParser()
+    server.add_arguments(parser)
+    args = parser.parse_args(options)
     with pytest.raises(InputError) as error:
         server.check_processes(args, 2)
     assert all(word in str(error.value) for word in words)

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_clex.errors import InputError
 from mlx_clex.scaling.clex import NETWORK_BASE, Clex, ClexConfig
 from mlx_clex.scaling.ode import solve
 
@@ -55,6 +56,62 @@ def test_untrained_it_is_ntk_by_twice_the_scale_less_one(scale, base):
     assert np.abs(np.array(clex.inv_freq(scale)) / exact - 1).max() < 1e-7
     ours = np.array(clex.differentiable_inv_freq(scale))
     assert np.abs(ours / exact - 1).max() < 3e-6
+
+
+def steep(act, up, down, **fields):
+    """A CLEX with W_up `up` times its initial bound and W_down of standard deviation `down`."""
+    clex = Clex(ClexConfig(act=act, **fields), dims=DIMS, base=1e4, trained_length=4096)
+    hidden = clex.up_proj.shape[1]
+    rng = np.random.default_rng(0)
+    bound = up / np.sqrt(hidden)
+    clex.up_proj = mx.array(rng.uniform(-bound, bound, clex.up_proj.shape), mx.float32)
+    clex.down_proj = mx.array(rng.normal(0, down, clex.down_proj.shape), mx.float32)
+    return clex
+
+
+@pytest.mark.parametrize(
+    ("act", "up", "down"),
+    [("silu", 5, 0.003), ("silu", 5, 0.01), ("tanh", 5, 0.03), ("tanh", 1, 1)],
+)
+def test_steep_networks_are_solved_as_exactly(act, up, down):
+    """With W_up five times its initial bound, fixed steps were off by 2.9e-6 and far more."""
+    clex = steep(act, up, down, max_factor=12)
+    fine = as_published(clex, step=0.001)
+    checked = 0
+    for scale, exact in enumerate(fine, 1):
+        usable = exact < np.log(np.pi)  # faster pairs alias, and may be beyond any float
+        with np.errstate(all="ignore"):
+            ours = np.log(clex._solve(float(scale), 0))
+        checked += usable.sum()
+        assert np.abs(ours - exact)[usable & np.isfinite(ours)].max() < 1e-6, f"scale {scale}"
+    assert checked > 300
+
+
+def test_a_network_too_steep_to_solve_is_refused():
+    """It gave frequencies with no correct digit."""
+    clex = steep("silu", 300, 0.3, max_factor=4)
+    with pytest.raises(InputError, match=r"at scale 4 cannot be computed: after .* uncertain by"):
+        clex.inv_freq(4.0)
+    assert np.isfinite(np.array(clex.inv_freq(1.0))).all(), "scale 1 needs no solve"
+
+
+@pytest.mark.parametrize(
+    ("act", "down", "max_factor", "bound"),
+    [
+        ("tanh", 0.01, 16, 5e-6),
+        ("tanh", 0.03, 16, 2e-5),
+        ("silu", 0.01, 16, 2e-5),
+        ("tanh", 0.01, 64, 2e-5),
+        ("silu", 0.003, 64, 2e-5),
+    ],
+)
+def test_training_solves_large_scales_as_well(act, down, max_factor, bound):
+    """16 equal steps to t = 64 were off by up to 1e-2: training fitted another curve."""
+    clex = steep(act, 1, down, max_factor=max_factor)
+    for scale in (2.0, max_factor / 2, float(max_factor)):
+        ours = np.log(np.array(clex.differentiable_inv_freq(scale), np.float64))
+        error = np.abs(ours - np.log(clex._solve(scale, 0))).max()
+        assert error < bound, f"scale {scale}: {error:.1e}"
 
 
 @pytest.mark.parametrize(("act", "size"), [("tanh", 0.3), ("silu", 0.1)])

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import re
 
 import mlx.core as mx
 import numpy as np
@@ -298,3 +299,72 @@ def test_defaults_live_in_the_dataclass(name):
 
     assert scaling.config == SCALINGS[name].Config()
     assert dataclasses.is_dataclass(scaling.config)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", [name for name in SCALINGS if SCALINGS[name].learned])
+def test_learned_tensors_that_are_not_finite_are_refused_by_name(name, value):
+    """NaN in a checkpoint's scaling tensors loaded and made every logit NaN without a word."""
+    scaling = build(name)
+    weights = {key: mx.zeros(shape) for key, shape in scaling.weight_shapes().items()}
+    damaged = list(weights)[-1]
+    weights[damaged] = mx.where(mx.arange(weights[damaged].size) == 3, value, 0.0).reshape(
+        weights[damaged].shape
+    )
+
+    with pytest.raises(InputError, match=f"{damaged} has values that are not finite"):
+        scaling.take_weights(weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "weights", "words"),
+    [
+        ("ntk", {"factor": 1e308}, {}, "pair 0 of ntk at scale 1e.308 .* smaller factor"),
+        ("clex", {}, {"down_proj": 1e3}, "of clex at scale 8 .*scaling.down_proj 1e.03"),
+        ("gene-param", {}, {"base_coef": -200}, "of gene-param at scale 8 .*base_coef 200"),
+    ],
+)
+def test_frequencies_that_are_not_finite_are_refused(name, fields, weights, words):
+    """They were infinite or NaN, and the text that followed was noise."""
+    scaling = build(name, **fields)
+    for tensor, value in weights.items():
+        scaling[tensor] = mx.full(scaling[tensor].shape, value)
+
+    with pytest.raises(InputError, match=words):
+        scaling.inv_freq(scaling.check_scale(8.0) if name != "ntk" else scaling.scale_at(1))
+
+
+def test_a_gain_that_is_not_finite_is_refused():
+    """A method's gain multiplies every query: NaN there is NaN in every logit."""
+
+    class Endless(SCALINGS["linear"]):
+        def rotary_gain(self, scale):
+            return math.inf
+
+    scaling = Endless(dims=DIMS, base=BASE, trained_length=LENGTH)
+    with pytest.raises(InputError, match=r"gain of linear at scale 4 is not finite"):
+        scaling.inv_freq(4.0)
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_usual_frequencies_bring_no_warning(name):
+    """A warning at each load of a sound model would be ignored soon."""
+    assert build(name).check_frequencies(order=True) is None
+
+
+@pytest.mark.parametrize(
+    ("pair", "value", "words"),
+    [
+        (0, -2.0, "pair 0 turns 7.39 radians per token .* at scale 4;? ?"),
+        (31, 200.0, "pair 31 is too slow for float32 and does not turn at scale 4"),
+        (9, -1.0, "pair 9 is faster than pair 8 at scale 4"),
+    ],
+)
+def test_suspicious_learned_frequencies_are_told(pair, value, words):
+    """They are finite, so nothing else notices them, and the answers are garbage."""
+    scaling = build("gene-param")
+    scaling.base_coef = mx.where(mx.arange(DIMS // 2) == pair, value, scaling.base_coef)
+
+    message = scaling.check_frequencies(order=True) or ""
+    assert re.search(words, message), message
+    assert "of gene-param are suspicious" in message

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_clex.scaling.ode import rk4_step, solve
+from mlx_clex.scaling.ode import rk4_step, solve, solve_with_error
 
 # (right-hand side, state at 0, state at 1)
 PROBLEMS = {
@@ -68,3 +68,16 @@ def test_gradients_pass_through_every_step():
         return y
 
     assert mx.grad(end)(mx.array(0.5)).item() == pytest.approx(math.exp(0.5), abs=1e-5)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_the_estimated_error_is_the_true_one(problem):
+    """CLEX stops refining by it: too small an estimate is a wrong answer."""
+    rhs, start, exact = PROBLEMS[problem]
+    times = np.linspace(0, 1, 17)
+    pairs = list(solve_with_error(rhs, np.array([start]), times))
+    plain = list(solve(rhs, np.float64(start), times))
+
+    assert [state.item() for state, _ in pairs] == pytest.approx(plain[::2], abs=1e-15)
+    state, error = (value.item() for value in pairs[-1])
+    assert error == pytest.approx(abs(state - exact), rel=0.15)

@@ -175,7 +175,8 @@ def test_gene_draws_follow_its_chances(length, step):
 
 def test_gene_without_random_scale_stays_at_factor():
     """gene_random_scale false: r = factor always."""
-    draws = make("gene", draw="gene", sampling="contiguous", factor=8.0, gene_random_scale=False)
+    scaling = make("gene", draw="fixed", gene_random_scale=False, factor=8.0).scaling
+    draws = Draws(scaling, procedure_for(scaling), np.random.default_rng(0))
     assert {draws.draw(L0).scale for _ in range(20)} == {8.0}
 
 
@@ -198,23 +199,9 @@ def test_release_positions_are_a_sorted_sample_with_forced_ends(multiple):
     assert chi_square(hits[1:-1], np.full(4 * length - 2, 1 / (4 * length - 2))) < 4 * length * 1.3
 
 
-@pytest.mark.parametrize("multiple", [1, 2])
-def test_dense_positions_span_the_scaled_length(multiple):
-    """Whole, unequal, from 0 to L0 * t - 1; never a scale that has no room."""
-    draws = make(max_factor=8, sampling="dense", share=0)
-    for _ in range(200):
-        draw = draws.draw(multiple * L0)
-        assert draw.scale >= multiple
-        assert draw.positions[0] == 0
-        assert draw.positions[-1] == L0 * draw.scale - 1
-        assert (np.diff(draw.positions) >= 1).all()
-        assert (draw.positions == np.round(draw.positions)).all()
-
-
-@pytest.mark.parametrize("sampling", ["dense", "skips"])
-def test_a_quarter_of_the_steps_on_long_sequences_is_plain(sampling):
+def test_a_quarter_of_the_steps_on_long_sequences_is_plain():
     """Scale 1, rows of L0 tokens at 0..L0-1: the lengths that CLEX's own training loses."""
-    draws = make(max_factor=8, sampling=sampling, share=0.25)
+    draws = make(max_factor=8, sampling="skips", share=0.25)
     plain = [d for d in (draws.draw(3 * L0) for _ in range(2000)) if d.pieces == 3]
     assert chi_square([len(plain), 2000 - len(plain)], [0.25, 0.75]) < 10.8
     for draw in plain:
@@ -299,19 +286,19 @@ def test_unknown_choices_are_refused():
     """A misspelt YAML value must not fall back to a default."""
     with pytest.raises(InputError, match="uniform, gene, fixed"):
         Procedure(scale_draw="random")
-    with pytest.raises(InputError, match="release, dense, skips, contiguous"):
+    with pytest.raises(InputError, match="release, skips, contiguous"):
         Procedure(sampling="skip")
     with pytest.raises(InputError, match=r"within 0\.\.1"):
         Procedure(plain_share=1)
 
 
-@pytest.mark.parametrize("length", [L0, L0 + 1, 2 * L0, 2 * L0 + 32, 5 * L0])
+@pytest.mark.parametrize("length", [L0 + 1, 2 * L0, 2 * L0 + 32, 5 * L0])
 def test_plain_rows_are_no_longer_than_the_trained_length(length):
     """127 tokens at scale 1 are positions that no text has at inference."""
-    draws = make(length=length, sampling="dense", share=0.999)
+    draws = make(length=length, sampling="skips", share=0.999)
     draw = draws.draw(length)
     assert draw.scale == 1
     assert len(draw.positions) <= L0
     assert len(draw.positions) == length // draw.pieces
-    gene = make("gene", draw="gene", sampling="dense", share=0.999, factor=8)
-    assert gene.draw(L0).scale == 8, "the scale that such a text has at inference"
+    gene = make("gene", draw="gene", sampling="skips", share=0.999, factor=8)
+    assert gene.draw(length).scale == 8, "the scale that such a text has at inference"

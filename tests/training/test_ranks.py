@@ -7,13 +7,16 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_clex.convert import convert
 
+from mlx_clex.errors import RunError
 from mlx_clex.training.log import read_log
+from mlx_clex.training.ranks import Ranks
 from mlx_clex.training.saves import Checkpoints
 
 from ..conftest import GOLDEN
@@ -165,11 +168,18 @@ def test_what_cannot_be_is_told_once(top):
 def test_nan_stops_both_with_one_line(top):
     """Neither waits for the other for ever, and the last good save still loads."""
     adapters = top / "nan"
-    options = "--learning-rate 1e30 --max-grad-norm 0 --save-every 2"
+    options = "--learning-rate 1e30 --warmup 1 --max-grad-norm 0 --save-every 2"
     first, second = ring(top, adapters, options, options)
     (_, (error,)), (_, quiet) = end(first), end(second)
     assert quiet == []
     assert (first.returncode, second.returncode) == (1, 1)
-    assert "Iteration 3, scale " in error
+    assert "Iteration 4: after its update " in error
     assert f"the last good save is {adapters / 'checkpoints' / '0000002'}" in error
     assert all(np.isfinite(value).all() for value in weights(adapters).values())
+
+
+def test_a_failure_of_mlx_names_the_process():
+    """It ended in silence in all but the first."""
+    second = Ranks(SimpleNamespace(size=lambda: 2, rank=lambda: 1))
+    with pytest.raises(RunError, match="MLX failed in process 2 of 2: no memory"), second.running():
+        raise RuntimeError("no memory")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 from mlx_clex.convert import convert
+from mlx_clex.convert.freeze import stock_rope
 
 import mlx_clex
 from mlx_clex.errors import InputError
@@ -155,3 +157,33 @@ def test_converted_experts_cannot_go_back(tmp_path):
 
     with pytest.raises(InputError, match="Give the published checkpoint"):
         convert(tmp_path / "mlx", tmp_path / "out", freeze=2, freeze_for="transformers")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "change", "words"),
+    [
+        ("up_proj", lambda w: w * np.nan, r"up_proj has values that are not finite"),
+        ("down_proj", lambda w: mx.ones(w.shape) * 1e4, r"of clex at scale 4 cannot be computed"),
+    ],
+)
+def test_weights_that_make_no_frequencies_are_not_frozen(
+    tmp_path, converted, tensor, change, words
+):
+    """NaN passed for a perfect fit, so the folder was written as linear with factor 4."""
+    source = shutil.copytree(converted("clex_llama"), tmp_path / "source")
+    file = next(source.glob("model*.safetensors"))
+    weights = mx.load(str(file))
+    weights[f"scaling.{tensor}"] = change(weights[f"scaling.{tensor}"])
+    mx.eval(weights)
+    mx.save_safetensors(str(file), weights, {"format": "mlx"})
+
+    with pytest.raises(InputError, match=words):
+        convert(source, tmp_path / "frozen", freeze=SCALE)
+    assert not (tmp_path / "frozen").exists()
+
+
+def test_a_stock_rope_that_gives_nan_is_no_fit():
+    """Every comparison with NaN is false, and the largest of 0 and NaN was 0."""
+    rotation = types.SimpleNamespace(queries=lambda x, at: x, keys=lambda x, at: x * np.nan)
+
+    assert stock_rope._difference(rotation, rotation, 16, 64) == np.inf

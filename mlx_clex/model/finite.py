@@ -1,0 +1,55 @@
+"""Checks that a loaded model gives numbers: its tensors, and the logits of two tokens.
+
+MLX computes on with NaN and infinity, so damaged weights would only show as nonsense text.
+"""
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..errors import InputError
+from .scaled_model import make_prompt_cache
+
+_ADVICE = "The file is damaged or its training diverged: use another copy or an earlier save."
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse a model with tensors or logits that are not finite, or logits that are all equal.
+
+    It reads every weight once and runs one short pass, a small part of the time of loading.
+
+    Args:
+        model: with its weights in memory.
+
+    Raises:
+        InputError: the message names the first such tensor, or, where the logits alone are
+            wrong, the tensor with the largest values.
+    """
+    flat: Any = tree_flatten(model.parameters())
+    tensors = {name: a for name, a in flat if mx.issubdtype(a.dtype, mx.floating) and a.size}
+    # A sum with NaN or infinity in it is neither finite; one of large numbers may not be either.
+    sums = [tensor.sum().astype(mx.float32) for tensor in tensors.values()]
+    finite: Any = mx.isfinite(mx.stack(sums)).tolist()
+    for (name, tensor), fine in zip(tensors.items(), finite, strict=True):
+        if not fine and not mx.isfinite(tensor).all().item():
+            raise InputError(f"The tensor {name} has values that are not finite. {_ADVICE}")
+    logits = model(mx.array([[0, 1]]), cache=make_prompt_cache(model))[0, -1].astype(mx.float32)
+    # Both are NaN where any logit is. Activations that overflow in a norm become zeros, so all
+    # logits are equal then. One of -inf alone is legal: it rules a token out.
+    low, high = (float(value) for value in (logits.min(), logits.max()))
+    if not (low < high < math.inf):
+        name, value = _largest(tensors)
+        what = "all equal" if low == high else "not finite"
+        raise InputError(
+            f"The model's logits are {what}. Its largest weight is {value:.3g}, in {name}. "
+            f"{_ADVICE}"
+        )
+
+
+def _largest(tensors: dict[str, mx.array]) -> tuple[str, float]:
+    sizes = {name: float(mx.abs(tensor).max()) for name, tensor in tensors.items()}
+    name = max(sizes, key=lambda name: sizes[name])
+    return name, sizes[name]

@@ -1,0 +1,74 @@
+"""The text of one answer: its reasoning, its tool calls, and where a stop string ends it.
+
+Not covered: OpenAI's objects around the text (`answers.py`).
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mlx_lm.generate import TextStateMachine, make_text_state_machine
+
+from ..data.stop_strings import StopStrings
+
+# (state, text): "reasoning", "tool", or "normal" for the text that a client shows
+Parts = list[tuple[str, str]]
+
+
+class AnswerText:
+    """Decode an answer token by token, and end it at a stop string of the request.
+
+    It stands in for mlx-lm's `StopSequences` and its matcher, which compare token ids: a stop
+    string that tokens divide in another way than its own encoding would not be found. The
+    generation thread calls `advance` once for each token; the thread of the request then
+    takes the text of that token. Stop strings end normal text only, neither reasoning nor
+    tool calls.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], state: str) -> None:
+        """`stop`: stop strings; `state`: in which the answer begins."""
+        self.tokenizer = tokenizer
+        self._ends = tokenizer.eos_token_ids
+        self._detokenizer = tokenizer.detokenizer
+        self._state = make_text_state_machine(tokenizer).make_state(state)
+        self._stops = StopStrings(stop)
+        self._parts: deque[Parts] = deque()  # for each token that was not taken yet
+
+    def matcher(self) -> "AnswerText":
+        """Return the matcher of this answer, which is the object itself."""
+        return self
+
+    def advance(self, token: int) -> bool:
+        """Read a token; return whether it ends the answer."""
+        ended = token in self._ends
+        if not ended:
+            self._detokenizer.add_token(token)
+            self._parts.append(self._read(self._detokenizer.last_segment))
+        else:
+            self._parts.append([])
+        return ended or self._stops.found
+
+    def take(self) -> Parts:
+        """Return the text of the next token."""
+        return self._parts.popleft()
+
+    def finish(self) -> Parts:
+        """Return the text that was held back, after the last token."""
+        self._detokenizer.finalize()
+        parts = self._read(self._detokenizer.last_segment)
+        self._state, text, state = TextStateMachine.flush(self._state)
+        return [*parts, *self._cut([(state, text)]), ("normal", self._stops.end())]
+
+    def _read(self, text: str) -> Parts:
+        self._state, parts = TextStateMachine.split(self._state, text)
+        return self._cut(parts)
+
+    def _cut(self, parts: Iterable[tuple[str, str]]) -> Parts:
+        """Pass parts on, up to a stop string."""
+        out: Parts = []
+        for state, text in parts:
+            if state == "normal":
+                out.append((state, self._stops.add(text)))
+            elif not self._stops.found:
+                out += [("normal", self._stops.end()), (state, text)]
+        return [part for part in out if part[1]]

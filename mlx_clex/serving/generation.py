@@ -1,0 +1,358 @@
+"""mlx_lm.server's model provider and generation thread, planned for long prompts.
+
+Not covered: other models, adapters and draft models over several processes.
+"""
+
+import _thread
+import gc
+import logging
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
+from queue import Empty, Queue
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.server as stock
+
+from ..errors import InputError, RunError
+from ..loading import load
+from ..model.scaled_model import make_prompt_cache, scaled
+from ..model.stock import config_value
+from .answer_text import AnswerText
+from .fields import RequestError
+from .prompt_caches import PlannedPromptCache
+from .requests import check_tokens
+
+
+class ScaledModelProvider(stock.ModelProvider):
+    """Loads models with `mlx_clex.load`."""
+
+    scale: float | None = None
+    loads = 0  # how often a model was loaded
+    reach: int | None = None  # of the model that the server was started with, tokens
+    longest_token = 1  # bytes of text, at most, that one token stands for
+
+    def load(
+        self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
+    ) -> tuple[nn.Module, Any]:
+        """Load exactly these, unless they are loaded; mlx-lm's names for defaults are resolved
+        where a request is checked."""
+        if self.model_key != (model_path, adapter_path, draft_model_path):
+            self._load(model_path, adapter_path, draft_model_path)
+        return self.model, self.tokenizer
+
+    def load_default(self) -> None:
+        """Load what the server was started with."""
+        args = self.cli_args
+        if args.model is not None:
+            self.load(args.model, args.adapter_path, args.draft_model)
+
+    def _load(
+        self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
+    ) -> None:
+        self.reset()
+        gc.collect()
+        mx.clear_cache()
+        trust = self.cli_args.trust_remote_code
+        model, tokenizer = load(
+            model_path,
+            scale=self.scale,
+            adapter_path=adapter_path,
+            trust_remote_code=trust,
+            tokenizer_config=self._tokenizer_config,
+            group=mx.distributed.init(),
+            pipeline=self.cli_args.pipeline,
+        )
+        if self.cli_args.use_default_chat_template and tokenizer.chat_template is None:
+            tokenizer.chat_template = tokenizer.default_chat_template
+        draft = None
+        if draft_model_path is not None:
+            draft, draft_tokenizer = load(draft_model_path, trust_remote_code=trust)
+            if draft_tokenizer.vocab_size != tokenizer.vocab_size:
+                raise InputError(
+                    f"The draft model {draft_model_path} has {draft_tokenizer.vocab_size} tokens, "
+                    f"the model {tokenizer.vocab_size}: they must share a tokenizer."
+                )
+        self.is_batchable = draft is None and all(
+            hasattr(cache, "merge") for cache in make_prompt_cache(model)
+        )
+        _fill_detokenizer(tokenizer, config_value(model, "vocab_size") or 0)
+        self.longest_token = max((len(text.encode()) for text in tokenizer.get_vocab()), default=1)
+        self.model, self.tokenizer, self.draft_model = model, tokenizer, draft
+        if (model_path, adapter_path) == (self.cli_args.model, self.cli_args.adapter_path):
+            self.reach = scaled(model).reach
+        self.loads += 1
+        self.model_key = (model_path, adapter_path, draft_model_path)
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The models whose caches make up one prompt cache."""
+        return [model for model in (self.model, self.draft_model) if model is not None]
+
+
+def _fill_detokenizer(tokenizer: Any, vocabulary: int) -> None:
+    """Give tokens that the model has and the tokenizer lacks an empty text.
+
+    Models have such tokens where their vocabulary is padded, and sampling can pick them. mlx-lm
+    then fails with an IndexError, which ended the answers of all clients.
+    """
+    texts = getattr(tokenizer.detokenizer, "tokenmap", None)  # the same list for all answers
+    if texts:
+        empty = b"" if isinstance(texts[0], bytes) else ""
+        texts[:] = [empty if text is None else text for text in texts]
+        texts += [empty] * (vocabulary - len(texts))
+
+
+class Ticket:
+    """Where the generation thread puts what it makes for one job of a request."""
+
+    def __init__(self, index: int, queue: Queue) -> None:
+        """`queue`: of the request, which gets (index, what was put)."""
+        self.context: stock.GenerationContext | None = None
+        self.stopped = False
+        self._index, self._queue = index, queue
+
+    def put(self, item: Any) -> None:
+        """Take the context, then tokens, progress, an error, or None at the end."""
+        if isinstance(item, stock.GenerationContext):
+            self.context = item
+            if self.stopped:
+                item.stop()
+        self._queue.put((self._index, item))
+
+    def stop(self) -> None:
+        """End generation; nothing more is wanted."""
+        self.stopped = True
+        if self.context is not None:
+            self.context.stop()
+
+
+class Jobs:
+    """The jobs of one request, handed to the generation thread."""
+
+    def __init__(self, generator: "PlanningResponseGenerator", jobs: Sequence[Any]) -> None:
+        """`jobs`: pairs of mlx-lm's request and generation arguments."""
+        self._generator = generator
+        self._queue: Queue[tuple[int, Any]] = Queue()
+        self._early: deque[tuple[int, Any]] = deque()  # what came before all were admitted
+        self._jobs = [(Ticket(index, self._queue), *job) for index, job in enumerate(jobs)]
+        for job in self._jobs:
+            generator.requests.put(job)
+
+    def contexts(self) -> list[stock.GenerationContext]:
+        """Wait until every job is admitted; return what mlx-lm knows of each.
+
+        Raises:
+            RequestError: one cannot be answered.
+            InputError: the model does not load.
+            RunError: generation failed.
+        """
+        contexts: dict[int, stock.GenerationContext] = {}
+        while len(contexts) < len(self._jobs):
+            index, item = self._next()
+            if isinstance(item, stock.GenerationContext):
+                contexts[index] = item
+            else:
+                self._early.append((index, item))
+        return [contexts[index] for index in sorted(contexts)]
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """Yield (index, `Response`), or (index, (tokens read, tokens to read)), as they come.
+
+        Raises:
+            RunError: generation failed.
+        """
+        running = len(self._jobs)
+        while running:
+            index, item = self._early.popleft() if self._early else self._next()
+            if item is None:
+                running -= 1
+            else:
+                yield index, item
+
+    def _next(self) -> tuple[int, Any]:
+        while True:
+            try:
+                index, item = self._queue.get(timeout=1)
+            except Empty:
+                if not self._generator.generation_available():
+                    raise RunError("Generation has ended.") from None
+                continue
+            if isinstance(item, Exception):
+                raise item
+            return index, item
+
+    def stop(self) -> None:
+        """End all jobs, where mlx-lm can; outside of batches several processes cannot."""
+        for ticket, _, args in self._jobs:
+            if self._generator.can_stop(args):
+                ticket.stop()
+
+
+class PlanningResponseGenerator(stock.ResponseGenerator):
+    """Refuses what the model cannot answer, says why loading failed, and survives a request.
+
+    What fails while tokens are made fails the requests under way, and no later one; over
+    several processes, which are out of step then, it ends the server.
+    """
+
+    def __init__(self, provider: ScaledModelProvider, prompt_cache: PlannedPromptCache) -> None:
+        self.failure: Exception | None = None
+        self._under_way: weakref.WeakSet[Ticket] = weakref.WeakSet()
+        self._answer: AnswerText | None = None  # of the job that is being admitted
+        super().__init__(provider, prompt_cache)
+
+    def _run_generate(self) -> None:
+        try:
+            self._generate_until_stopped()
+        finally:
+            # What MLX keeps for a thread that ends unasked can end the interpreter with it.
+            mx.clear_streams()
+
+    def _generate_until_stopped(self) -> None:
+        while not self._stop:
+            try:
+                self._generate()
+            except Exception as error:
+                loaded = self.model_provider.model is not None
+                if loaded:
+                    logging.exception("A request failed while tokens were made")
+                for ticket in list(self._under_way):
+                    ticket.put(RunError(f"Generation failed: {error}"))
+                self._under_way.clear()
+                if self._is_distributed or not loaded:
+                    self.failure = error
+                    self._generation_failed = True
+                    if loaded and self._rank == 0:
+                        _thread.interrupt_main()
+                    return
+
+    def _next_request(self, timeout: float | None = None) -> Any:
+        request = super()._next_request(timeout)
+        if request is None:
+            return None
+        if request[1] is None:
+            self._stop = True
+            return None
+        if isinstance(request[0], Ticket):
+            self._under_way.add(request[0])
+            if request[0].stopped and not self._is_distributed:
+                return None
+        return request
+
+    def stop_and_join(self) -> None:
+        """End generation, in every process after the same step."""
+        if self._is_distributed and self.generation_available():
+            self.requests.put((Queue(), None, None))
+            self.join()
+        else:
+            super().stop_and_join()
+
+    def can_stop(self, args: Any) -> bool:
+        """Whether a job can end before its last token."""
+        return not self._is_distributed or self._is_batchable(args)
+
+    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        """Check and tokenise a job, and try its sampling; what fails here fails alone."""
+        try:
+            return self._admit(tokenizer, request, args)
+        except InputError:
+            raise
+        except Exception as error:
+            # A chat template raises whatever it likes about messages that it does not expect.
+            logging.debug("A request was refused", exc_info=True)
+            what = "messages" if request.request_type == "chat" else "prompt"
+            raise RequestError(
+                f"The {what} cannot be used with this model: {type(error).__name__}: {error}",
+                param=what,
+            ) from error
+
+    def _admit(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        model = self.model_provider.model
+        reach = scaled(model).limit
+        if reach is not None:
+            tokenizer = _Bounded(tokenizer, reach, self.model_provider.longest_token)
+        if isinstance(request.prompt, list):
+            tokenized: Any = (request.prompt, [request.prompt], ["assistant"], "normal", None)
+        else:
+            tokenized = super()._tokenize(tokenizer, request, args)
+        prompt = tokenized[0]
+        if not prompt:
+            # Nothing to predict from, such as "" for a tokenizer that adds no beginning.
+            begin = tokenizer.bos_token_id
+            prompt = [tokenizer.eos_token_id if begin is None else begin]
+            tokenized = (prompt, [prompt], ["assistant"], tokenized[3], None)
+        if reach is not None:
+            room = reach - len(prompt)
+            if room < 1:
+                raise _too_long(reach, f"the prompt has {len(prompt)}")
+            args.max_tokens = min(args.max_tokens, room)
+        check_tokens(model, tokenizer, prompt, args)
+        _try_sampling(model, tokenizer, args)
+        # Quantised keys lose precision at every move; and drafted tokens that are refused
+        # later must not have moved the scale. So none is to come.
+        fixed = self.cli_args.kv_bits or self.model_provider.draft_model is not None
+        self.prompt_cache.room = args.max_tokens if fixed else 0
+        self._answer = AnswerText(tokenizer, args.stop_words, tokenized[3])
+        return tokenized
+
+    def _make_state_machine(self, model_key: Any, tokenizer: Any, stop_words: Any) -> Any:
+        """Return what ends and divides the text of the job just tokenised: one object for both."""
+        return self._answer, self._answer
+
+
+class _Bounded:
+    """A tokenizer that refuses a text before it tokenises it, if the text is too long anyway.
+
+    Tokenising 60 MB took five minutes and 10 GB.
+    """
+
+    def __init__(self, tokenizer: Any, reach: int, longest: int) -> None:
+        """`reach`: tokens of a prompt; `longest`: bytes that a token stands for, at most."""
+        self._inner, self._reach, self._longest = tokenizer, reach, longest
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def encode(self, text: str, **options: Any) -> list[int]:
+        """Return the tokens of a text."""
+        self._check(text)
+        return self._inner.encode(text, **options)
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> list[int]:
+        """Return the tokens of messages."""
+        self._check(self._inner.apply_chat_template(messages, **options | {"tokenize": False}))
+        return self._inner.apply_chat_template(messages, **options)
+
+    def _check(self, text: str) -> None:
+        size = len(text.encode())
+        if size > self._reach * self._longest:
+            raise _too_long(
+                self._reach,
+                f"the prompt has {size} bytes, and no token stands for more than {self._longest}",
+            )
+
+
+def _too_long(reach: int, found: str) -> RequestError:
+    return RequestError(
+        f"This model's maximum context length is {reach} tokens, the generated ones included; "
+        f"{found}. Shorten it.",
+        param="prompt",
+        code="context_length_exceeded",
+    )
+
+
+def _try_sampling(model: Any, tokenizer: Any, args: Any) -> None:
+    """Sample from one row of zeros: options that MLX refuses would end the whole batch."""
+    vocabulary = config_value(model, "vocab_size")
+    if vocabulary is None:
+        return
+    logits = mx.zeros((1, vocabulary))
+    for processor in stock._make_logits_processors(args):
+        logits = processor(mx.array([0]), logits)
+    mx.eval(stock._make_sampler(args, tokenizer)(logits))

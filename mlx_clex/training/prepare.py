@@ -1,0 +1,320 @@
+"""Prepare a run of training and testing from its options.
+
+Loads the model and the data, refuses what cannot be done, decides what is trained, and goes
+back to the last save where the run goes on.
+
+Not covered: the run itself (`loop.py`), and what is printed about it (`job.py`).
+"""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.tuner.callbacks import get_reporting_callbacks
+
+from ..checkpoint.digest import weights_digest
+from ..data.corpus import Corpus, load_corpora
+from ..errors import InputError, say
+from ..evaluation.perplexity import check_lengths
+from ..loading import DEFAULT_CACHE, load, resolve
+from ..model.scaled_model import ScaledModel, attach
+from ..scaling.procedure import SKIPS, Procedure
+from .batches import Batches
+from .draws import Draws, procedure_for
+from .job import Job
+from .loop import LoopOptions, Run
+from .options import DEFAULT_LENGTH, TrainingOptions
+from .ranks import Ranks
+from .resume import go_on, load_adapters, open_folder, settings_to_keep
+from .saves import Checkpoints
+from .setup import build_optimizer, choose_trained, learning_rate_schedule
+from .step import TrainingStep
+
+
+def prepare(options: TrainingOptions, entry: dict[str, Any] | None, ranks: Ranks) -> Job:
+    """Load and check everything a run needs.
+
+    Args:
+        options: what to do.
+        entry: rope_scaling of a scaling to switch on, for a base that has none.
+        ranks: the processes that share the rows of a batch.
+
+    Raises:
+        InputError: options, data or a folder that cannot be used.
+    """
+    _check(options, entry, ranks.size)
+    checkpoints = open_folder(options) if options.train else None
+    mx.random.seed(options.seed)
+    model, tokenizer = _load_model(options, entry)
+    corpora = _load_data(options, tokenizer)
+    draws = _draws(options, model) if options.train else None
+    options = replace(options, max_seq_length=_length(options, model, draws))
+    test = _batches(options, corpora["test"]) if options.test else None
+    if draws is None or checkpoints is None:
+        return Job(options=options, model=model, ranks=ranks, test=test)
+    training = _training(options, entry, model, corpora, draws, checkpoints, ranks)
+    same = settings_to_keep(options, entry, corpora["train"])
+    return Job(
+        options=options,
+        model=model,
+        ranks=ranks,
+        entry=entry,
+        training=training,
+        corpus=corpora["train"],
+        going_on=go_on(options, training, same),
+        same=same,
+        test=test,
+    )
+
+
+def _check(options: TrainingOptions, entry: dict[str, Any] | None, processes: int) -> None:
+    """Refuse what is missing, and what does not go together, before anything is loaded."""
+    if not (options.train or options.test):
+        raise InputError("Nothing to do: give --train, --test or both.")
+    if options.model is None:
+        raise InputError("No model: give a folder, a .gguf file or a Hugging Face id as --model.")
+    if options.data is None and options.hf_dataset is None:
+        raise InputError("No data: give a folder, or a data set of the hub, as --data.")
+    if options.batch_size % processes:
+        raise InputError(
+            f"--batch-size {options.batch_size} does not divide among {processes} processes: give "
+            f"a multiple of {processes}, or start another number of them."
+        )
+    if options.trained_length is not None and entry is None:
+        raise InputError("--trained-length needs --scaling; a converted model knows its own.")
+    if entry is not None and not options.train and options.adapter_path:
+        raise InputError(
+            f"--scaling {entry['type']}: adapters know the scaling that they were trained with. "
+            "Leave the option out, or test without adapters: --adapter-path ''."
+        )
+
+
+def _load_model(options: TrainingOptions, entry: dict[str, Any] | None) -> tuple[Any, Any]:
+    """Load the model with its scaling, and its tokenizer."""
+    assert options.model is not None
+    model, tokenizer = load(
+        options.model,
+        adapter_path=None if options.train else (options.adapter_path or None),
+        trust_remote_code=options.trust_remote_code,
+    )
+    if entry is not None:
+        if isinstance(model, ScaledModel) and model.scaling.learned:
+            raise InputError(
+                f"--scaling {entry['type']}: {options.model} has a scaling with weights of its "
+                "own, which this would throw away. Leave the option out, or start from the base."
+            )
+        attach(model, entry, trained_length=options.trained_length)
+    if not isinstance(model, ScaledModel):
+        raise InputError(
+            f"{options.model} was not converted with mlx_clex: give --scaling NAME (clex, gene, "
+            "..., or none for a plain fine-tune)."
+        )
+    return model, tokenizer
+
+
+def _load_data(options: TrainingOptions, tokenizer: Any) -> dict[str, Corpus]:
+    """Load the parts of the data that the run needs, by name."""
+    parts = (["train", "valid"] if options.train else []) + (["test"] if options.test else [])
+    corpora = load_corpora(
+        Path(options.data or ".").expanduser(),
+        tokenizer,
+        mask_prompt=options.mask_prompt,
+        cache_dir=DEFAULT_CACHE,
+        splits=parts,
+        hf_dataset=options.hf_dataset,
+    )
+    for part in parts:
+        if part not in corpora and part != "valid":
+            source = options.data if options.hf_dataset is None else "hf_dataset"
+            raise InputError(f"--data {source} has no {part} part: give {part}.jsonl.")
+    return corpora
+
+
+def _draws(options: TrainingOptions, model: Any) -> Draws:
+    default = procedure_for(model.scaling, released=options.release_recipe)
+    share = options.plain_share
+    procedure = Procedure(
+        scale_draw=options.scale_draw or default.scale_draw,
+        sampling=options.sampling or default.sampling,
+        plain_share=default.plain_share if share is None else share,
+    )
+    if share and procedure.sampling != SKIPS:
+        raise InputError(f"--plain-share is for --sampling skips, not {procedure.sampling}.")
+    return Draws(model.scaling, procedure, np.random.default_rng(options.seed))
+
+
+def _length(options: TrainingOptions, model: Any, draws: Draws | None) -> int:
+    """The length of the sequences: what was asked for, or a default that can be used."""
+    if options.max_seq_length is not None:
+        length = options.max_seq_length
+    else:
+        longest = draws.longest if draws else model.reach if model.scaling.hard_reach else None
+        length = min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
+        if length < DEFAULT_LENGTH:
+            say(f"--max-seq-length is {length} tokens: the scaling allows no more.")
+    if draws:
+        draws.check(length)
+    return length
+
+
+def _training(
+    options: TrainingOptions,
+    entry: dict[str, Any] | None,
+    model: Any,
+    corpora: dict[str, Corpus],
+    draws: Draws,
+    checkpoints: Checkpoints,
+    ranks: Ranks,
+) -> Run:
+    share = _scaling_share(options, model)
+    extra = choose_trained(
+        model,
+        fine_tune_type=options.fine_tune_type,
+        num_layers=options.num_layers,
+        lora_parameters=options.lora_parameters,
+        scaling=share > 0,
+        norms_and_embeddings=options.train_norms_and_embeddings,
+    )
+    going_on = options.resume and checkpoints.newest is not None
+    if options.resume_adapter_file is not None and not going_on:
+        load_adapters(model, Path(options.resume_adapter_file).expanduser())
+    batches = _batches(options, corpora["train"])
+    if batches.cut or batches.mute:
+        say(
+            f"{batches.cut} of {len(corpora['train'].starts)} texts are longer than "
+            f"--max-seq-length {options.max_seq_length} and lose their end (--packing concat "
+            f"keeps it); {batches.mute} have nothing within it to learn, and are left out."
+        )
+    valid = corpora.get("valid")
+    lengths = tuple(options.eval_lengths or ())
+    if lengths and valid is None:
+        raise InputError(f"--eval-lengths needs validation data; {options.data} has none.")
+    if valid is not None:
+        check_lengths(model, valid, lengths)
+    schedule = learning_rate_schedule(
+        options.learning_rate,
+        updates=-(-options.iters // options.grad_accumulation_steps),
+        warmup=options.warmup,
+        cosine=options.cosine,
+        config=options.lr_schedule,
+    )
+    optimizer = build_optimizer(
+        options.optimizer,
+        options.optimizer_config.get(options.optimizer) or {},
+        schedule,
+        scaling_share=share,
+    )
+    callback: Any = _reporting(options, entry) if ranks.first else None
+    training = Run(
+        step=TrainingStep(
+            model,
+            optimizer,
+            grad_checkpoint=options.grad_checkpoint,
+            max_grad_norm=options.max_grad_norm,
+            group=ranks.group,
+        ),
+        draws=draws,
+        batches=batches,
+        options=LoopOptions(
+            iters=options.iters,
+            grad_accumulation_steps=options.grad_accumulation_steps,
+            steps_per_report=options.steps_per_report,
+            steps_per_eval=options.steps_per_eval,
+            save_every=options.save_every,
+            val_batches=options.val_batches,
+            eval_lengths=lengths,
+            clear_cache_threshold=options.clear_cache_threshold,
+        ),
+        checkpoints=checkpoints,
+        config=_adapter_config(options, model, entry),
+        valid=_valid_batches(options, valid),
+        valid_corpus=valid,
+        extra=extra,
+        seed=options.seed,
+        ranks=ranks,
+    )
+    if callback is not None:
+        training.on_report = callback.on_train_loss_report
+        training.on_validation = callback.on_val_loss_report
+    return training
+
+
+def _scaling_share(options: TrainingOptions, model: Any) -> float:
+    """The learning rate of the scaling / that of the model."""
+    own = options.scaling_learning_rate
+    if own is None:
+        whole = options.release_recipe or options.fine_tune_type == "scaling"
+        return 1.0 if whole else model.scaling.learning_rate_share
+    if not own:
+        return 0.0
+    if not model.scaling.learned:
+        raise InputError(
+            f"--scaling-learning-rate: {model.scaling.name} has nothing to learn. Leave it out."
+        )
+    rate = options.learning_rate
+    if options.lr_schedule:
+        try:
+            rate = float(options.lr_schedule["arguments"][0])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise InputError(f"lr_schedule cannot be used: {error!r}.") from error
+    if not rate:
+        raise InputError("--scaling-learning-rate needs a --learning-rate above 0.")
+    return own / rate
+
+
+def _batches(options: TrainingOptions, corpus: Corpus) -> Batches:
+    assert options.max_seq_length is not None
+    return Batches(
+        corpus,
+        packing=options.packing,
+        length=options.max_seq_length,
+        batch_size=options.batch_size,
+        seed=options.seed,
+    )
+
+
+def _valid_batches(options: TrainingOptions, corpus: Corpus | None) -> Batches | None:
+    """Batches to validate on; None, and a line that says so, where there is too little text."""
+    if corpus is None:
+        say("No validation data; training goes on without.")
+        return None
+    if options.val_batches == 0:
+        return None
+    try:
+        return _batches(options, corpus)
+    except InputError as error:
+        if options.eval_lengths:
+            raise
+        say(f"Training goes on without validation: {error}")
+        return None
+
+
+def _reporting(options: TrainingOptions, entry: dict[str, Any] | None) -> Any:
+    try:
+        return get_reporting_callbacks(
+            options.report_to,
+            project_name=options.project_name,
+            log_dir=options.adapter_path,
+            config=asdict(options) | {"rope_scaling": entry},
+        )
+    except (ValueError, ImportError) as error:
+        raise InputError(f"--report-to {options.report_to}: {error}") from error
+
+
+def _adapter_config(
+    options: TrainingOptions, model: Any, entry: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What mlx-lm's loader reads, the options, and the scaling that the base lacks."""
+    config = asdict(options)
+    if options.num_layers <= 0 or options.num_layers > len(model.layers):
+        config["num_layers"] = len(model.layers)
+    if options.fine_tune_type == "scaling":
+        # For mlx-lm's loader: adapters in no layer.
+        config["lora_parameters"] = {**options.lora_parameters, "keys": []}
+    config["base_weights"] = weights_digest(resolve(config["model"]))
+    if entry is not None:
+        config["rope_scaling"] = {**entry, **vars(model.scaling.config)}
+        config["trained_length"] = model.scaling.trained_length
+    return config

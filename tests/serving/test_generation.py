@@ -1,0 +1,163 @@
+"""The thread that generates survives what its requests do, and divides an answer's text."""
+
+from collections.abc import Mapping
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import pytest
+from mlx_lm.tokenizer_utils import SPMStreamingDetokenizer, TokenizerWrapper
+from transformers import AutoTokenizer
+
+from mlx_clex import bundled
+from mlx_clex.errors import RunError
+from mlx_clex.serving.answer_text import AnswerText
+from mlx_clex.serving.fields import RequestError
+from mlx_clex.serving.generation import (
+    Jobs,
+    PlanningResponseGenerator,
+    _Bounded,
+    _fill_detokenizer,
+)
+from mlx_clex.serving.prompt_caches import PlannedPromptCache
+
+
+def test_a_request_that_breaks_generation_fails_alone():
+    """An error while tokens are made killed the thread that answers everybody."""
+
+    class Generator(PlanningResponseGenerator):
+        runs = 0
+
+        def _generate(self):
+            self.runs += 1
+            while not self._stop:
+                if self._next_request(timeout=0.05) is not None and self.runs == 1:
+                    raise ZeroDivisionError("the first request")
+
+    provider = SimpleNamespace(model=object())
+    generator = Generator(provider, PlannedPromptCache(provider, 1))
+    try:
+        with pytest.raises(RunError, match="the first request"):
+            Jobs(generator, [(object(), None)]).contexts()
+        assert generator.generation_available()
+        assert generator.runs == 2
+    finally:
+        generator.stop_and_join()
+
+
+class Letters:
+    """A tokenizer whose tokens are the letters of the alphabet it is given; 0 ends a text."""
+
+    eos_token_ids = frozenset([0])
+    has_thinking = True
+    think_start, think_end = "<", ">"
+    has_tool_calling = True
+    tool_call_start, tool_call_end = "{", "}"
+    structural_markers = ()
+    response_transitions: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def detokenizer(self):
+        return Detokenizer()
+
+
+class Detokenizer:
+    """Holds a space back until the next token, as mlx-lm's do."""
+
+    text = held = ""
+
+    def add_token(self, token):
+        text = self.held + chr(token)
+        self.held = " " if text.endswith(" ") else ""
+        self.text += text.removesuffix(" ")
+
+    def finalize(self):
+        self.text += self.held
+        self.held = ""
+
+    @property
+    def last_segment(self):
+        text, self.text = self.text, ""
+        return text
+
+
+def read(text, stop=(), state="normal"):
+    """(parts joined by state, letters read) of an answer that would be `text`."""
+    answer = AnswerText(Letters(), stop, state)
+    matcher = answer.matcher()
+    count = 1 + next(i for i, letter in enumerate(text + "\0") if matcher.advance(ord(letter)))
+    parts = [part for _ in range(count) for part in answer.take()] + answer.finish()
+    joined = []
+    for kind, piece in parts:
+        if joined and joined[-1][0] == kind:
+            joined[-1] = (kind, joined[-1][1] + piece)
+        elif piece:
+            joined.append((kind, piece))
+    return joined, count
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected", "count"),
+    [
+        ("ab cd ", [], [("normal", "ab cd ")], 7),
+        ("ab cd", ["b c"], [("normal", "a")], 4),
+        ("ab", ["bc"], [("normal", "ab")], 3),
+        ("<cat>a cat", ["cat"], [("reasoning", "cat"), ("normal", "a ")], 10),
+        ("a{cat}b", ["cat"], [("normal", "a"), ("tool", "cat"), ("normal", "b")], 8),
+        ("ca{x}t", ["cat"], [("normal", "ca"), ("tool", "x"), ("normal", "t")], 7),
+        ("a{x", [], [("normal", "a"), ("tool", "x")], 4),
+    ],
+)
+def test_stop_strings_end_the_text_that_is_shown(text, stop, expected, count):
+    """Reasoning and tool calls may have them; a stop string held back is not lost."""
+    assert read(text, stop) == (expected, count)
+
+
+def test_an_answer_may_begin_with_reasoning():
+    """The template has opened it then."""
+    assert read("cat>cat", ["cat"], "reasoning") == ([("reasoning", "cat")], 7)
+
+
+def test_tokens_without_a_text_end_no_answer():
+    """A padded vocabulary has more tokens than the tokenizer, and high temperatures pick them."""
+    folder = bundled.FOLDER / "base"
+    inner = AutoTokenizer.from_pretrained(folder)
+    tokenizer = TokenizerWrapper(inner, SPMStreamingDetokenizer)
+    size = len(inner)
+    with pytest.raises(IndexError):
+        tokenizer.detokenizer.add_token(size + 5)
+    _fill_detokenizer(tokenizer, size + 10)
+    ids = inner.encode("the king", add_special_tokens=False)
+    texts = []
+    for tokens in (ids, [ids[0], size + 5, *ids[1:]]):
+        answer = AnswerText(tokenizer, [], "normal")
+        assert not any(answer.advance(token) for token in tokens)
+        parts = [part for _ in tokens for part in answer.take()] + answer.finish()
+        texts.append("".join(text for _, text in parts))
+    assert texts[0] == texts[1] != ""
+
+
+def test_a_text_is_measured_before_it_is_tokenised():
+    """Also what a template makes of short messages."""
+
+    class Tokenizer:
+        encoded = 0
+
+        def encode(self, text):
+            self.encoded += 1
+            return [1]
+
+        def apply_chat_template(self, messages, tokenize=True):
+            text = messages * 100
+            return self.encode(text) if tokenize else text
+
+    inner = Tokenizer()
+    bounded = _Bounded(inner, reach=10, longest=4)
+    assert bounded.encode("a" * 40) == [1]
+    for refuse in (
+        lambda: bounded.encode("ä" * 21),
+        lambda: bounded.apply_chat_template("a", tokenize=True),
+    ):
+        with pytest.raises(RequestError, match="maximum context length is 10 tokens") as error:
+            refuse()
+        assert error.value.code == "context_length_exceeded"
+    assert inner.encoded == 1

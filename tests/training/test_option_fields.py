@@ -1,0 +1,68 @@
+"""Options from YAML files: which win, and which are refused."""
+
+import pytest
+
+from .commands import argv_for, call, options
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("eval_lengths: 64", "in a YAML file [4096, 8192], got 64"),
+        ("eval_lengths: [64, true]", "in a YAML file [4096, 8192]"),
+        ("lora_parameters: 8", "lora_parameters must be a block"),
+        ("optimizer_config: 3", "optimizer_config must be a block"),
+        ("report_to: 3", "--report-to must be text"),
+        ("project_name: 2025-11-27", "--project-name must be text (in quotes)"),
+        ('mask_prompt: "no"', "--mask-prompt must be true or false, got 'no'"),
+        ("warmup: 5\nlr_schedule: {name: cosine_decay, arguments: [1e-3, 9]}", "leave them out"),
+    ],
+)
+def test_a_yaml_value_of_another_kind_is_one_line(base, texts, tmp_path, line, match, capsys):
+    """They were tracebacks, and "no" was taken for yes."""
+    file = tmp_path / "c.yaml"
+    file.write_text(line + "\n")
+    assert call(argv_for(base, texts, tmp_path / "a", f"--iters 1 -c {file}")) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert match in error
+
+
+def test_remote_code_may_be_trusted_in_yaml(tmp_path):
+    """The option's own default hid the file's value."""
+    file = tmp_path / "c.yaml"
+    for value in (True, False):
+        file.write_text(f"trust_remote_code: {str(value).lower()}\n")
+        assert options("-c", str(file)).trust_remote_code is value
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("samplng: skips", "'samplng', which is none of"),
+        ("- a", "must be a list of"),
+        ("a: [", "cannot be read"),
+        ("sampling: skip", "release, skips, contiguous"),
+        ("iters: many", "must be a whole number"),
+        ("scaling: clx", "--scaling must be one of none, linear, "),
+        ("seed: -1", "--seed must be within 0..4294967295, got -1"),
+        ("lora_parameters: {rank: 8, dropout: 0.0}", "lora_parameters cannot be used"),
+        ("lora_parameters: {rank: 8, scale: 1.0, dropout: 0.5}\ngrad_checkpoint: true", "twice"),
+        ("lr_schedule: {name: nothing, arguments: [1]}", "lr_schedule cannot be used"),
+        ("optimizer: adamw\noptimizer_config: {adamw: {decay: 1}}", "optimizer_config of adamw"),
+    ],
+)
+def test_bad_yaml_is_one_line(base, texts, tmp_path, text, match, capsys):
+    """The key is named."""
+    (tmp_path / "c.yaml").write_text(text)
+    argv = argv_for(base, texts, tmp_path / "a", f"-c {tmp_path / 'c.yaml'}")
+    assert call(argv) == 2
+    assert match in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_options_come_before_yaml_and_yaml_before_defaults(tmp_path):
+    """As in mlx_lm.lora."""
+    (tmp_path / "c.yaml").write_text("iters: 7\nbatch_size: 3\nlearning_rate: 1e-4\n")
+    args = options("-c", str(tmp_path / "c.yaml"), "--iters", "5")
+    assert (args.iters, args.batch_size, args.learning_rate, args.seed) == (5, 3, 1e-4, 0)

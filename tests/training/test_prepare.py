@@ -1,0 +1,202 @@
+"""What a run is refused for before it starts, and what it is prepared with."""
+
+import json
+import shutil
+
+import mlx.core as mx
+import pytest
+
+from mlx_clex import load
+from mlx_clex.errors import InputError
+from mlx_clex.scaling.gene import GeneParam
+from mlx_clex.training import prepare
+from mlx_clex.training.setup import build_optimizer
+
+from ..conftest import GOLDEN, stock_folder
+from .commands import WORDS, argv_for, call, options
+
+pytestmark = pytest.mark.usefixtures("eager")
+
+
+def test_a_base_without_a_scaling_gets_one(texts, tmp_path):
+    """Its adapters bring the scaling along, also when it is held at a scale."""
+    folder = stock_folder(tmp_path, GOLDEN / "clex_llama", vocab_size=512)
+    for name in ("clex --max-factor 4", "gene --factor 4 --training-seq-len 32", "none"):
+        adapters = tmp_path / name.split()[0]
+        more = f"--iters 2 --scaling {name} --trained-length 32"
+        assert call(argv_for(folder, texts, adapters, more)) == 0
+        model, _ = load(folder, adapter_path=adapters)
+        assert model.scaling.trained_length == 32
+    model, _ = load(folder, adapter_path=tmp_path / "clex", scale=3)
+    assert model.fixed_scale == 3
+    assert model.scaling.config.max_factor == 4
+    assert mx.abs(model.scaling.down_proj).max().item() > 0
+
+
+@pytest.mark.parametrize("name", ["scaling.safetensors", "norms_embeddings.safetensors"])
+def test_adapters_without_a_trained_part_are_refused(base, texts, tmp_path, name):
+    """They would load, and answer wrongly."""
+    adapters = tmp_path / "a"
+    assert call(argv_for(base, texts, adapters, "--iters 1 --train-norms-and-embeddings")) == 0
+    load(base, adapter_path=adapters)
+    (adapters / "current").resolve().joinpath(name).unlink()
+    with pytest.raises(InputError, match=f"lacks {name}"):
+        load(base, adapter_path=adapters)
+
+
+def test_adapters_on_another_base_are_told(base, converted, texts, tmp_path, capsys):
+    """Adapters of a base, put on its fine-tune, are applied twice; nothing else would tell."""
+    assert call(argv_for(base, texts, tmp_path / "a", "--iters 1")) == 0
+    capsys.readouterr()
+    load(base, adapter_path=tmp_path / "a")
+    assert "were trained on" not in capsys.readouterr().err
+    shutil.copytree(base, tmp_path / "other")
+    weights = tmp_path / "other" / "model.safetensors"
+    arrays_of = mx.load(str(weights))
+    name = sorted(arrays_of)[0]
+    mx.save_safetensors(str(weights), arrays_of | {name: arrays_of[name] + 1}, {"format": "mlx"})
+    load(tmp_path / "other", adapter_path=tmp_path / "a")
+    assert "were trained on" in capsys.readouterr().err
+
+
+def test_the_default_length_is_one_that_can_be_trained(base, texts, tmp_path, capsys):
+    """The default of 2,048 tokens was refused by a scaling that reaches fewer."""
+    argv = argv_for(base, texts, tmp_path / "a", "--iters 1")
+    at = argv.index("--max-seq-length")
+    assert call([*argv[:at], *argv[at + 2 :], "--batch-size", "1"]) == 0
+    assert "--max-seq-length is 256 tokens" in capsys.readouterr().err
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["max_seq_length"] == 256
+
+
+def test_the_network_learns_at_its_own_rate(base, texts, tmp_path):
+    """--scaling-learning-rate 0 leaves it as it was, and no file for it."""
+    assert call(argv_for(base, texts, tmp_path / "a", "--iters 2 --scaling-learning-rate 0")) == 0
+    assert not (tmp_path / "a" / "scaling.safetensors").exists()
+    moved = {}
+    for rate in ("1e-2", "1e-4"):
+        adapters = tmp_path / rate
+        assert (
+            call(argv_for(base, texts, adapters, f"--iters 4 --scaling-learning-rate {rate}")) == 0
+        )
+        after = mx.load(str(adapters / "scaling.safetensors"))["scaling.down_proj"]
+        moved[rate] = mx.abs(after - load(base)[0].scaling.down_proj).max().item()
+    assert 20 < moved["1e-2"] / moved["1e-4"] < 500
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ("--iters 0", "--iters must be at least 1"),
+        ("--max-seq-length 320", "beyond 256 tokens"),
+        ("--max-seq-length 200 --sampling release --packing plain --batch-size 9", "fewer than"),
+        ("--eval-lengths 300", "300 tokens, and this model reaches 256"),
+        ("--scaling clex", "weights of its own"),
+        ("--trained-length 5", "needs --scaling"),
+        ("--max-factor 5", "needs --scaling"),
+        ("--mask-prompt", "no prompts"),
+        ("--plain-share 2", "--plain-share"),
+        ("--plain-share 0.5 --sampling contiguous", "is for --sampling skips"),
+        ("--num-layers 0", "--num-layers must be at least 1, or -1"),
+        ("--num-layers -2", "--num-layers must be at least 1, or -1 for all, got -2"),
+        ("--val-batches -5", "--val-batches must be at least 0, or -1 for all, got -5"),
+        ("--test --test-batches 0", "--test-batches must be at least 1"),
+        ("--resume-adapter-file nowhere.safetensors", "does not load"),
+        ("--report-to nothing", "--report-to nothing"),
+    ],
+)
+def test_bad_options_are_one_line(base, texts, tmp_path, more, match, capsys):
+    """Exit 2, nothing written."""
+    assert call(argv_for(base, texts, tmp_path / "a", more)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert match in error
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "train", "more", "match"),
+    [
+        ("clex_llama", None, "", "has no data: give a folder with train.jsonl"),
+        ("clex_llama", '{"text": "a few words"}', "", "texts (train) has "),
+        ("clex_llama", '{"text": "a"}\n{"text": ', "", "train.jsonl, line 2 is no JSON"),
+        ("clex_llama", '{"words": "a"}', "", "train.jsonl, line 1 cannot be used"),
+        ("gene_llama", WORDS * 40, "--max-seq-length 576", "576 is beyond 512 tokens"),
+        ("clex_llama", WORDS * 40, "--test", "has no test part"),
+        ("clex_llama", WORDS * 40, "--eval-lengths 200", "too few for a length of 200"),
+    ],
+)
+def test_bad_data_is_one_line(converted, tmp_path, model, train, more, match, capsys):
+    """File, line and length are named, and nothing is written."""
+    (tmp_path / "texts").mkdir()
+    if train is not None:
+        text = train if train.startswith("{") else json.dumps({"text": train})
+        (tmp_path / "texts" / "train.jsonl").write_text(text)
+        (tmp_path / "texts" / "valid.jsonl").write_text(json.dumps({"text": WORDS * 3}))
+    argv = argv_for(converted(model), tmp_path / "texts", tmp_path / "a", f"--iters 1 {more}")
+    assert call(argv) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert match in error
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_scaling_with_nothing_to_learn_has_no_rate(converted, texts, tmp_path, capsys):
+    """It was taken, and did nothing."""
+    more = "--iters 1 --scaling-learning-rate 1e-3"
+    assert call(argv_for(converted("gene_llama"), texts, tmp_path / "a", more)) == 2
+    assert "gene has nothing to learn" in capsys.readouterr().err
+
+
+def test_a_scaling_is_tested_only_without_adapters(converted, tmp_path, capsys):
+    """--scaling was left out without a word where nothing is trained."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "test.jsonl").write_text(json.dumps({"text": WORDS * 40}) + "\n")
+    argv = ["--test", "--model", str(converted("gene_llama")), "--data", str(tmp_path / "texts")]
+    argv += ["--batch-size", "1", "--max-seq-length", "64"]
+    assert call([*argv, "--scaling", "ntk", "--adapter-path", "somewhere"]) == 2
+    assert "--adapter-path ''" in capsys.readouterr().err
+    losses = set()
+    for more in ([], ["--scaling", "ntk", "--factor", "16"]):
+        assert call([*argv, *more, "--adapter-path", ""]) == 0
+        losses.add(capsys.readouterr().out.splitlines()[-1])
+    assert len(losses) == 2
+
+
+@pytest.mark.parametrize(("more", "share"), [("", 0.25), ("--plain-share 0", 0)])
+def test_a_plain_share_of_none_is_taken(base, more, share):
+    """0 is a choice, not the lack of one."""
+    model, _ = load(base)
+    draws = prepare._draws(options(*more.split()), model)
+    assert draws.procedure.plain_share == share
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [
+        ("", 0.01),
+        ("--release-recipe", 1.0),
+        ("--fine-tune-type scaling", 1.0),
+        ("--scaling-learning-rate 1e-4", 0.1),
+    ],
+)
+def test_the_learning_rate_of_the_scaling(base, texts, tmp_path, monkeypatch, options, share):
+    """Clex's is a hundredth, unless it trains alone or as published."""
+    seen = []
+
+    def build(*args, scaling_share):
+        seen.append(scaling_share)
+        return build_optimizer(*args, scaling_share=scaling_share)
+
+    monkeypatch.setattr(prepare, "build_optimizer", build)
+    assert call(argv_for(base, texts, tmp_path / "a", f"--iters 1 {options}")) == 0
+    assert seen == [pytest.approx(share)]
+    assert GeneParam.learning_rate_share == 1
+
+
+def test_a_schedule_has_the_rate_that_the_scaling_is_held_against(base, texts, tmp_path, capsys):
+    """The share was of --learning-rate, which a schedule leaves unused."""
+    config = tmp_path / "c.yaml"
+    for arguments, status in (("[0.01, 100]", 0), ("[]", 2)):
+        config.write_text(f"lr_schedule: {{name: cosine_decay, arguments: {arguments}}}\n")
+        more = f"--iters 1 --scaling-learning-rate 0.001 -c {config}"
+        assert call(argv_for(base, texts, tmp_path / f"a{status}", more)) == status
+    assert "lr_schedule cannot be used" in capsys.readouterr().err
