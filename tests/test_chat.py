@@ -63,6 +63,7 @@ def chat(tmp_path):
             codec_errors="replace",
             dimensions=(40, 120),
         )
+        child.ptyproc.delayafterterminate = 1.0  # seconds; a busy machine ends it slowly
         started.append(child)
         prompt(child)
         return child
