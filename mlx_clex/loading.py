@@ -16,18 +16,20 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.utils import load_model, load_tokenizer
+from mlx_lm.utils import load_model
 
 from . import bundled
 from .checkpoint.adapters import add_adapters, other_base
 from .checkpoint.digest import state_digest
 from .checkpoint.folder import SHIM, check_hub_id, files_of, needs_conversion, read_config
+from .checkpoint.tokenizer import open_tokenizer
 from .errors import InputError, one_line, say
 from .model.finite import check_finite
 from .model.scaled_model import scaled
 from .model.sharding import share_out, wait_for_all
 from .model_file import Model, ModelArgs
 from .scaling import Scaling
+from .scaling.check import check_frequencies
 
 DEFAULT_CACHE = Path("~/.cache/mlx_clex")
 # Part of the name of a conversion kept there; to be raised when converting gives
@@ -104,19 +106,13 @@ def load(
     # Nothing lazy may be left: it would belong to the streams of this thread, and a server
     # generates in another one.
     mx.eval(model.parameters())
-    if scaling is not None and (message := scaling.check_frequencies(scale)):
+    if scaling is not None and (message := check_frequencies(scaling, scale)):
         say(message)
     check_finite(model)
     # Its only complaint is that transformers does not know our rope_scaling types.
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
     tokenizer_options = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
-    try:
-        tokenizer = load_tokenizer(
-            folder, tokenizer_options, eos_token_ids=config.get("eos_token_id")
-        )
-    except Exception as error:
-        # Of a broken tokenizer file its libraries raise anything, down to RecursionError.
-        raise InputError(f"{folder} has no tokenizer that loads: {one_line(error)}") from error
+    tokenizer = open_tokenizer(folder, config, tokenizer_options)
     expect_long_texts(tokenizer)
     return model, tokenizer
 
@@ -145,7 +141,7 @@ def load_scaling(path_or_hub_id: str | Path, adapter_path: str | Path | None = N
             f"{path_or_hub_id} was not converted with mlx_clex, so it has no scaling. Convert "
             "it with --scaling NAME first."
         )
-    if message := scaling.check_frequencies(order=True):
+    if message := check_frequencies(scaling, order=True):
         say(message)
     return scaling
 
