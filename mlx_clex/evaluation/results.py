@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import write_text
-from ..errors import InputError
+from ..errors import InputError, RunError
 
 _PACKAGES = ("mlx-clex", "mlx", "mlx-lm")
 _PARTS = {"kind": str, "settings": dict, "keys": list, "versions": dict, "rows": list}
@@ -42,10 +42,19 @@ class Results:
         """Take a row in the place of the one with the same keys, and write the files.
 
         Args:
-            row: numbers, texts and None by column; a number that is none (NaN, infinity)
-                is kept as None, since JSON has no word for it.
+            row: finite numbers, texts and None by column.
+
+        Raises:
+            RunError: a number is NaN or infinite; the message names its column.
         """
-        new = {name: _finite(value) for name, value in row.items()}
+        new = dict(row)
+        for name, value in new.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                where = ", ".join(f"{key} {new[key]}" for key in self.keys)
+                raise RunError(
+                    f"{name} is {value:g} ({where}), so it is not reported: the model gives no "
+                    "finite numbers there. Check its weights, or convert it with --dtype float32."
+                )
         same = {name: new[name] for name in self.keys}
         for index, old in enumerate(self.rows):
             if _has(old, same):
@@ -188,10 +197,6 @@ def _is_result(whole: Any) -> bool:
 
 def _has(row: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
     return all(name in row and row[name] == value for name, value in values.items())
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _path(prefix: Path, suffix: str) -> Path:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from mlx_clex.errors import InputError
+from mlx_clex.errors import InputError, RunError
 from mlx_clex.evaluation.results import open_results, read_results
 
 KEYS = ("label", "length")
@@ -70,11 +70,14 @@ def test_columns_that_come_later_are_in_the_table(tmp_path):
     )
 
 
-def test_a_figure_that_is_no_number_is_null(tmp_path):
-    """Python writes NaN, which no other reader of JSON takes."""
-    opened(tmp_path / "out").add(row("base", 128, float("nan")))
-    assert "NaN" not in (tmp_path / "out.json").read_text()
-    assert read_results(tmp_path / "out").rows == [row("base", 128, None)]
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_figure_that_is_not_finite_is_refused(tmp_path, value):
+    """perplexity printed nan in its table, wrote null and exited with 0."""
+    results = opened(tmp_path / "out")
+    results.add(row("base", 64, 4.0))
+    with pytest.raises(RunError, match=r"perplexity is (nan|inf) \(label base, length 128\)"):
+        results.add(row("base", 128, value))
+    assert read_results(tmp_path / "out").rows == [row("base", 64, 4.0)]
 
 
 def test_in_memory(tmp_path, monkeypatch):
