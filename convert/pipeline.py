@@ -14,6 +14,7 @@ from mlx_clex.checkpoint.folder import SHIM, check_hub_id
 from mlx_clex.checkpoint.safetensors_file import TensorInfo
 from mlx_clex.errors import InputError, say
 
+from .check import check_config, check_model, check_tokenizer
 from .dry_run import describe, describe_download
 from .freeze import gguf_export
 from .options import Options
@@ -92,6 +93,7 @@ def convert(
         print(describe_download(look_up(check_hub_id(hf_path), revision).sizes))
         return None
     source = Source(find(hf_path, revision))
+    check_config(source.config)
     outcome = decide_outcome(source.config, source.weights(), options)
     for note in outcome.notes:
         say(note)
@@ -208,11 +210,16 @@ def _write(
     checkpoint = source.checkpoint
     scratch = folder / "scratch"
     scratch.mkdir()
-    # First, since it may still be found broken.
+    # First, since it may still be found broken, and the weights take long.
     words = scratch if options.for_llama_cpp else folder
     missing = write_tokenizer(checkpoint, words, outcome.reach, source.gguf)
     if missing:
         say(missing)
+    elif not options.for_llama_cpp:
+        generation = checkpoint.folder / "generation_config.json"
+        if generation.exists() and source.gguf is None:
+            shutil.copyfile(generation, folder / generation.name)
+        check_tokenizer(folder, outcome.config, checkpoint.name)
     tokenizer = _gguf_tokenizer(source, outcome, words) if options.for_llama_cpp else {}
     if not source.is_lazy:
         outcome = decide_outcome(source.config, source.rewrite(scratch), options)
@@ -242,6 +249,8 @@ def _write(
     if not options.for_llama_cpp:
         # Last: it makes a checkpoint of it.
         save_config(outcome.config, folder / "config.json")
+    if outcome.file_format == "mlx" and not options.for_llama_cpp:
+        check_model(folder)
 
 
 def _write_checkpoint(
@@ -255,9 +264,6 @@ def _write_checkpoint(
         file_format=outcome.file_format,
         advance=advance,
     )
-    generation = source.checkpoint.folder / "generation_config.json"
-    if generation.exists() and source.gguf is None:
-        shutil.copyfile(generation, folder / generation.name)
     if outcome.config.get("model_file") == SHIM:
         (folder / SHIM).write_text(_SHIM_TEXT, encoding="utf-8")
 

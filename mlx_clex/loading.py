@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.utils import load_model, load_tokenizer
+from mlx_lm.utils import load_model
 
 from . import bundled
 from .checkpoint.adapters import add_adapters, other_base
@@ -38,6 +38,7 @@ from .model.scaled_model import scaled
 from .model.sharding import share_out, wait_for_all
 from .model_file import Model, ModelArgs
 from .scaling import Scaling
+from .scaling.check import check_frequencies
 
 DEFAULT_CACHE = Path("~/.cache/mlx_clex")
 # Part of the name of a conversion kept there; to be raised when converting gives
@@ -120,13 +121,7 @@ def load(
     # Its only complaint is that transformers does not know our rope_scaling types.
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
     tokenizer_options = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
-    try:
-        tokenizer = load_tokenizer(
-            folder, tokenizer_options, eos_token_ids=config.get("eos_token_id")
-        )
-    except Exception as error:
-        # Of a broken tokenizer file its libraries raise anything, down to RecursionError.
-        raise InputError(f"{folder} has no tokenizer that loads: {one_line(error)}") from error
+    tokenizer = open_tokenizer(folder, config, tokenizer_options)
     expect_long_texts(tokenizer)
     return model, tokenizer
 

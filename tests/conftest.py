@@ -87,7 +87,7 @@ def scaled_llama(name: str, *, log_scale: bool = False, scale=None, **kwargs):
 def stock_folder(tmp_path, tokenizer_from, **config):
     """A plain LLaMA as mlx-lm saves one."""
     folder = tmp_path / "stock"
-    model = tiny_llama(vocabulary=config.get("vocab_size", 64))
+    model = tiny_llama(vocabulary=config.get("vocab_size", 512))  # the golden tokenizer's
     save_model(folder, model)
     entries = {k: v for k, v in vars(model.args).items() if v is not None}
     (folder / "config.json").write_text(json.dumps(entries | config))

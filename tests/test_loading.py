@@ -45,6 +45,17 @@ def test_a_published_folder_is_converted_once(tmp_path, capsys):
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+def test_a_published_folder_that_cannot_be_used_leaves_nothing_in_the_cache(tmp_path):
+    """It was "Wrote ...", stayed in the cache, and failed at every load from then on."""
+    source = shutil.copytree(GOLDEN / "clex_phi", tmp_path / "published")
+    (source / "tokenizer.model").unlink()
+    (source / "tokenizer.json").write_text("{}")
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+    with pytest.raises(InputError, match="published has no tokenizer that loads"):
+        load(source, cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*"))
+
+
 def test_a_converted_folder_runs_under_stock_mlx_lm(folder):
     """The shim makes it a checkpoint for every program of mlx-lm, with the same answers."""
     ours, _ = load(folder)
@@ -165,6 +176,7 @@ DAMAGE = {
         lambda f: (f / "tokenizer.json").write_text("[" * 100_000),
         "tokenizer",
     ),
+    "an end beyond the vocabulary": (lambda f: edit(f, eos_token_id=512), "eos_token_id 512"),
     "tokenizer settings no object": (
         lambda f: (f / "tokenizer_config.json").write_text("5"),
         "tokenizer",

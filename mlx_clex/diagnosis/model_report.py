@@ -29,6 +29,7 @@ from ..model.scaled_model import ScaledModel, attach, make_prompt_cache
 from ..model.stock import config_value, model_name
 from ..model_file import Model, ModelArgs
 from ..scaling import PREFIX, SCALINGS, Scaling
+from ..scaling.check import check_frequencies
 
 Row = tuple[str, str]
 
@@ -155,7 +156,7 @@ def _curve(folder: Path, config: dict[str, Any], scaling: Scaling) -> Iterator[R
             loaded: Any = mx.load(str(file))
             learned |= {name: array for name, array in loaded.items() if name.startswith(PREFIX)}
         scaling.take_weights(learned)
-        message = scaling.check_frequencies(order=True)
+        message = check_frequencies(scaling, order=True)
     except (InputError, RuntimeError, ValueError) as error:
         message = one_line(error)
     if message is not None:

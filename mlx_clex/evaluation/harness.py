@@ -13,6 +13,7 @@ import copy
 import difflib
 import functools
 import logging
+import math
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -398,12 +399,14 @@ def run_tasks(
             mine = [by_length[metric]] if metric in by_length else by_length.values()
             samples = sum(map(len, mine))
             stderr = figures.get(f"{metric}_stderr,{filtered}")
+            if not (isinstance(stderr, int | float) and math.isfinite(stderr)):
+                stderr = None  # "N/A", or NaN for a single sample
             rows.append(
                 {
                     "task": name,
                     "metric": metric if filtered == "none" else key,
                     "value": value,
-                    "stderr": stderr if isinstance(stderr, int | float) else None,
+                    "stderr": stderr,
                     "samples": samples or None,
                     # A group has no documents here: its score is the mean of its tasks' rows.
                     "length": int(metric) if metric.isdigit() and by_length else None,

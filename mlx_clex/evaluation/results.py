@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import write_text
-from ..errors import InputError
+from ..errors import InputError, RunError
 
 _PACKAGES = ("mlx-clex", "mlx", "mlx-lm")
 _PARTS = {"kind": str, "settings": dict, "keys": list, "versions": dict, "rows": list}
@@ -44,7 +44,14 @@ class Results:
             row: numbers, texts and None by column. NaN and infinity are stored as None because
                 JSON cannot express them.
         """
-        new = {name: _finite(value) for name, value in row.items()}
+        new = dict(row)
+        for name, value in new.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                where = ", ".join(f"{key} {new[key]}" for key in self.keys)
+                raise RunError(
+                    f"{name} is {value:g} ({where}), so it is not reported: the model gives no "
+                    "finite numbers there. Check its weights, or convert it with --dtype float32."
+                )
         same = {name: new[name] for name in self.keys}
         for index, old in enumerate(self.rows):
             if _has(old, same):
@@ -189,10 +196,6 @@ def _is_result(whole: Any) -> bool:
 
 def _has(row: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
     return all(name in row and row[name] == value for name, value in values.items())
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _path(prefix: Path, suffix: str) -> Path:

@@ -9,7 +9,7 @@ Not covered: rotation itself, caches, and which length a pass has.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, get_args, get_type_hints
@@ -260,40 +260,6 @@ class Scaling(nn.Module, ABC):
                     "The file is damaged or its training diverged: use an earlier save."
                 )
 
-    def check_frequencies(self, scale: float | None = None, *, order: bool = False) -> str | None:
-        """Check the frequencies of every layer at every scale the model can have.
-
-        Where they are not learned, or the scale grows without end, the first is enough.
-
-        Args:
-            scale: the one the model is held at; None: it follows the text.
-            order: also report pairs that are faster than the one before. Trained curves may
-                have them and be of use.
-
-        Returns:
-            A line for the user where learned frequencies are finite, and yet faster than pi
-            radians per token, too slow for float32, or out of order; else None.
-
-        Raises:
-            InputError: they are not finite; the message has the method, scale and pair.
-        """
-        self.check_weights()
-        first = self.scale_at(1) if scale is None else scale
-        last = self.largest_scale if self.learned and scale is None else first
-        found: dict[str, str] = {}
-        for at in np.arange(first, max(first, last) + 0.5).tolist():
-            for layer in range((self.shape.layers or 1) if self.by_layer else 1):
-                inv_freq = self._finite(at, layer)
-                for kind, where in _suspicious(inv_freq) if self.learned else ():
-                    if order or kind != "order":
-                        found.setdefault(kind, f"{where} at scale {at:g}")
-        if not found:
-            return None
-        return (
-            f"The learned frequencies of {self.name} are suspicious: {'; '.join(found.values())}. "
-            "Longer texts may be answered wrongly: measure with mlx_clex perplexity."
-        )
-
     def _base_inv_freq(self) -> np.ndarray:
         """The base model's frequencies, radians per token, float64, (D/2,)."""
         if self.shape.inv_freq is not None:
@@ -304,7 +270,7 @@ class Scaling(nn.Module, ABC):
         solved = self._use_current_weights()
         table = solved.tables.get((scale, layer))
         if table is None:
-            inv_freq = self._finite(scale, layer)
+            inv_freq = self.finite_inv_freq(scale, layer)
             # Both made on the host: a lazy 1 / inv_freq would belong to the stream of
             # this thread, and a server generates in another one.
             with np.errstate(divide="ignore", over="ignore"):
@@ -324,8 +290,12 @@ class Scaling(nn.Module, ABC):
         solved.weights = weights
         return solved
 
-    def _finite(self, scale: float, layer: int) -> np.ndarray:
-        """What `_solve` gives, refused where float32 cannot hold it."""
+    def finite_inv_freq(self, scale: float, layer: int) -> np.ndarray:
+        """Return what `_solve` gives, float64.
+
+        Raises:
+            InputError: float32 cannot hold it; the message has the method, scale and pair.
+        """
         self._use_current_weights()
         try:
             with np.errstate(all="ignore"):
@@ -401,18 +371,6 @@ class _Solved:
         self.weights: tuple[mx.array, ...] = ()
         self.tables: dict[tuple[float, int], tuple[mx.array, mx.array]] = {}
         self.state: Any = None  # what a solver keeps between scales
-
-
-def _suspicious(inv_freq: np.ndarray) -> Iterator[tuple[str, str]]:
-    """Kinds of oddities in frequencies, and where the first of each is."""
-    size = np.abs(inv_freq)
-    for where in np.argwhere(size > math.pi)[:1]:
-        speed = size[tuple(where)]
-        yield "fast", f"pair {where[-1]} turns {speed:.3g} radians per token (above pi it aliases)"
-    for where in np.argwhere(size < np.finfo(np.float32).tiny)[:1]:
-        yield "lost", f"pair {where[-1]} is too slow for float32 and does not turn"
-    for where in np.argwhere(np.diff(inv_freq) > 0)[:1]:
-        yield "order", f"pair {where[-1] + 1} is faster than pair {where[-1]}"
 
 
 def parse_config(config_class: type, rope_scaling: Mapping[str, Any]) -> Any:

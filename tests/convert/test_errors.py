@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -99,6 +100,25 @@ def make_sparse(folder: Path) -> None:
 SHARD = "pytorch_model-00001-of-00002.bin"
 UP = "model.clex_layer.proj_func.ode_up_proj"
 Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+def other_tokenizer(data: bytes) -> Any:
+    """In the place of the SentencePiece model."""
+
+    def apply(folder: Path) -> None:
+        (folder / "tokenizer.model").unlink()
+        (folder / "tokenizer.json").write_bytes(data)
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
+
+    return apply
+
+
+def words_to(count: int) -> bytes:
+    """A tokenizer.json of so many words."""
+    vocabulary = {f"word{index}": index for index in range(count)}
+    model = tokenizers.models.WordLevel(vocabulary, "word0")
+    return tokenizers.Tokenizer(model).to_str().encode()
+
 
 BROKEN = {
     # name: (golden checkpoint, damage, part of the message)
@@ -210,6 +230,28 @@ BROKEN = {
         "clex_phi",
         config(quantization_config={"quant_method": "gptq"}),
         "quantised with 'gptq'",
+    ),
+    "a tokenizer.json of noise": ("clex_phi", other_tokenizer(b"noise"), "no tokenizer that loads"),
+    "an empty tokenizer.json": ("clex_phi", other_tokenizer(b"{}"), "no tokenizer that loads"),
+    "another model's tokenizer": (
+        "clex_phi",
+        other_tokenizer(words_to(900)),
+        "ids up to 899, but its model's vocab_size is 512",
+    ),
+    "an end beyond the vocabulary": ("clex_phi", config(eos_token_id=512), "eos_token_id 512"),
+    "an end that is a word": ("clex_phi", config(eos_token_id="</s>"), "'</s>'"),  # noqa: S106 - no password
+    "an end of generation_config.json": (
+        "clex_phi",
+        overwrite("generation_config.json", b'{"eos_token_id": [2, true]}'),
+        "eos_token_id [2, True]",
+    ),
+    "a type that is none": ("clex_phi", config(torch_dtype="heavy"), "torch_dtype 'heavy'"),
+    "a type that is a number": ("clex_phi", config(dtype=16), "dtype 16"),
+    "tied by a word": ("clex_phi", config(tie_word_embeddings="yes"), "tie_word_embeddings 'yes'"),
+    "NaN in the scaling": (
+        "clex_phi",
+        tensors(lambda t: t.update({UP: t[UP] * float("nan")})),
+        "scaling.up_proj has values that are not finite",
     ),
     "tokenizer of noise": (
         "clex_phi",

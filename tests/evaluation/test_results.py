@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from mlx_clex.errors import InputError
+from mlx_clex.errors import InputError, RunError
 from mlx_clex.evaluation.results import open_results, read_results
 
 KEYS = ("label", "length")

@@ -1,0 +1,65 @@
+"""Opens the tokenizer of a folder, and checks that its ids are the model's."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.utils import load_tokenizer
+
+from ..errors import InputError, one_line
+
+
+def open_tokenizer(
+    folder: Path,
+    config: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    *,
+    name: str | None = None,
+) -> Any:
+    """Load a folder's tokenizer as mlx-lm wraps it.
+
+    Args:
+        folder: of a checkpoint, with its config.json.
+        config: the content of config.json; read are `eos_token_id` and `vocab_size`.
+        options: those of the tokenizer.
+        name: what messages call the folder; None: its path.
+
+    Raises:
+        InputError: it does not load, or has tokens beyond the model's vocabulary.
+    """
+    name = name or str(folder)
+    vocabulary = config.get("vocab_size")
+    ends = config.get("eos_token_id")
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None and not _is_id(end, vocabulary):
+            raise InputError(
+                f"config.json or generation_config.json has eos_token_id {ends!r}; it must be an "
+                f"id below vocab_size ({vocabulary}), or a list of them."
+            )
+    try:
+        tokenizer = load_tokenizer(folder, dict(options or {}), eos_token_ids=ends)
+        highest = max(_ids_of(tokenizer), default=0)
+    except Exception as error:
+        # A broken tokenizer file makes its libraries raise anything, down to RecursionError.
+        raise InputError(f"{name} has no tokenizer that loads: {one_line(error)}") from error
+    if isinstance(vocabulary, int) and highest >= vocabulary:
+        raise InputError(
+            f"{name} has a tokenizer with ids up to {highest}, but its model's vocab_size is "
+            f"{vocabulary}: it is another model's tokenizer."
+        )
+    return tokenizer
+
+
+def _is_id(value: Any, vocabulary: Any) -> bool:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        return False
+    return not isinstance(vocabulary, int) or value < vocabulary
+
+
+def _ids_of(tokenizer: Any) -> set[int]:
+    """Ids that ordinary text can become.
+
+    Added tokens are left out: many published models have a padding token beyond their
+    vocabulary, which no text contains.
+    """
+    return set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)

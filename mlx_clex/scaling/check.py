@@ -1,0 +1,58 @@
+"""Checks a scaling's frequencies before they are used."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from .base import Scaling
+
+
+def check_frequencies(
+    scaling: Scaling, scale: float | None = None, *, order: bool = False
+) -> str | None:
+    """Check the frequencies of every layer at every scale the model can have.
+
+    Where they are not learned, or the scale grows without end, the first scale is enough.
+
+    Args:
+        scaling: with its weights.
+        scale: the one the model is held at; None: it follows the text.
+        order: also report pairs that are faster than the one before. Trained curves may
+            have them and be of use.
+
+    Returns:
+        A line for the user where learned frequencies are finite, and yet faster than pi
+        radians per token, too slow for float32, or out of order; else None.
+
+    Raises:
+        InputError: they are not finite; the message has the method, scale and pair.
+    """
+    scaling.check_weights()
+    first = scaling.scale_at(1) if scale is None else scale
+    last = scaling.largest_scale if scaling.learned and scale is None else first
+    found: dict[str, str] = {}
+    for at in np.arange(first, max(first, last) + 0.5).tolist():
+        for layer in range((scaling.shape.layers or 1) if scaling.by_layer else 1):
+            inv_freq = scaling.finite_inv_freq(at, layer)
+            for kind, where in _suspicious(inv_freq) if scaling.learned else ():
+                if order or kind != "order":
+                    found.setdefault(kind, f"{where} at scale {at:g}")
+    if not found:
+        return None
+    return (
+        f"The learned frequencies of {scaling.name} are suspicious: {'; '.join(found.values())}. "
+        "Longer texts may be answered wrongly: measure with mlx_clex perplexity."
+    )
+
+
+def _suspicious(inv_freq: np.ndarray) -> Iterator[tuple[str, str]]:
+    """Kinds of oddities in frequencies, and where the first of each is."""
+    size = np.abs(inv_freq)
+    for where in np.argwhere(size > math.pi)[:1]:
+        speed = size[tuple(where)]
+        yield "fast", f"pair {where[-1]} turns {speed:.3g} radians per token (above pi it aliases)"
+    for where in np.argwhere(size < np.finfo(np.float32).tiny)[:1]:
+        yield "lost", f"pair {where[-1]} is too slow for float32 and does not turn"
+    for where in np.argwhere(np.diff(inv_freq) > 0)[:1]:
+        yield "order", f"pair {where[-1] + 1} is faster than pair {where[-1]}"
