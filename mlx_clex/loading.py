@@ -32,6 +32,7 @@ from .checkpoint.folder import (
     tied_override,
 )
 from .checkpoint.lock import locked
+from .checkpoint.tokenizer import open_tokenizer
 from .errors import InputError, one_line, say
 from .model.finite import check_finite
 from .model.scaled_model import scaled
@@ -115,7 +116,7 @@ def load(
     # Nothing lazy may be left: it would belong to the streams of this thread, and a server
     # generates in another one.
     mx.eval(model.parameters())
-    if scaling is not None and (message := scaling.check_frequencies(scale)):
+    if scaling is not None and (message := check_frequencies(scaling, scale)):
         warnings.warn(message, stacklevel=2)
     check_finite(model)
     # Its only complaint is that transformers does not know our rope_scaling types.
@@ -150,7 +151,7 @@ def load_scaling(path_or_hub_id: str | Path, adapter_path: str | Path | None = N
             f"{path_or_hub_id} was not converted with mlx_clex, so it has no scaling. Convert "
             "it with --scaling NAME first."
         )
-    if message := scaling.check_frequencies(order=True):
+    if message := check_frequencies(scaling, order=True):
         warnings.warn(message, stacklevel=2)
     return scaling
 

@@ -41,8 +41,10 @@ class Results:
         """Add a row, or replace the row with the same keys, and write the files.
 
         Args:
-            row: numbers, texts and None by column. NaN and infinity are stored as None because
-                JSON cannot express them.
+            row: finite numbers, texts and None by column.
+
+        Raises:
+            RunError: a number is NaN or infinite; the message names its column.
         """
         new = dict(row)
         for name, value in new.items():

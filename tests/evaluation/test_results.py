@@ -70,11 +70,14 @@ def test_new_columns_of_later_rows_are_written(tmp_path):
     )
 
 
-def test_nan_is_written_as_null(tmp_path):
-    """Python writes NaN, which other JSON readers refuse."""
-    opened(tmp_path / "out").add(row("base", 128, float("nan")))
-    assert "NaN" not in (tmp_path / "out.json").read_text()
-    assert read_results(tmp_path / "out").rows == [row("base", 128, None)]
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_figure_that_is_not_finite_is_refused(tmp_path, value):
+    """perplexity printed nan in its table, wrote null and exited with 0."""
+    results = opened(tmp_path / "out")
+    results.add(row("base", 64, 4.0))
+    with pytest.raises(RunError, match=r"perplexity is (nan|inf) \(label base, length 128\)"):
+        results.add(row("base", 128, value))
+    assert read_results(tmp_path / "out").rows == [row("base", 64, 4.0)]
 
 
 def test_without_a_prefix_nothing_is_written(tmp_path, monkeypatch):
