@@ -156,7 +156,7 @@ def _curve(folder: Path, config: dict[str, Any], scaling: Scaling) -> Iterator[R
             loaded: Any = mx.load(str(file))
             learned |= {name: array for name, array in loaded.items() if name.startswith(PREFIX)}
         scaling.take_weights(learned)
-        message = check_frequencies(scaling, order=True)
+        message = check_frequencies(scaling, strict=True)
     except (InputError, RuntimeError, ValueError) as error:
         message = one_line(error)
     if message is not None:

@@ -9,7 +9,7 @@ from .base import Scaling
 
 
 def check_frequencies(
-    scaling: Scaling, scale: float | None = None, *, order: bool = False
+    scaling: Scaling, scale: float | None = None, *, strict: bool = False
 ) -> str | None:
     """Check the frequencies of every layer at every scale the model can have.
 
@@ -18,12 +18,12 @@ def check_frequencies(
     Args:
         scaling: with its weights.
         scale: the one the model is held at; None: it follows the text.
-        order: also report pairs that are faster than the one before. Trained curves may
-            have them and be of use.
+        strict: also report pairs faster than pi radians per token, which alias, and pairs
+            faster than the one before. Trained curves may have both and be of use.
 
     Returns:
-        A line for the user where learned frequencies are finite, and yet faster than pi
-        radians per token, too slow for float32, or out of order; else None.
+        A line for the user where learned frequencies are finite, and yet faster than one
+        turn per token, or too slow for float32; else None.
 
     Raises:
         InputError: they are not finite; the message has the method, scale and pair.
@@ -35,9 +35,8 @@ def check_frequencies(
     for at in np.arange(first, max(first, last) + 0.5).tolist():
         for layer in range((scaling.shape.layers or 1) if scaling.by_layer else 1):
             inv_freq = scaling.finite_inv_freq(at, layer)
-            for kind, where in _suspicious(inv_freq) if scaling.learned else ():
-                if order or kind != "order":
-                    found.setdefault(kind, f"{where} at scale {at:g}")
+            for kind, where in _suspicious(inv_freq, strict) if scaling.learned else ():
+                found.setdefault(kind, f"{where} at scale {at:g}")
     if not found:
         return None
     return (
@@ -46,13 +45,13 @@ def check_frequencies(
     )
 
 
-def _suspicious(inv_freq: np.ndarray) -> Iterator[tuple[str, str]]:
+def _suspicious(inv_freq: np.ndarray, strict: bool) -> Iterator[tuple[str, str]]:
     """Kinds of oddities in frequencies, and where the first of each is."""
     size = np.abs(inv_freq)
-    for where in np.argwhere(size > math.pi)[:1]:
+    for where in np.argwhere(size > (1 if strict else 2) * math.pi)[:1]:
         speed = size[tuple(where)]
         yield "fast", f"pair {where[-1]} turns {speed:.3g} radians per token (above pi it aliases)"
     for where in np.argwhere(size < np.finfo(np.float32).tiny)[:1]:
         yield "lost", f"pair {where[-1]} is too slow for float32 and does not turn"
-    for where in np.argwhere(np.diff(inv_freq) > 0)[:1]:
+    for where in np.argwhere(np.diff(inv_freq) > 0)[: int(strict)]:
         yield "order", f"pair {where[-1] + 1} is faster than pair {where[-1]}"

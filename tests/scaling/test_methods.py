@@ -350,7 +350,7 @@ def test_a_gain_that_is_not_finite_is_refused():
 @pytest.mark.parametrize("name", SCALINGS)
 def test_usual_frequencies_bring_no_warning(name):
     """A warning at each load of a sound model would be ignored soon."""
-    assert check_frequencies(build(name), order=True) is None
+    assert check_frequencies(build(name), strict=True) is None
 
 
 @pytest.mark.parametrize(
@@ -366,6 +366,6 @@ def test_suspicious_learned_frequencies_are_told(pair, value, words):
     scaling = build("gene-param")
     scaling.base_coef = mx.where(mx.arange(DIMS // 2) == pair, value, scaling.base_coef)
 
-    message = check_frequencies(scaling, order=True) or ""
+    message = check_frequencies(scaling, strict=True) or ""
     assert re.search(words, message), message
     assert "of gene-param are suspicious" in message
