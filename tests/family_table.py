@@ -18,8 +18,9 @@ keys unrotated.
   model can only be held at one scale.
 - **log_scale**: whether queries can be multiplied. In latent attention (DeepSeek and similar
   models) the rope sees only a part of each query, so `log_scale` is refused there.
-- A model that brings its own scaling (llama3, yarn, longrope, dynamic) is refused, because
-  the two scalings would multiply. Load it without its own `rope_scaling` first.
+- A model whose rope is stretched already (llama3, longrope, yarn, linear) is served from that
+  rope: at scale 1 it equals its source ([details](convert.md#models-that-bring-a-stretched-rope)).
+  mlx-lm's `dynamic` rope is refused, because it has no fixed frequencies.
 
 {served} model files are served at a growing scale. {fixed} are served at one fixed scale (`scale=`,
 `--scale T`, or linear, ntk and yarn). {refused} are refused, and {absent} are not tested.

@@ -1,8 +1,8 @@
 """Every command of README.md and docs/ runs as it is typed.
 
-Each page has a fresh folder, which is also its HOME, with `base-model` and
-`book.txt` in it; blocks run in order. Published ids are answered by a hub on this machine, which
-serves the golden checkpoints under those names.
+Each page has a fresh folder, which is also its HOME, with `base-model`, `llama3-model` (its rope
+is stretched) and `book.txt` in it; blocks run in order. Published ids are answered by a hub on
+this machine, which serves the golden checkpoints under those names.
 
 Not covered: installing. Of those blocks the extras are looked up in pyproject.toml.
 """
@@ -176,6 +176,7 @@ class Reader:
 def reader(tmp_path: Path, hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
     """A reader in a folder with the files that pages assume."""
     _make_base_model(tmp_path / "base-model")
+    _make_llama3_model(tmp_path / "base-model", tmp_path / "llama3-model")
     book = "".join(f"Line {n} of the book. " for n in range(6))
     (tmp_path / "book.txt").write_text(book)
     someone = Reader(tmp_path, hub, tmp_path_factory.getbasetemp() / "fonts")
@@ -257,3 +258,18 @@ def _make_base_model(folder: Path) -> None:
         weights |= loaded
     plain = {name: tensor for name, tensor in weights.items() if "clex_layer" not in name}
     mx.save_safetensors(str(folder / "model.safetensors"), plain, metadata={"format": "pt"})
+
+
+def _make_llama3_model(base: Path, folder: Path) -> None:
+    """The base model with a rope that is stretched as in Llama 3.1, from 64 tokens to 512."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = 512
+    config["rope_scaling"] = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
