@@ -151,7 +151,7 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
         (GOLDEN / "clex_phi", {}, "not for phi"),
         (GOLDEN / "gene_param_llama", {"freeze": 8}, "every head and layer"),
         (llama, {"quantize": True}, "leave out -q"),
-        (chunks, {"scaling": clex}, "how this tokenizer cuts text"),
+        (chunks, {"scaling": clex}, "does not know llama.cpp's name for this tokenizer"),
     ]
     for source, options, words in cases:
         with pytest.raises(InputError, match=words):

@@ -145,7 +145,7 @@ def test_what_no_stock_program_has_is_refused(tmp_path, program):
     config = config_of(source)
     config["rope_scaling"]["log_scale"] = True
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="every position's query"):
+    with pytest.raises(InputError, match="every position its own gain"):
         convert(source, tmp_path / "a", freeze=8, freeze_for=program)
 
 
