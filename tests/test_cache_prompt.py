@@ -259,7 +259,7 @@ def test_files_of_mlx_lm_are_taken_with_a_word(cli, folders, tmp_path):
 
     status, _, err = cli(generate, "--model", mine, "--prompt-cache-file", file, "-m", "1")
     assert status == 0
-    assert "does not say which model" in err
+    assert "does not name its model" in err
     status, _, err = cli(
         generate, "--model", mine, "--prompt-cache-file", file, "-m", "1", "--scale", "2"
     )

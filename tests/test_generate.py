@@ -203,7 +203,7 @@ def test_kv_bits_plans_for_the_whole_length(cli, wide, model):
     quantised = ("--kv-bits", "8", "--kv-group-size", "32", "--quantized-kv-start", "0")
     status, out, err = cli(*options, *quantised)
     assert status == 0, err
-    assert "the scale is fixed at 8, that of 120 tokens" in err
+    assert "the scale is fixed at 8, the scale of 120 tokens" in err
     assert "Scale: 8," in out
     _, fixed, err = cli(*options, *quantised, "--scale", "8")
     assert "fixed" not in err
