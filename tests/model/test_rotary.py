@@ -200,7 +200,7 @@ def test_gradients_of_the_loss_equal_differences(name, tokens):
 def test_a_rope_called_outside_a_pass_says_so(tokens):
     """Without a pass there is no scale; a guess would give wrong logits."""
     model = scaled_llama("clex")
-    with pytest.raises(RuntimeError, match="Call the model itself"):
+    with pytest.raises(RuntimeError, match="Call the model instead"):
         model.model(tokens[:1])
 
 
