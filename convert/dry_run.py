@@ -1,6 +1,6 @@
-"""What a conversion would read, rename, drop and write.
+"""Describe what a conversion would read, rename, drop and write.
 
-Layers that differ only in their number share a line.
+Tensors that differ only in their layer number share one line.
 """
 
 import re
@@ -20,7 +20,7 @@ def describe(
     outcome: Outcome,
     target: Path,
 ) -> str:
-    """Text for --dry-run.
+    """Return the text that --dry-run prints.
 
     Args:
         checkpoint: the source.
@@ -59,14 +59,16 @@ def describe(
 
 
 def describe_download(sizes: Mapping[str, int]) -> str:
-    """Text for --dry-run on a hub id, whose tensors are not known before the download.
+    """Return the text that --dry-run prints for a hub id.
+
+    The tensors are not known before the download.
 
     Args:
         sizes: name -> bytes of the files that would be fetched.
     """
     lines = [f"download {len(sizes)} files, {sum(sizes.values()):,} bytes"]
     lines += [f"  {name}: {size:,} bytes" for name, size in sizes.items()]
-    return "\n".join([*lines, "Download it, then ask again for its tensors."])
+    return "\n".join([*lines, "Run again after the download to see the tensors."])
 
 
 def _pattern(name: str) -> str:
@@ -74,10 +76,10 @@ def _pattern(name: str) -> str:
 
 
 def _grouped(names: Iterable[str]) -> list[str]:
-    """The names with N for numbers, each once, in order."""
+    """Return the names with N for each number, without repeats, in order."""
     return list(dict.fromkeys(_pattern(name) for name in names))
 
 
 def _is_mapped(name: str) -> bool:
-    """Whether a new name comes from the family's mapping, not from scaling or -q."""
+    """Return whether the family's `sanitize` made a new name, not the scaling or -q."""
     return not name.startswith(PREFIX) and not name.endswith((".scales", ".biases"))

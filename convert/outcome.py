@@ -1,8 +1,8 @@
-"""What a conversion is going to write, decided before anything is written.
+"""Decide what a conversion writes, before anything is written.
 
-The family's own mlx-lm model, with the scaling attached, says which tensors there must be
-and of which shape; its `sanitize` maps the family's names. All arrays stay lazy: casting
-and quantising happen tensor by tensor when the output asks for the bytes.
+The family's mlx-lm model, with the scaling attached, defines the names and shapes of the
+tensors; its `sanitize` maps the names of the source. All arrays stay lazy: each tensor is cast
+and quantised when the output writes it.
 """
 
 import gc
@@ -39,16 +39,16 @@ from .write.precision import cast_and_quantize, quantize_like_source
 
 @dataclass
 class Outcome:
-    """The folder that is going to be written."""
+    """Config, tensors and notes of the folder that a conversion writes."""
 
     config: dict[str, Any]
-    tensors: dict[str, mx.array]  # lazy, in the order of writing; emptied by the writer
-    scaling: Scaling | None  # None where the checkpoint has none of ours
+    tensors: dict[str, mx.array]  # lazy, in the order of writing; the writer empties it
+    scaling: Scaling | None  # None where the checkpoint has no mlx_clex scaling
     method: str  # name of the scaling
     reach: int  # tokens, for the tokenizer
     renaming: Renaming
-    notes: list[str]  # what the user should know
-    file_format: str = "mlx"  # what the weight files say they are made for
+    notes: list[str]  # lines to print for the user
+    file_format: str = "mlx"  # `format` in the metadata of the weight files
 
     @property
     def nbytes(self) -> int:
@@ -82,8 +82,8 @@ def decide_outcome(
     ours = _scaling_weights(weights, renaming)
     if ours and options.scaling is not None:
         raise InputError(
-            f"The checkpoint has trained weights of a scaling already ({', '.join(ours)}), which "
-            "--scaling would throw away: leave it out."
+            f"The checkpoint already has trained weights of a scaling ({', '.join(ours)}). "
+            "--scaling would discard them: leave it out."
         )
     model = _build_model(config)
     scaling: Scaling | None = getattr(model, "scaling", None)
@@ -100,7 +100,7 @@ def decide_outcome(
     reach = (scaling and scaling.reach) or config["max_position_embeddings"]
     if options.freeze is not None:
         if scaling is None:
-            raise InputError("--freeze: the checkpoint has no scaling of ours; add --scaling.")
+            raise InputError("--freeze: the checkpoint has no mlx_clex scaling; add --scaling.")
         config, reach = frozen_config(config, scaling, options.freeze, options.freeze_for)
     elif scaling is not None:
         config["rope_scaling"] = scaling.entry()
@@ -112,7 +112,7 @@ def decide_outcome(
         tensors = {k: v for k, v in tensors.items() if not k.startswith(PREFIX)}
     if options.for_transformers:
         tensors = _published_names(published, tensors, config, renaming)
-    # The model must not keep alive what the writer has written.
+    # Written tensors would stay in memory while the model holds them.
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))
     del model, rest, published, weights
     gc.collect()
@@ -121,7 +121,7 @@ def decide_outcome(
 
 
 def _config(config: dict[str, Any], options: Options, notes: list[str]) -> dict[str, Any]:
-    """The normal config with the user's wishes in it."""
+    """Return the normalised config with the user's options applied."""
     config = normalise_config(config)
     if options.scaling is not None:
         _set_scaling(config, options.scaling, options.own_rope, notes)
@@ -129,21 +129,21 @@ def _config(config: dict[str, Any], options: Options, notes: list[str]) -> dict[
         config["max_position_embeddings"] = options.trained_length
     if "max_position_embeddings" not in config:
         raise InputError(
-            "config.json does not say at what length the model was trained "
-            "(max_position_embeddings): pass --trained-length, in tokens."
+            "config.json does not have the trained length (max_position_embeddings): pass "
+            "--trained-length, in tokens."
         )
     if config["model_type"] == "mixtral" and config.get("sliding_window"):
         notes.append(
             f"sliding_window {config['sliding_window']} is set to null: it would cut off "
-            "everything past the trained length."
+            "the text past the trained length."
         )
         config["sliding_window"] = None
     foreign = config.get("quantization_config")
     if foreign and "quantization" not in config:
         method = foreign.get("quant_method") if isinstance(foreign, dict) else foreign
         raise InputError(
-            f"The checkpoint is quantised with {method!r}, which is not read here: use the "
-            "unquantised one, or convert it with mlx_lm.convert first."
+            f"The checkpoint is quantised with {method!r}, which mlx_clex does not read. Use the "
+            "unquantised checkpoint, or convert it with mlx_lm.convert first."
         )
     return config
 
@@ -151,7 +151,7 @@ def _config(config: dict[str, Any], options: Options, notes: list[str]) -> dict[
 def _set_scaling(
     config: dict[str, Any], scaling: Mapping[str, Any], own_rope: str | None, notes: list[str]
 ) -> None:
-    """Put a scaling of ours over the rope that the source brings."""
+    """Set the scaling in the config; keep or drop the rope of the source."""
     before = config.get("rope_scaling")
     name = scaling.get("type")
     if before is not None and not is_ours(config, before["type"]):
@@ -167,13 +167,13 @@ def _set_scaling(
         length = original_length(config)
         if length is None:
             raise InputError(
-                "--own-rope drop: config.json does not say the length before the rope was "
-                "stretched (original_max_position_embeddings). Keep the rope."
+                "--own-rope drop needs the length before the rope was stretched, but config.json "
+                "has no original_max_position_embeddings. Use --own-rope keep."
             )
         del config[BASE_ROPE]
         config["max_position_embeddings"] = length
         notes.append(
-            f"The source's rope ({base['type']}) is dropped: positions are plain, made for "
+            f"The source's rope ({base['type']}) is replaced by a plain rope trained at "
             f"{length:,} tokens. Short texts change, and training is needed."
         )
     elif base is not None:
@@ -185,14 +185,14 @@ def _set_scaling(
 
 
 def _in_full(scaling: Mapping[str, Any]) -> dict[str, Any]:
-    """A rope_scaling entry with every default spelt out.
+    """Return a rope_scaling entry with every default written out.
 
-    What is left open in a config.json means what the first releases assumed (CLEX: silu,
-    log_scale); what a user leaves open means our defaults.
+    Keys missing in a published config.json take the values of the first releases (CLEX: silu,
+    log_scale). Options that the user leaves out take the defaults of mlx_clex.
     """
     name = scaling.get("type")
     if name not in SCALINGS:
-        raise InputError(f"There is no scaling {name!r}; there is: {', '.join(SCALINGS)}.")
+        raise InputError(f"There is no scaling {name!r}. Use one of: {', '.join(SCALINGS)}.")
     return {"type": name, **asdict(parse_config(SCALINGS[name].Config, scaling))}
 
 
@@ -205,7 +205,7 @@ def _scaling_weights(weights: Mapping[str, mx.array], renaming: Renaming) -> dic
         elif len({array.shape for array in arrays}) == 1:
             found[name] = mx.stack(arrays)
         else:
-            raise InputError(f"The layers' tensors for {name} differ in shape.")
+            raise InputError(f"The tensors of the layers for {name} differ in shape.")
     return {name: array.astype(mx.float32) for name, array in found.items()}
 
 
@@ -255,7 +255,7 @@ def _compare(expected: Mapping[str, Any], given: Mapping[str, mx.array]) -> None
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' words on entries that are only tried."""
+    """Silence transformers' log while rope_scaling entries are tried."""
     logger = logging.getLogger("transformers")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -266,7 +266,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _taken_by_transformers(config: Mapping[str, Any]) -> bool:
-    """Whether transformers reads this config, as it does for the tokenizer."""
+    """Return whether transformers reads this config, as it does for the tokenizer."""
     from transformers import AutoConfig
 
     family = config["model_type"]
@@ -287,7 +287,7 @@ def _published_names(
     config: Mapping[str, Any],
     renaming: Renaming,
 ) -> dict[str, mx.array]:
-    """The tensors as transformers names them, in the type of the others."""
+    """Return the tensors under transformers' names, all in the type of the config."""
     if "quantization" in config:
         raise InputError("--for transformers cannot take MLX's quantised weights: add -d.")
     if renaming.naming is CONVERTED:
@@ -299,7 +299,7 @@ def _published_names(
 
 
 def _in_source_order(model: nn.Module, order: list[str]) -> dict[str, mx.array]:
-    """The model's tensors, each source file's together, so that none stays open long."""
+    """Return the model's tensors in the order of the source files, so that few stay open."""
     rank = {name.rpartition(".")[0]: index for index, name in enumerate(order)}
     return dict(sorted(_flat(model), key=lambda item: rank.get(item[0].rpartition(".")[0], -1)))
 

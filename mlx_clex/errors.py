@@ -1,6 +1,6 @@
-"""What the user hears: the two errors that commands report in one line, and notes.
+"""The two errors that commands report in one line, and notes for the user.
 
-Not covered: tracebacks of our own mistakes, which are shown on purpose.
+Not covered: tracebacks of bugs in mlx_clex, which are shown in full.
 """
 
 import sys
@@ -11,7 +11,7 @@ _LONGEST = 400  # characters of another library's message
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used; the message says what to give instead.
+    """The user gave something that cannot be used; the message says what to give instead.
 
     Commands print it as one line and exit with status 2. It is a ValueError, so code
     that calls the library needs no import from here to catch it.
@@ -19,7 +19,7 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run with good input failed; commands print one line and exit with status 1."""
+    """A run with valid input failed; commands print one line and exit with status 1."""
 
 
 def say(text: str) -> None:
@@ -28,26 +28,26 @@ def say(text: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of any exception in one line, shortened where it is very long."""
+    """Return the message of an exception in one line, cut if it is very long."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
 
 
 @contextmanager
 def generating(where: Callable[[], str]) -> Iterator[None]:
-    """Turn what mlx-lm's generation raises into the two errors.
+    """Turn exceptions of mlx-lm's generation into InputError or RunError.
 
     Args:
-        where: says how far generation came, for example "after 3 tokens"; called when MLX
-            fails, which is mostly for want of memory.
+        where: returns how far generation got, such as "after 3 tokens". Called when MLX fails,
+            most often because memory is full.
     """
     try:
         yield
     except (InputError, RunError):
         raise
     except ValueError as error:
-        # mlx-lm checks sampling and KV quantisation only where it uses them.
+        # mlx-lm checks sampling and KV quantisation only when it uses them.
         hint = " Try another --kv-group-size." if "[quantize]" in str(error) else ""
-        raise InputError(f"mlx-lm refused an option: {error}{hint}") from error
+        raise InputError(f"mlx-lm does not accept an option: {error}{hint}") from error
     except RuntimeError as error:
         raise RunError(f"MLX failed {where()}: {error}") from error

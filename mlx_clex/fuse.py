@@ -1,10 +1,9 @@
-"""Command: adapters and scaling into one complete checkpoint.
+"""Command: merge adapters and their scaling into one complete checkpoint.
 
-The merged weights go through `mlx_clex.convert`, so the result is what a conversion
-writes: whole or not there, with a card, run by stock mlx-lm wherever mlx_clex is
-installed, or anywhere once frozen.
+`mlx_clex.convert` writes the merged weights, so the result is a converted checkpoint with a card.
+mlx-lm runs it where mlx_clex is installed; a frozen one needs no mlx_clex.
 
-Not covered: GGUF, which has no place for a scaling.
+Not covered: GGUF, which cannot hold a scaling.
 """
 
 import argparse
@@ -37,15 +36,17 @@ _NOT_THE_TOKENIZER = (".safetensors", ".bin", ".gguf", ".py", ".md", ".index.jso
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options: those of mlx_lm.fuse under the same names, then ours."""
+    """Add the options of mlx_lm.fuse under their own names, then those of mlx_clex."""
     parser.add_argument(
-        "--model", required=True, help="The base: a folder, a .gguf file or a Hugging Face id."
+        "--model",
+        required=True,
+        help="The base model: a folder, a .gguf file or a Hugging Face id.",
     )
     parser.add_argument(
         "--save-path", default="fused_model", help="Folder to write; it must not exist."
     )
     parser.add_argument(
-        "--adapter-path", default="adapters", help="The folder that training wrote."
+        "--adapter-path", default="adapters", help="The folder with the trained adapters."
     )
     parser.add_argument("--upload-repo", help="Hub id to publish the result under. Default: none.")
     parser.add_argument(
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--freeze",
         type=float,
         metavar="SCALE",
-        help="Hold this scale for good, in a checkpoint that needs no mlx_clex. Default: keep the "
+        help="Fix the scale and write a checkpoint that runs without mlx_clex. Default: keep the "
         "scaling.",
     )
     parser.add_argument(
@@ -64,24 +65,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="Fuse adapters into another base than they were trained on.",
+        help="Fuse adapters into a base model that they were not trained on.",
     )
     gguf = "Fuse first, then mlx_clex convert --freeze SCALE --for llama.cpp."
     point_elsewhere(parser, {"--export-gguf": gguf, "--gguf-path": gguf})
 
 
 def run(args: argparse.Namespace) -> None:
-    """Merge and write.
+    """Merge the adapters and write the checkpoint.
 
     Raises:
-        InputError: the base, the adapters or the target cannot be used.
+        InputError: the base model, the adapters or the target cannot be used.
     """
     target = Path(args.save_path).expanduser()
     check_target(target)
     base = resolve(args.model)
     message = other_base(base, Path(args.adapter_path))
     if message is not None and not args.force:
-        raise InputError(f"{message} To fuse them all the same, add --force.")
+        raise InputError(f"{message} To fuse them anyway, add --force.")
     model, _ = load(
         args.model, adapter_path=args.adapter_path, trust_remote_code=args.trust_remote_code
     )
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
         config.pop("quantization", None)
         config.pop("quantization_config", None)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # On the target's disk, which must hold the result anyway.
+    # On the disk of the target, which needs the space for the result anyway.
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
         merged = Path(scratch) / target.name
         save_model(merged, model, donate_model=True)
@@ -111,10 +112,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def merge(model: nn.Module, *, dequantize: bool = False) -> None:
-    """Put every adapter into the weights it adapts, in place.
+    """Merge every adapter into the weights that it adapts, in place.
 
     Args:
-        model: from `load` with adapters.
+        model: a model from `load` with adapters.
         dequantize: leave no layer quantised.
     """
     adapted: list[tuple[str, Any]] = [
@@ -130,7 +131,7 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> None:
 
 
 def _merged_config(base: Path, model: Any) -> dict[str, Any]:
-    """The base's config with the scaling that the adapters brought along."""
+    """Return the config of the base model with the scaling of the adapters."""
     config = normalise_config(read_config(base))
     if isinstance(model, ScaledModel):
         scaling = model.scaling

@@ -1,10 +1,9 @@
-"""Command: text from a prompt of any length up to the model's reach.
+"""Command: generate text from a prompt of any length up to the model's reach.
 
-Takes the options of `mlx_lm.generate` and runs on its generation functions; what is added
-is the scale policy, prompts from files, a progress bar, and refusals in one line.
+Takes the options of `mlx_lm.generate` and uses its generation functions. Adds the scale policy,
+prompts from files, a progress bar, and errors in one line.
 
-Not covered: images, and `--max-kv-size`, whose window would drop the text that a scaling
-is there to reach.
+Not covered: images, and `--max-kv-size`, which would drop the start of a long text.
 """
 
 import argparse
@@ -35,13 +34,13 @@ _LONG_PROMPT = 256  # tokens, above which a bar shows how much is read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `mlx_lm.generate` does not have, or has otherwise."""
+    """Add options that `mlx_lm.generate` does not have or defines differently."""
     parser.add_argument(
         "--model",
         default=None,
         help="A folder with a model, a .gguf file, or a Hugging Face id. Published CLEX and "
         "GeNE checkpoints are converted on the fly, once. Default: the model of "
-        f"--prompt-cache-file, else {DEFAULT}, a tiny one that comes with the package.",
+        f"--prompt-cache-file, else {DEFAULT}, a tiny model that comes with the package.",
     )
     parser.add_argument(
         "--prompt",
@@ -62,16 +61,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=scale_policy,
         default="prompt",
         metavar="prompt|grow|NUMBER",
-        help="prompt (default): the whole prompt's scale from its first chunk on, then growing "
-        "with the text. grow: that of what has been read so far. NUMBER: fixed for good.",
+        help="prompt (default): the scale of the whole prompt from its first token on; it grows "
+        "with the text. grow: the scale of the text read so far. NUMBER: a fixed scale.",
     )
     parser.add_argument(
         "--pipeline",
         action="store_true",
-        help="Under mlx.launch, share out layers among the processes instead of heads.",
+        help="Under mlx.launch, split the layers among the processes instead of the heads.",
     )
     parser.add_argument(
-        "--max-kv-size", type=int, default=None, help="Refused: it would drop the long context."
+        "--max-kv-size",
+        type=int,
+        default=None,
+        help="Refused: it would drop old text from the cache.",
     )
 
 
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     """Generate, streaming the text to stdout.
 
     Raises:
-        InputError: options, files or lengths that cannot be used.
+        InputError: an option, file or length cannot be used.
     """
     _check(args)
     group = mx.distributed.init()
@@ -90,8 +92,8 @@ def run(args: argparse.Namespace) -> None:
 def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
     if group.size() > 1 and (args.prompt_cache_file or args.draft_model):
         raise InputError(
-            "--prompt-cache-file and --draft-model are for one process; mlx.launch started "
-            f"{group.size()}."
+            f"--prompt-cache-file and --draft-model need one process, but mlx.launch started "
+            f"{group.size()}. Run without mlx.launch, or leave them out."
         )
     if args.seed is not None:
         mx.random.seed(args.seed)
@@ -119,9 +121,9 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
     max_tokens = cap_max_tokens(model, read + len(prompt), args.max_tokens)
     fixed_by = None
     if args.kv_bits is not None or (saved is not None and quantised(saved) is not None):
-        fixed_by = "--kv-bits"  # quantised keys lose precision at every move
+        fixed_by = "--kv-bits"  # quantised keys lose precision each time they are rotated
     elif draft is not None:
-        fixed_by = "--draft-model"  # a token refused later must not have moved the scale
+        fixed_by = "--draft-model"  # a rejected draft token must not have changed the scale
     expected = _expected_length(args, model, read + len(prompt), max_tokens, fixed_by)
     if saved is None:
         caches = make_prompt_cache(model, expected)
@@ -150,20 +152,20 @@ def _check(args: argparse.Namespace) -> None:
     check_cache_options(args)
     template_options(args)
     if args.image:
-        raise InputError("--image is not supported: models here read text.")
+        raise InputError("--image is not supported: mlx_clex reads text only.")
     check_ranges(args)
     if args.draft_model is not None and args.prompt_cache_file is not None:
         raise InputError("--draft-model cannot be used with --prompt-cache-file.")
 
 
 def _default_model(args: argparse.Namespace) -> str:
-    """The model of --prompt-cache-file, or the bundled one."""
+    """Return the model named in --prompt-cache-file, or the bundled model."""
     if args.prompt_cache_file is None:
         return DEFAULT
     model = metadata_of(args.prompt_cache_file).get("model")
     if model is None:
         raise InputError(
-            f"{args.prompt_cache_file} does not say which model made it: give that as --model."
+            f"{args.prompt_cache_file} does not name the model that wrote it: give it as --model."
         )
     return model
 
@@ -175,9 +177,9 @@ def _expected_length(
     max_tokens: int,
     fixed_by: str | None,
 ) -> int | None:
-    """The length the caches are planned for, in tokens; None for that of what is read.
+    """Return the length that sets the scale, in tokens; None: the length read so far.
 
-    `fixed_by` is the option under which the scale may not change on the way, or None.
+    `fixed_by` is the option that forbids a change of the scale, or None.
     """
     scaling = scaled(model).scaling
     if scaling is None or isinstance(args.scale, float):
@@ -186,13 +188,13 @@ def _expected_length(
         return prompt_length if args.scale == "prompt" else None
     if max_tokens == -1:
         raise InputError(
-            f"{fixed_by} fixes the scale at that of the prompt and --max-tokens together, so "
-            "--max-tokens -1 leaves it open: give a number, or --scale NUMBER."
+            f"{fixed_by} fixes the scale for the length of the prompt plus --max-tokens, which "
+            "--max-tokens -1 leaves open. Give --max-tokens a number, or give --scale NUMBER."
         )
     expected = prompt_length + max_tokens
     say(
-        f"{fixed_by}: the scale is fixed at {model.scale_at(expected):g}, that of {expected} "
-        "tokens."
+        f"{fixed_by}: the scale is fixed at {model.scale_at(expected):g}, the scale of "
+        f"{expected} tokens."
     )
     return expected
 
@@ -201,35 +203,36 @@ def _load_draft(args: argparse.Namespace, tokenizer: Any) -> nn.Module:
     draft, its_tokenizer = load(args.draft_model, trust_remote_code=args.trust_remote_code)
     if its_tokenizer.vocab_size != tokenizer.vocab_size:
         raise InputError(
-            f"The draft model has {its_tokenizer.vocab_size} tokens, the model "
-            f"{tokenizer.vocab_size}: they must share a tokenizer."
+            f"The draft model has {its_tokenizer.vocab_size} tokens and the model "
+            f"{tokenizer.vocab_size}. Use a draft model with the same tokenizer."
         )
     return draft
 
 
 def _saved_cache(args: argparse.Namespace, model: nn.Module, folder: Path) -> list[Any]:
-    """The caches of --prompt-cache-file, which must be this model's."""
+    """Return the caches of --prompt-cache-file; refuse those of another model."""
     here = fingerprint(model, folder, args.adapter_path)
     caches, metadata = load_cache(args.prompt_cache_file, model, here)
     if not is_ours(metadata):
         say(
-            f"{args.prompt_cache_file} does not say which model and scaling it belongs to; "
-            "mlx_clex cache_prompt writes files that do."
+            f"{args.prompt_cache_file} does not name its model and scaling, so they are not "
+            "checked. mlx_clex cache_prompt writes files that name them."
         )
     kept = quantised(caches)
     asked = (args.kv_bits, args.kv_group_size)
     if None not in (kept, args.kv_bits) and (kept.bits, kept.group_size) != asked:
         raise InputError(
             f"--prompt-cache-file {args.prompt_cache_file} is quantised with --kv-bits "
-            f"{kept.bits} --kv-group-size {kept.group_size}: give the same, or neither."
+            f"{kept.bits} --kv-group-size {kept.group_size}: give the same, or leave both out."
         )
     return caches
 
 
 def _plan_on(model: nn.Module, caches: list[Any], expected: int | None) -> None:
-    """Plan saved caches for a text that goes on, and say where that is not one pass over it.
+    """Set the expected length of saved caches; print a note if the scale changes.
 
-    A cache read for a longer text keeps its plan.
+    After a change, the answer differs from one pass over the whole text. A cache with a larger
+    expected length keeps it.
     """
     planned = planned_caches(caches)
     if not planned:
@@ -237,9 +240,9 @@ def _plan_on(model: nn.Module, caches: list[Any], expected: int | None) -> None:
     length = max(planned[0].expected_length, expected or 0)
     if expected and plan_of(model, caches) != plan_at(model, length):
         say(
-            f"The saved text was read at the scale of fewer tokens than the {length} it is now "
-            "part of: its keys are moved, its values stay. For the answer of one pass, cache it "
-            f"with --expected-length {length}."
+            f"The saved text was read at the scale of fewer than {length} tokens. Its cached keys "
+            "are rotated to the new scale; its cached values are not recomputed. For the answer of "
+            f"one pass, cache it with --expected-length {length}."
         )
     for cache in planned:
         cache.expected_length = length

@@ -1,8 +1,8 @@
-"""From a folder or hub id to a model and its tokenizer.
+"""Load a model and its tokenizer from a folder or hub id.
 
-Converted folders and any other MLX folder load in place. Published checkpoints (CLEX and
-GeNE as released, PyTorch shards, GGUF files) are converted on the fly into a cache of
-ours, once for each state of their source.
+Converted folders and other MLX folders load in place. Published checkpoints (CLEX and GeNE as
+released, PyTorch shards, GGUF files) are first converted into a cache folder, once for each state
+of the source.
 
 Not covered: conversion itself (`mlx_clex.convert`).
 """
@@ -42,8 +42,7 @@ from .scaling import Scaling
 from .scaling.check import check_frequencies
 
 DEFAULT_CACHE = Path("~/.cache/mlx_clex")
-# Part of the name of a conversion kept there; to be raised when converting gives
-# something else.
+# Part of the name of a cached conversion. Raise it when a conversion gives another result.
 CONVERSION = 1
 
 
@@ -66,15 +65,15 @@ def load(
             bundled:NAME for a model that comes with the package. A published checkpoint
             is converted first, into `<cache_dir>/<name>@<revision>`; the next load finds
             it there.
-        scale: hold the model at this scale for good; None lets it follow the text.
-        adapter_path: a folder of adapters to put on top.
-        trust_remote_code: let the tokenizer, or a `model_file` that is not ours, run
-            Python out of the checkpoint.
+        scale: a fixed scale; None: the scale follows the length of the text.
+        adapter_path: a folder of adapters to add to the model.
+        trust_remote_code: let the tokenizer, or a `model_file` that is not from mlx_clex, run
+            Python from the checkpoint.
         cache_dir: where conversions are kept; None takes `~/.cache/mlx_clex`.
         model_config: entries that replace those of config.json.
         tokenizer_config: more options for the tokenizer.
         group: processes that share the model; each reads its own part.
-        pipeline: they share out layers instead of heads.
+        pipeline: split the layers among the processes instead of the heads.
 
     Returns:
         (model, tokenizer), as `mlx_lm.load` gives them.
@@ -86,7 +85,7 @@ def load(
     if group is not None and group.size() == 1:
         group = None
     if group is not None and group.rank() > 0:
-        # One process converts, the others find it done.
+        # The first process converts; the others wait and use its result.
         wait_for_all(group)
     folder = resolve(path_or_hub_id, cache_dir=cache_dir)
     if group is not None and group.rank() == 0:
@@ -108,12 +107,12 @@ def load(
             "effect. Convert it with --scaling NAME first."
         )
     if folder.parent == bundled.FOLDER:
-        # Kept in half precision for the size of the package; a CPU is far faster so.
+        # Stored in half precision to keep the package small; a CPU is faster in float32.
         model.set_dtype(mx.float32)
     _fit_to_cpu(model)
     if group is not None:
         share_out(model, group, pipeline=pipeline)
-    # Nothing lazy may be left: it would belong to the streams of this thread, and a server
+    # A lazy array would belong to the streams of this thread, and a server
     # generates in another one.
     mx.eval(model.parameters())
     if scaling is not None and (message := check_frequencies(scaling, scale)):
@@ -128,21 +127,21 @@ def load(
 
 
 def expect_long_texts(tokenizer: Any) -> None:
-    """Keep transformers from warning of texts beyond the length in tokenizer_config.json."""
+    """Silence transformers' warning of texts beyond the length in tokenizer_config.json."""
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
-    warned = getattr(inner, "deprecation_warnings", {})  # its list of what it has said already
+    warned = getattr(inner, "deprecation_warnings", {})  # warnings it has already given
     warned["sequence-length-is-longer-than-the-specified-maximum"] = True
 
 
 def load_scaling(path_or_hub_id: str | Path, adapter_path: str | Path | None = None) -> Scaling:
-    """The scaling of a model, without reading its other weights.
+    """Return the scaling of a model, without reading its other weights.
 
     Args:
         path_or_hub_id: as for `load`.
-        adapter_path: a folder of adapters, whose scaling it is.
+        adapter_path: a folder of adapters; their scaling is returned.
 
     Raises:
-        InputError: as `load`, or the model has no scaling of ours.
+        InputError: as `load`, or the model has no mlx_clex scaling.
     """
     model, _ = _load_model(resolve(path_or_hub_id), None, adapter_path, lazy=True)
     scaling = scaled(model).scaling
@@ -165,11 +164,11 @@ def _load_model(
     model_config: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The model and its config; lazily, its weights are read where they are first needed."""
+    """Return the model and its config; `lazy` reads weights when they are first needed."""
     overrides = tied_override(folder) | dict(model_config or {})
     ours = read_config(folder).get("model_file") == SHIM
     if ours:
-        # Without running the copy in the folder.
+        # The copy in the folder is not run.
         overrides["model_file"] = None
 
     class Args(ModelArgs):
@@ -187,7 +186,7 @@ def _load_model(
         )
     except InputError:
         raise
-    except Exception as error:  # model files raise anything on settings they do not take
+    except Exception as error:  # model files raise any exception on unknown settings
         raise InputError(f"{folder} does not load: {one_line(error)}") from error
     if note := unread_keys(normalise_config(read_config(folder))):
         say(note)
@@ -204,7 +203,7 @@ def resolve(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """The folder that mlx-lm can read, after a download or conversion where needed.
+    """Return the folder that mlx-lm can read; download or convert it if needed.
 
     Raises:
         InputError: there is no such folder or hub id, or it has no usable weights.
@@ -269,14 +268,14 @@ def _converted(source: str, target: Path, *, revision: str | None = None) -> Pat
 
 
 def _fit_to_cpu(model: nn.Module) -> None:
-    """Warn of slow types on a CPU, and hold experts in float32, the only type MLX takes there."""
+    """On a CPU, warn of slow types and cast experts to float32, the only type MLX takes."""
     if mx.default_device() != mx.cpu:
         return
     types = {module.weight.dtype for module in model.modules() if type(module) is nn.Linear}
     if types & {mx.bfloat16, mx.float16}:
         say(
             "This model is in half precision, in which a CPU is up to 30 times slower than in "
-            "float32: convert it with --dtype float32."
+            "float32. Convert it with --dtype float32."
         )
     for module in model.modules():
         if type(module) is SwitchLinear and module.weight.dtype != mx.float32:

@@ -1,7 +1,7 @@
-"""What the `model_file` of a converted checkpoint imports, one for all families.
+"""The model classes that the `model_file` of a converted checkpoint imports.
 
-mlx-lm builds `ModelArgs.from_dict(config)` and then `Model(args)`; here the first picks
-the stock family by `model_type` and the second attaches the scaling.
+mlx-lm calls `ModelArgs.from_dict(config)` and then `Model(args)`. `ModelArgs` holds the config;
+`Model` builds the stock model of the family named by `model_type` and attaches the scaling.
 """
 
 import dataclasses
@@ -23,28 +23,28 @@ from .scaling import SCALINGS
 
 @dataclasses.dataclass
 class ModelArgs:
-    """The whole config.json of a checkpoint with a scaling, in its normal spelling."""
+    """The whole config.json of a checkpoint with a scaling, normalised."""
 
     config: dict[str, Any]
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelArgs":
-        """Take a config.json as parsed."""
+        """Return the args for a parsed config.json."""
         return cls(normalise_config(dict(config)))
 
 
 def Model(args: ModelArgs, scale: float | None = None) -> nn.Module:  # noqa: N802 - mlx-lm's name
-    """The stock model of the family with the config's scaling attached.
+    """Return the stock model of the family with the config's scaling attached.
 
-    A rope_scaling that mlx-lm has and we have not (llama3, longrope, ...) is left to
-    mlx-lm, and so is a config without one.
+    mlx-lm handles a config without rope_scaling, and types that only mlx-lm has (llama3,
+    longrope, ...).
 
     Args:
         args: the config.
-        scale: hold the model at this scale for good.
+        scale: a fixed scale; None: the scale follows the length of the text.
 
     Raises:
-        InputError: a config that asks for something unknown or out of range.
+        InputError: the config has an unknown value or one out of range.
     """
     config = args.config
     rope_scaling = config.get("rope_scaling")
@@ -60,7 +60,7 @@ def Model(args: ModelArgs, scale: float | None = None) -> nn.Module:  # noqa: N8
         raise InputError(
             f"mlx-lm has no model for model_type {config.get('model_type')!r} of config.json."
         ) from error
-    # Where the scaling is ours, the stock class must not see it, but the rope below it.
+    # The stock class must get the base rope, not a scaling of mlx_clex.
     stock_config = {**config, "rope_scaling": config.get(BASE_ROPE)} if ours else config
     model = model_class(args_class.from_dict(stock_config))
     if rope_scaling is None or not ours:
@@ -75,5 +75,5 @@ def _known_to_mlx_lm(rope_scaling: Mapping[str, Any]) -> bool:
     except ValueError as error:
         return "Unsupported RoPE type" not in str(error)
     except KeyError:
-        return True  # the type is known; the family says which key it misses
+        return True  # the type is known; the model class reports the missing key
     return True

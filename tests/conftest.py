@@ -1,4 +1,4 @@
-"""Tiny models, the golden checkpoints, and settings all tests share."""
+"""Tiny models, golden checkpoints, and settings of all tests."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs a hub brings its own
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests that need a hub start their own server
 
 import mlx_clex  # noqa: F401, I001 - first, so that OpenBLAS is found
 import mlx.core as mx
@@ -68,7 +68,7 @@ def tiny_llama(*, key_heads: int = 4, seed: int = 0, layers: int = 2, vocabulary
 
 
 def randomise(scaling, size: float = 0.2) -> None:
-    """Give the learned tensors of a scaling values that matter."""
+    """Set the learned tensors of a scaling to random values that change the answers."""
     for index, name in enumerate(scaling.learned):
         key = mx.random.key(index + 1)
         spread = mx.random.uniform(-size, size, scaling[name].shape, key=key)
@@ -99,7 +99,7 @@ def stock_folder(tmp_path, tokenizer_from, **config):
 
 
 def scaled_folders(tmp_path_factory, *, factor):
-    """A function from a method's name to a folder; "stock" has none, "-log" adds log_scale.
+    """Return a function from a method's name to a folder; "-log" adds log_scale.
 
     Trained at 64 tokens; clex and yarn reach `factor` times that.
     """
@@ -121,7 +121,7 @@ def scaled_folders(tmp_path_factory, *, factor):
 
 
 def random_adapters(model, folder, seed):
-    """Adapters as training writes them."""
+    """Write adapters in the format of training."""
     loaded, _ = load(model)
     settings = {"rank": 2, "scale": 4.0, "dropout": 0.0}
     loaded.freeze()
@@ -159,7 +159,7 @@ def converted(tmp_path_factory):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """After the families' tests: which of mlx-lm's model files passed, and why not the rest."""
+    """Print which of mlx-lm's model files passed the family tests, and why others did not."""
     from .family_table import summary
 
     outcomes: dict[str, set[str]] = {}

@@ -1,4 +1,4 @@
-"""A document read once, saved, and continued: by the model it belongs to, and by no other."""
+"""A document is read once and saved; only the same model continues it."""
 
 import argparse
 import io
@@ -55,7 +55,7 @@ def cli(capsys, monkeypatch):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A function from a name to a converted folder, in float32."""
+    """Return a function from a name to a converted folder, in float32."""
     made = {}
 
     def folder(name):
@@ -117,7 +117,7 @@ def length_of(folder, text):
     ],
 )
 def test_the_answer_is_that_of_the_text_read_at_once(cli, folders, tmp_path, name, options, kind):
-    """Every form of cache comes back from the disk as it went there."""
+    """Every kind of cache must be loaded as it was saved."""
     folder, file = folders(name), tmp_path / "document.safetensors"
     cached = ("--model", folder, "--prompt-cache-file", file)
     status, out, err = cli(cache_prompt, *cached, "--prompt", DOCUMENT, *options)
@@ -139,7 +139,7 @@ def test_the_answer_is_that_of_the_text_read_at_once(cli, folders, tmp_path, nam
 
 
 def test_a_query_past_the_plan_is_told(cli, folders, tmp_path):
-    """It moves keys but not values, which nobody could know from the answer."""
+    """Keys are rotated but values are not, which the answer does not show."""
     folder, file = folders("clex_llama"), tmp_path / "document.safetensors"
     cached = ("--model", folder, "--prompt-cache-file", file)
     tokens = length_of(folder, DOCUMENT)
@@ -156,7 +156,7 @@ def test_a_query_past_the_plan_is_told(cli, folders, tmp_path):
 
 
 def test_scales_keep_all_their_digits(cli, tmp_path, folders):
-    """mlx-lm saves numbers as float32, and keys at 2.3 were moved to 2.3 once more."""
+    """mlx-lm saves numbers as float32, so keys at scale 2.3 were rotated to 2.3 again."""
     entry = {"type": "gene", "factor": 2.3}
     folder = convert(folders("stock"), tmp_path / "m", scaling=entry)
     cached = ("--model", folder, "--prompt-cache-file", tmp_path / "c.safetensors")
@@ -175,7 +175,7 @@ def test_scales_keep_all_their_digits(cli, tmp_path, folders):
 
 
 def edited(folder, target, **config):
-    """A copy of a folder with another config."""
+    """Return a copy of a folder with another config."""
     shutil.copytree(folder, target)
     entries = json.loads((target / "config.json").read_text())
     entries["rope_scaling"] |= config.pop("rope_scaling", {})
@@ -184,7 +184,7 @@ def edited(folder, target, **config):
 
 
 def with_tensor(folder, target, name):
-    """A copy of a folder with one tensor changed a little."""
+    """Return a copy of a folder with one tensor changed slightly."""
     shutil.copytree(folder, target)
     (file,) = target.glob("model*.safetensors")
     weights = dict(mx.load(str(file)))
@@ -195,7 +195,7 @@ def with_tensor(folder, target, name):
 
 
 def test_caches_of_another_model_adapter_or_scaling_are_refused(cli, folders, tmp_path):
-    """Each of them would have given a wrong answer without a word."""
+    """Each of them would silently give a wrong answer."""
     mine, file = folders("clex_llama"), tmp_path / "c.safetensors"
     assert cli(cache_prompt, "--model", mine, "--prompt-cache-file", file, "--prompt", "A")[0] == 0
 
@@ -247,7 +247,7 @@ def test_caches_of_another_model_adapter_or_scaling_are_refused(cli, folders, tm
 
 
 def test_a_moved_copy_of_the_model_is_the_same_model(cli, folders, tmp_path):
-    """Names and dates of files are no part of an answer."""
+    """Names and dates of files do not affect the answer."""
     mine, file = folders("clex_llama"), tmp_path / "c.safetensors"
     assert cli(cache_prompt, "--model", mine, "--prompt-cache-file", file, "--prompt", "A")[0] == 0
     copy = shutil.copytree(mine, tmp_path / "copy")
@@ -255,7 +255,7 @@ def test_a_moved_copy_of_the_model_is_the_same_model(cli, folders, tmp_path):
 
 
 def test_files_of_mlx_lm_are_taken_with_a_word(cli, folders, tmp_path):
-    """Nothing in them says whose they are; caches of another kind are noticed still."""
+    """They do not name their model, but caches of another kind are still refused."""
     mine, file = folders("clex_llama"), tmp_path / "c.safetensors"
     model, tokenizer = load(mine)
     caches = make_prompt_cache(model)
@@ -264,7 +264,7 @@ def test_files_of_mlx_lm_are_taken_with_a_word(cli, folders, tmp_path):
 
     status, _, err = cli(generate, "--model", mine, "--prompt-cache-file", file, "-m", "1")
     assert status == 0
-    assert "does not say which model" in err
+    assert "does not name its model" in err
     status, _, err = cli(
         generate, "--model", mine, "--prompt-cache-file", file, "-m", "1", "--scale", "2"
     )
@@ -294,7 +294,7 @@ def test_a_chat_goes_on_inside_the_users_message(cli, folders, tmp_path):
 
 
 def test_the_suffix_may_be_left_out(cli, folders, tmp_path):
-    """mlx writes c.safetensors for c, and then found no c."""
+    """mlx writes c.safetensors for c, and loading c then failed."""
     cached = ("--model", folders("clex_llama"), "--prompt-cache-file", tmp_path / "c")
     (tmp_path / "text.txt").write_text(DOCUMENT)
     assert cli(cache_prompt, *cached, "--prompt-file", tmp_path / "text.txt")[0] == 0
@@ -321,7 +321,7 @@ def test_the_suffix_may_be_left_out(cli, folders, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_file(cli, folders, tmp_path, args, words):
-    """Found before the text is read wherever it can be."""
+    """Where possible, it is refused before the text is read."""
     base = ("--model", folders("clex_llama"), "--prompt-cache-file", tmp_path / "c.safetensors")
     status, _, err = cli(cache_prompt, *base, *args)
     assert status == 2
@@ -332,7 +332,7 @@ def test_bad_input_is_one_line_and_leaves_no_file(cli, folders, tmp_path, args, 
 
 @pytest.mark.parametrize("size", [0, 5, 200, 2000])
 def test_a_broken_file_is_refused(cli, folders, tmp_path, size):
-    """Such as one whose copy was cut off."""
+    """For example, a copy may be cut off."""
     base = ("--model", folders("clex_llama"), "--prompt-cache-file", tmp_path / "c.safetensors")
     assert cli(cache_prompt, *base, "--prompt", "A")[0] == 0
     (tmp_path / "c.safetensors").write_bytes((tmp_path / "c.safetensors").read_bytes()[:size])
@@ -343,7 +343,7 @@ def test_a_broken_file_is_refused(cli, folders, tmp_path, size):
 
 
 def test_weights_are_no_cache(cli, folders):
-    """A file of the right format with something else in it."""
+    """A safetensors file with other tensors must be refused."""
     folder = folders("clex_llama")
     status, _, err = cli(
         generate, "--model", folder, "--prompt-cache-file", folder / "model.safetensors"
@@ -353,7 +353,7 @@ def test_weights_are_no_cache(cli, folders):
 
 
 def test_bits_must_be_those_of_the_file(cli, folders, tmp_path):
-    """mlx-lm would have gone on with the file's, whatever was asked for."""
+    """mlx-lm would ignore the option and use the bits of the file."""
     cached = ("--model", folders("wide"), "--prompt-cache-file", tmp_path / "c.safetensors")
     assert cli(cache_prompt, *cached, "--prompt", DOCUMENT, *EIGHT_BITS)[0] == 0
     status, _, err = cli(generate, *cached, "--kv-bits", "4", "-m", "1")
@@ -362,7 +362,7 @@ def test_bits_must_be_those_of_the_file(cli, folders, tmp_path):
 
 
 def test_a_disk_that_is_full_leaves_the_old_file(cli, folders, tmp_path, monkeypatch):
-    """The caches of yesterday were gone, and those of today not there."""
+    """The old file was deleted before the new one was complete."""
     cached = ("--model", folders("clex_llama"), "--prompt-cache-file", tmp_path / "c.safetensors")
     assert cli(cache_prompt, *cached, "--prompt", "A")[0] == 0
 

@@ -1,4 +1,4 @@
-"""Adapters and scaling merged into a checkpoint of their own."""
+"""Adapters and scaling are merged into one checkpoint."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ IDS = mx.arange(3, 60)[None]
 
 @pytest.fixture(autouse=True)
 def _eager(tmp_path, monkeypatch):
-    """Without compiling, which takes a C++ compiler seconds a kernel on the CPU."""
+    """Disable compiling, which takes seconds per kernel on a CPU."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     mx.disable_compile()
     yield
@@ -51,7 +51,7 @@ def merge(model, adapters, target, *more):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """In float32, so that only mistakes differ."""
+    """Return a base model in float32, so that rounding hides no mistake."""
     target = tmp_path_factory.mktemp("base") / "clex_llama"
     return convert(GOLDEN / "clex_llama", target, dtype="float32")
 
@@ -83,7 +83,7 @@ def test_a_quantised_base_stays_quantised_or_not(base, tmp_path):
 
 
 def test_a_scaling_that_only_the_adapters_have(tmp_path):
-    """The base is a stock folder; the fused one runs under stock mlx-lm, frozen without us."""
+    """From a stock base, the fused folder runs in mlx-lm; frozen, it runs without mlx_clex."""
     base = stock_folder(tmp_path, GOLDEN / "clex_llama", vocab_size=512)
     adapters = train(base, tmp_path, "--scaling", "clex", "--max-factor", "8")
     wanted = load(base, adapter_path=adapters)[0](IDS)
@@ -104,7 +104,7 @@ def test_a_scaling_that_only_the_adapters_have(tmp_path):
 
 
 def test_adapters_of_mlx_lm_alone_are_fused_too(tmp_path):
-    """A plain base and plain adapters: nothing of ours in the config."""
+    """With a plain base and plain adapters, the config has no mlx_clex entry."""
     base = stock_folder(tmp_path, GOLDEN / "clex_llama", vocab_size=512)
     adapters = train(base, tmp_path, "--scaling", "none", "--trained-length", "32")
     assert merge(base, adapters, tmp_path / "fused") == 0
@@ -129,7 +129,7 @@ def test_bad_input_is_one_line(base, converted, tmp_path, capsys):
 
 
 def test_gpt_neox_is_tuned_fused_and_generates(tmp_path, capsys):
-    """The family the CLEX paper names, from its published form to an answer."""
+    """GPT-NeoX, a family in the CLEX paper, from the published form to an answer."""
     published(tmp_path / "published", vocabulary=512)
     for file in (GOLDEN / "clex_llama").glob("*token*"):
         shutil.copy(file, tmp_path / "published")

@@ -49,13 +49,13 @@ def cli(capsys, monkeypatch):
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """clex_llama in float32: in bfloat16 two equal computations may pick another token."""
+    """Return clex_llama in float32; in bfloat16 two equal computations may pick other tokens."""
     return convert(GOLDEN / "clex_llama", tmp_path_factory.mktemp("f32") / "m", dtype="float32")
 
 
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory, model):
-    """A random CLEX with heads of 32 dimensions, which can be quantised."""
+    """Return a random CLEX with heads of 32 dimensions, which can be quantised."""
     folder = tmp_path_factory.mktemp("wide")
     source = stock_folder(folder, model, vocab_size=512)
     return convert(source, folder / "m", scaling={"type": "clex", "max_factor": 16})
@@ -66,7 +66,7 @@ def text_of(out):
 
 
 def prompt_of(folder, tokens):
-    """A text of exactly so many tokens."""
+    """Return a text with exactly this number of tokens."""
     _, tokenizer = load(folder)
     text = SENTENCE * 40
     while len(tokenizer.encode(text)) > tokens:
@@ -76,7 +76,7 @@ def prompt_of(folder, tokens):
 
 
 def test_it_streams_and_reports(cli, model):
-    """Text, speeds, memory, and what is ours: the scale it ended at and the reach."""
+    """Output has text, speeds, memory, the final scale and the reach."""
     status, out, err = cli("--model", model, "--prompt", SENTENCE * 4, "--max-tokens", "40")
 
     assert (status, err) == (0, "")
@@ -111,7 +111,7 @@ def test_the_answer_is_that_of_greedy_decoding(cli, model):
 
 
 def test_grow_is_what_stock_programs_give(cli, model):
-    """Stock mlx_lm.generate knows no plan: each chunk has the scale of what was read."""
+    """In stock mlx_lm.generate, each chunk has the scale of the text read so far."""
     prompt = SENTENCE * 4
     loaded, tokenizer = load(model)
     stock = stock_generate(loaded, tokenizer, prompt, max_tokens=30, prefill_step_size=9)
@@ -125,7 +125,7 @@ def test_grow_is_what_stock_programs_give(cli, model):
 
 @pytest.mark.filterwarnings("ignore:.*past the 80 that this model's scaling")
 def test_a_number_fixes_the_scale(cli, model):
-    """Also below the one the length asks for, and for any real."""
+    """--scale accepts any real number, also one below the scale of the length."""
     status, out, _ = cli("--model", model, "--prompt", SENTENCE * 4, "--scale", "2.5", "-m", "20")
     assert status == 0
     assert "Scale: 2.5, reach: 256 tokens" in out
@@ -168,7 +168,7 @@ def test_a_long_prefill_shows_its_progress(cli, model):
 
 
 def test_max_tokens_stops_at_a_hard_reach(cli, model):
-    """256 tokens in all: one line says so, and the model is not run past it."""
+    """The answer ends at the reach of 256 tokens, and one line says so."""
     status, out, err = cli(
         "--model", model, "--prompt", prompt_of(model, 250), "--max-tokens", "100"
     )
@@ -180,7 +180,7 @@ def test_max_tokens_stops_at_a_hard_reach(cli, model):
 
 
 def test_a_prompt_beyond_the_reach_is_refused(cli, model):
-    """The number given, the reach, and what to do."""
+    """The error has the length, the reach, and what to do."""
     for tokens in (256, 300):
         status, _, err = cli("--model", model, "--prompt", prompt_of(model, tokens))
         assert status == 2
@@ -198,12 +198,12 @@ def test_methods_without_an_end_take_any_length(cli, converted):
 
 
 def test_kv_bits_plans_for_the_whole_length(cli, wide, model):
-    """Quantised keys never move: the scale is that of prompt and answer from the start."""
+    """Quantised keys are never rotated: prompt and answer together set the scale."""
     options = ("--model", wide, "--prompt", prompt_of(wide, 40), "-m", "80", "--temp", "0")
     quantised = ("--kv-bits", "8", "--kv-group-size", "32", "--quantized-kv-start", "0")
     status, out, err = cli(*options, *quantised)
     assert status == 0, err
-    assert "the scale is fixed at 8, that of 120 tokens" in err
+    assert "the scale is fixed at 8, the scale of 120 tokens" in err
     assert "Scale: 8," in out
     _, fixed, err = cli(*options, *quantised, "--scale", "8")
     assert "fixed" not in err
@@ -216,7 +216,7 @@ def test_kv_bits_plans_for_the_whole_length(cli, wide, model):
 
 
 def test_kv_bits_needs_an_end(cli, converted):
-    """Without one there is no scale to fix."""
+    """Without a maximum length there is no scale to fix."""
     options = ("--model", converted("gene_llama"), "--kv-bits", "8", "--max-tokens", "-1")
     status, _, err = cli(*options)
     assert status == 2
@@ -271,7 +271,7 @@ def test_every_published_format_generates(cli, converted, name):
 
 
 def test_a_run_that_fails_is_one_line_and_status_one(cli, model, monkeypatch):
-    """Out of memory is no bad input, and no traceback either."""
+    """Out of memory is exit status 1, without a traceback."""
 
     def fail(*args, **kwargs):
         raise RuntimeError("[metal::malloc] Attempting to allocate 99 bytes\nwhich is too much")
@@ -285,7 +285,7 @@ def test_a_run_that_fails_is_one_line_and_status_one(cli, model, monkeypatch):
 
 
 def test_without_options_the_bundled_model_writes(cli):
-    """A newcomer's first command; nothing is downloaded."""
+    """The first command of a new user must run without a download."""
     status, out, _ = cli("--max-tokens", "20")
     assert status == 0
     assert "Scale: 1, reach: 2048 tokens" in out
@@ -325,7 +325,7 @@ def test_a_saved_cache_is_continued(cli, model, tmp_path):
 
 @pytest.mark.parametrize("name", ["clex_llama", "clex_llama_gqa_log_scale"])
 def test_a_draft_model_changes_nothing_but_the_speed(cli, name, tmp_path, converted):
-    """Scale and gain are those of prompt and answer, so a refused token changes neither."""
+    """Prompt and answer together set scale and gain, so a rejected token changes neither."""
     model = convert(GOLDEN / name, tmp_path / "m", dtype="float32")
     loaded, tokenizer = load(model)
     ids = tokenizer.encode(SENTENCE * 3)

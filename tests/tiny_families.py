@@ -264,7 +264,7 @@ FAMILIES: dict[str, Family] = {
     "hunyuan_v1_dense": Family(),
     "internlm2": Family(),
     "internlm3": Family(),
-    "iquestloopcoder": Family(one_scale="one rope serves", no_gain="are 4, not 2"),
+    "iquestloopcoder": Family(one_scale="one rope rotates keys", no_gain="is 4, not 2"),
     "jamba": Family(
         {
             "attn_layer_offset": 1,
@@ -365,7 +365,7 @@ FAMILIES: dict[str, Family] = {
         },
         ropes=("rope", "index_rope"),
         keys_first=("index_rope",),
-        no_gain="are 1, not 2",
+        no_gain="is 1, not 2",
     ),
     "ministral3": Family({"rope_parameters": _LLAMA4_QUERIES}),
     "mistral3": Family(text={"model_type": "llama"}),

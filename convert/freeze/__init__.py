@@ -1,1 +1,1 @@
-"""One scale, in words of stock programs."""
+"""Write one scale as a config that stock programs read."""

@@ -1,13 +1,13 @@
-"""A frozen LLaMA as one .gguf file, for llama.cpp, Ollama and the like.
+"""Write a frozen LLaMA as one .gguf file, for llama.cpp, Ollama and similar programs.
 
-llama.cpp divides every frequency of the base by its number in `rope_freqs.weight`, which is
-how Llama 3 is scaled there; a gain of the scores goes into the query projections. The
-format's own package writes the file, one tensor in memory at a time; mlx-lm's export has
-neither these factors nor byte-level tokenizers.
+llama.cpp divides each base frequency by its factor in `rope_freqs.weight`, as it does for
+Llama 3. A gain of the scores is multiplied into the query projections. The package `gguf` writes
+the file, one tensor in memory at a time. mlx-lm's export has neither these factors nor byte-level
+tokenizers.
 
-Not covered: other architectures than `llama`, quantised blocks (llama.cpp's own tool makes
-them of this file), byte-level tokenizers that cut text in other ways than those below, and
-SentencePiece's collapsing of spaces, which LLaMA does without.
+Not covered: architectures other than `llama`; quantised blocks (llama.cpp's own tool makes them
+from this file); byte-level tokenizers that are not in `_CUTS`; SentencePiece's collapsing of
+spaces, which LLaMA does not use.
 """
 
 import json
@@ -25,7 +25,7 @@ from mlx_clex.errors import InputError
 from ..read.gguf_file import import_gguf
 
 FILE = "model.gguf"
-ROPE = "rope_freqs"  # our type of rope_scaling in the config of such a model
+ROPE = "rope_freqs"  # the rope_scaling type of mlx_clex in the config of such a model
 
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -42,21 +42,21 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # kinds of 
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Refuse what a .gguf file of the architecture `llama` cannot hold.
+    """Refuse a model that a .gguf file of the architecture `llama` cannot hold.
 
     Raises:
-        InputError: another family, a feature of it, or no package `gguf`.
+        InputError: another family, an unsupported feature, or no package `gguf`.
     """
     if config["model_type"] not in ("llama", "mistral"):
         raise InputError(
-            f"--for llama.cpp: a .gguf file is written for llama and mistral, not for "
+            f"--for llama.cpp writes llama and mistral models only; this one is "
             f"{config['model_type']}."
         )
     for key in ("sliding_window", "rope_traditional"):
         if config.get(key):
-            raise InputError(f"--for llama.cpp: {key} {config[key]} has no counterpart there.")
+            raise InputError(f"--for llama.cpp: llama.cpp has no {key} {config[key]}.")
     if "quantization" in config:
-        raise InputError("--for llama.cpp cannot take MLX's quantised weights: add -d.")
+        raise InputError("--for llama.cpp does not take MLX's quantised weights: add -d.")
     import_gguf("--for llama.cpp")
 
 
@@ -69,15 +69,15 @@ def write(
     name: str,
     advance: Callable[[int], object],
 ) -> None:
-    """Write the file.
+    """Write the .gguf file.
 
     Args:
         target: the new file.
-        config: from `frozen_config` for "llama.cpp".
-        tensors: lazy, under Hugging Face names; emptied on the way.
-        tokenizer: metadata, from `tokenizer_of`.
-        name: of the model, for people.
-        advance: told the number of bytes after each tensor.
+        config: config from `frozen_config` for "llama.cpp".
+        tensors: lazy arrays under Hugging Face names; emptied while writing.
+        tokenizer: metadata from `tokenizer_of`.
+        name: name of the model, shown to users.
+        advance: called after each tensor with its size in bytes.
     """
     gguf = import_gguf("--for llama.cpp")
     entry = config["rope_scaling"]
@@ -90,12 +90,12 @@ def write(
     for theirs, array in list(tensors.items()):
         ours = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
         if ours is None:
-            raise InputError(f"--for llama.cpp: {theirs} has no counterpart there.")
+            raise InputError(f"--for llama.cpp: llama.cpp has no tensor for {theirs}.")
         if ".attn_q." in ours:
             array = permute(array * entry["query_gain"], heads)
         elif ".attn_k." in ours:
             array = permute(array, key_heads)
-        # Vectors are added and multiplied there in float32 only.
+        # llama.cpp adds and multiplies vectors in float32 only.
         arrays[ours] = array.astype(mx.float32) if array.ndim == 1 else array
         del tensors[theirs]
 
@@ -132,10 +132,10 @@ def write(
 
 
 def permute(rows: mx.array, heads: int) -> mx.array:
-    """llama.cpp's order of rows: two halves of a head become pairs beside each other.
+    """Return the rows in llama.cpp's order: halves of a head become neighbouring pairs.
 
     Args:
-        rows: weight or bias of a query or key projection, (H * head_dim, ...).
+        rows: the weight or bias of a query or key projection, (H * head_dim, ...).
         heads: H.
     """
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
@@ -143,14 +143,14 @@ def permute(rows: mx.array, heads: int) -> mx.array:
 
 
 def tokenizer_of(folder: Path, rows: int) -> dict[str, Any]:
-    """The metadata of a tokenizer.
+    """Return the GGUF metadata of a tokenizer.
 
     Args:
-        folder: with tokenizer.json, tokenizer_config.json, maybe tokenizer.model.
-        rows: of the embedding; there are as many tokens in the file.
+        folder: a folder with tokenizer.json, tokenizer_config.json and perhaps tokenizer.model.
+        rows: rows of the embedding; the file gets as many tokens.
 
     Raises:
-        InputError: llama.cpp does not have such a tokenizer, or we do not know its name.
+        InputError: llama.cpp has no such tokenizer, or mlx_clex does not know its name there.
     """
     try:
         whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
@@ -200,7 +200,7 @@ def _sentencepiece(file: Path) -> dict[str, Any]:
         "model": "llama",
         "tokens": [piece.piece for piece in proto.pieces],
         "scores": [piece.score for piece in proto.pieces],
-        # The numbers of kinds are SentencePiece's own.
+        # GGUF numbers the kinds as SentencePiece does.
         "token_type": [piece.type for piece in proto.pieces],
         "add_space_prefix": proto.normalizer_spec.add_dummy_prefix,
     }
@@ -211,9 +211,8 @@ def _byte_level(whole: dict[str, Any]) -> dict[str, Any]:
     cut = tuple(_cuts(whole.get("pre_tokenizer") or {}))
     if model.get("type") != "BPE" or whole.get("normalizer") or cut not in _CUTS:
         raise InputError(
-            "--for llama.cpp: how this tokenizer cuts text has no name in llama.cpp that is known "
-            "here. Known are SentencePiece's tokenizer.model, and the byte-level ones "
-            f"{', '.join(_CUTS.values())}."
+            "--for llama.cpp: mlx_clex does not know llama.cpp's name for this tokenizer. It knows "
+            f"SentencePiece's tokenizer.model, and the byte-level {', '.join(_CUTS.values())}."
         )
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     tokens = [token for token, _ in sorted(model["vocab"].items(), key=lambda item: item[1])]
@@ -228,7 +227,7 @@ def _byte_level(whole: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cuts(step: Mapping[str, Any]) -> list[str]:
-    """The steps of a pre_tokenizer, each as a word or its regular expression."""
+    """Return the steps of a pre_tokenizer, each as a word or a regular expression."""
     kind = step.get("type")
     if kind == "Sequence":
         return [cut for inner in step["pretokenizers"] for cut in _cuts(inner)]

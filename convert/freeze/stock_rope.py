@@ -1,10 +1,11 @@
-"""A scaling held at one scale, in words of stock programs.
+"""Write a scaling fixed at one scale as a config that stock programs read.
 
-At one scale a method is a list of frequencies, and a gain of the scores at most. Several
-entries could express them (another rope_theta, linear, yarn, longrope); each is tried on
-the program's own rotary embedding, and the first one that rotates as ours does is taken.
-Not covered: frequencies for each head or layer and gains for each position, which no
-stock program has.
+At one scale, a method is a list of frequencies and possibly a gain of the scores. Several config
+entries may express them (another rope_theta, linear, yarn, longrope). Each entry is tried on the
+program's own rotary embedding; the first one that gives the same rotation is used.
+
+Not covered: frequencies for each head or layer and gains for each position, which no stock
+program has.
 """
 
 import math
@@ -29,19 +30,19 @@ from . import gguf_export
 # Rotates (1, 1, 1, head_dim) at a position.
 Rotation = Callable[[mx.array, int], mx.array]
 
-_ROUNDING = 1e-6  # of float32 angles, radians per token of position
-_SCORES = 1e-4  # of scores between vectors of unit variance, at position 0
+_ROUNDING = 1e-6  # error of float32 angles, radians per token of position
+_SCORES = 1e-4  # error of scores between vectors of unit variance, at position 0
 
 
 def frozen_config(
     config: dict[str, Any], scaling: Scaling, scale: float, program: str
 ) -> tuple[dict[str, Any], int]:
-    """The config of a checkpoint that stock programs run at one scale.
+    """Return the config of a checkpoint that a stock program runs at one scale.
 
     Args:
-        config: of the model, with its scaling.
+        config: the config of the model, with its scaling.
         scaling: the scaling, with its weights.
-        scale: to hold, target length / trained length.
+        scale: the scale to fix, target length / trained length.
         program: "mlx-lm", "transformers" or "llama.cpp".
 
     Returns:
@@ -49,19 +50,19 @@ def frozen_config(
 
     Raises:
         InputError: the scale is out of range, or the program's model of this family
-            cannot rotate like that; the message has the reason.
+            cannot express the rotation; the message has the reason.
     """
     scale = scaling.check_scale(scale)
     inv_freq = scaling.inv_freq(scale)
     if scaling.by_layer or inv_freq.ndim > 1:
         raise InputError(
-            f"--freeze: {config['rope_scaling']['type']} has frequencies of its own for every "
-            "head and layer, which no stock program can express. Use it with mlx_clex."
+            f"--freeze: {config['rope_scaling']['type']} has other frequencies for every head "
+            "and layer, which no stock program can express. Use it with mlx_clex."
         )
     if scaling.gain_follows == "position":
         raise InputError(
-            "--freeze: log_scale multiplies every position's query by another number, which "
-            "no stock program can express. Use it with mlx_clex."
+            "--freeze: log_scale gives every position its own gain, which no stock program can "
+            "express. Use it with mlx_clex."
         )
     length = round(scale * scaling.trained_length)
     gain = scaling.query_gain(None, length)
@@ -88,8 +89,8 @@ def frozen_config(
     reason = (
         f"{program}'s model for {config['model_type']} ignores rope_scaling"
         if ignored
-        else f"the nearest it has, {nearest}, rotates {errors[nearest]:.1g} times further off "
-        "than rounding explains"
+        else f"the error of its nearest rope, {nearest}, is {errors[nearest]:.1g} times the "
+        "rounding error"
     )
     advice = " or freeze it with --for transformers" if program == "mlx-lm" else ""
     raise InputError(
@@ -99,7 +100,7 @@ def frozen_config(
 
 
 class _Ours:
-    """Our rotation of queries and keys at the frozen scale."""
+    """The rotation of queries and keys by mlx_clex at the frozen scale."""
 
     def __init__(self, scaling: Scaling, scale: float, query_gain: float) -> None:
         self.inv_freq = scaling.inv_freq(scale)
@@ -108,7 +109,7 @@ class _Ours:
 
     @property
     def score_gain(self) -> float:
-        """What it multiplies scores of fully rotated heads by."""
+        """The factor of the scores of fully rotated heads."""
         return self.query_gain * self.rotary_gain**2
 
     def keys(self, x: mx.array, position: int) -> mx.array:
@@ -123,7 +124,7 @@ class _Ours:
 def _candidates(
     scaling: Scaling, scale: float, length: int, score_gain: float
 ) -> Iterator[dict[str, Any]]:
-    """Config entries that might express the frozen scaling, the simplest first."""
+    """Yield config entries that may express the frozen scaling, the simplest first."""
     inv_freq = np.array(scaling.inv_freq(scale), np.float64)
     exponents = np.arange(0, scaling.dims, 2) / scaling.dims
     theta = float(inv_freq[-1] ** (-1 / exponents[-1]))
@@ -138,13 +139,13 @@ def _candidates(
         "longrope",
         short_factor=factors,
         long_factor=factors,
-        # Its attention scale is sqrt(ln length / ln original) on queries and keys.
+        # longrope multiplies queries and keys by sqrt(ln length / ln original).
         original_max_position_embeddings=(length if score_gain == 1 else scaling.trained_length),
     )
 
 
 def _base_inv_freq(scaling: Scaling) -> np.ndarray:
-    """Of the model as it was trained; radians per token, (D/2,)."""
+    """Return the frequencies of a plain rope with this rope_theta, (D/2,)."""
     return scaling.base ** -(np.arange(0, scaling.dims, 2) / scaling.dims)
 
 
@@ -158,7 +159,7 @@ def _kind(change: dict[str, Any]) -> str:
 
 
 def _difference(theirs: Any, ours: Any, head_dim: int, length: int) -> float:
-    """Largest difference of scores, in units of what float32 rounding explains."""
+    """Return the largest difference of scores / the error of float32 rounding."""
     shape = (1, 1, 1, head_dim)
     queries, keys = (mx.random.normal(shape, key=mx.random.key(seed)) for seed in (0, 1))
     worst = 0.0
@@ -176,14 +177,14 @@ def _difference(theirs: Any, ours: Any, head_dim: int, length: int) -> float:
 
 
 class _Theirs:
-    """A stock program's rotation; its queries and keys are rotated alike."""
+    """The rotation of a stock program, the same for queries and keys."""
 
     def __init__(self, rotation: Rotation) -> None:
         self.queries = self.keys = rotation
 
 
 def _mlx_rotation(config: dict[str, Any]) -> _Theirs:
-    """The rope of mlx-lm's own class for this config."""
+    """Return the rotation of mlx-lm's rope for this config."""
     model_class, args_class = get_stock_classes(config)
     model = model_class(args_class.from_dict(config))
     rope: nn.Module = next(
@@ -196,7 +197,7 @@ def check_names(config: Mapping[str, Any], names: Iterable[str]) -> None:
     """Refuse tensors that transformers' model of this config does not have.
 
     Raises:
-        InputError: such as Mixtral's, whose experts are one tensor in MLX.
+        InputError: there is one, for example in Mixtral, whose experts are one tensor in MLX.
     """
     torch = import_torch("Freezing for transformers needs torch")
     from transformers import AutoModelForCausalLM
@@ -207,18 +208,18 @@ def check_names(config: Mapping[str, Any], names: Iterable[str]) -> None:
     for name in names:
         if name not in known:
             raise InputError(
-                f"--for transformers: {name} has no counterpart in transformers. Give the "
-                "published checkpoint instead of the converted one."
+                f"--for transformers: transformers has no tensor {name}. Give the published "
+                "checkpoint instead of the converted one."
             )
 
 
 def _transformers_family(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """transformers' config object and module for a model."""
+    """Return transformers' config object and module for a model."""
     from transformers import AutoConfig
 
     family = config["model_type"]
     try:
-        # A copy: it writes rope_theta into rope_scaling.
+        # A copy, because transformers writes rope_theta into rope_scaling.
         given = deepcopy({k: v for k, v in config.items() if v is not None})
         return AutoConfig.for_model(**given), import_module(
             f"transformers.models.{family}.modeling_{family}"
@@ -230,7 +231,7 @@ def _transformers_family(config: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _transformers_rotation(config: dict[str, Any]) -> _Theirs:
-    """The rotary embedding of transformers' own class for this config."""
+    """Return the rotation of transformers' rotary embedding for this config."""
     torch = import_torch("Freezing for transformers needs torch")
     settings, module = _transformers_family(config)
     embedding = next(v for k, v in vars(module).items() if k.endswith("RotaryEmbedding"))(settings)

@@ -1,1 +1,1 @@
-"""Reading checkpoints: folders, the hub, .bin and .gguf files."""
+"""Read checkpoints: folders, the hub, .bin and .gguf files."""

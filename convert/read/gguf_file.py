@@ -1,9 +1,9 @@
-"""llama-family .gguf files, rewritten as safetensors.
+"""Rewrite .gguf files of the llama family as safetensors.
 
-The package `gguf` reads them: the file is mapped into memory, and one tensor at a time is
-decoded. Weights come out as float16 (or as stored, where they are floats), under Hugging
-Face names and in Hugging Face's order of rows. Not covered: other architectures than
-`llama`, experts, and the tokenizer (`gguf_tokenizer.py`).
+The package `gguf` maps the file into memory and decodes one tensor at a time. Quantised weights
+become float16, floats keep their type; names and the order of rows become Hugging Face's.
+
+Not covered: architectures other than `llama`, experts, and the tokenizer (`gguf_tokenizer.py`).
 """
 
 import re
@@ -17,7 +17,7 @@ import numpy as np
 from mlx_clex.checkpoint.safetensors_file import TensorInfo, write
 from mlx_clex.errors import InputError, one_line
 
-# GGUF name -> Hugging Face name, of the llama architecture.
+# GGUF name -> Hugging Face name, for the llama architecture.
 TABLE: dict[str, str] = {
     r"token_embd\.weight": "model.embed_tokens.weight",
     r"output_norm\.weight": "model.norm.weight",
@@ -35,11 +35,11 @@ TABLE: dict[str, str] = {
 _FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # kept as stored
 _CHUNK = 1 << 22  # elements decoded at once: float32 work arrays of 16 MB
 _LONGEST_ARRAY = 1 << 23  # elements of a metadata array; the largest vocabularies have 300,000
-_ROPES = ("none", "linear", "yarn")  # rope.scaling.type that is read
+_ROPES = ("none", "linear", "yarn")  # values of rope.scaling.type that are read
 
 
 class GgufFile(NamedTuple):
-    """A parsed header."""
+    """The parsed header of a .gguf file."""
 
     path: Path
     metadata: dict[str, Any]
@@ -50,7 +50,7 @@ def import_gguf(reason: str) -> Any:
     """Return the package gguf.
 
     Args:
-        reason: beginning of the error, what it is needed for.
+        reason: start of the error message, what needs the package.
 
     Raises:
         InputError: it is not installed.
@@ -67,7 +67,7 @@ def read(path: Path) -> GgufFile:
     """Parse the header of a .gguf file.
 
     Raises:
-        InputError: the file is no GGUF, cut off, or of a type that is not served.
+        InputError: the file is no GGUF, is cut off, or has a type that is not read.
     """
     try:
         reader = _bounded_reader(import_gguf(f"Reading {path}"))(path)
@@ -81,25 +81,26 @@ def read(path: Path) -> GgufFile:
     except Exception as error:  # a hostile header makes numpy raise anything
         raise _broken(path, one_line(error)) from error
     if reader.byte_order != "I":
-        raise InputError(f"{path} is big-endian, which is not read. Use the model's safetensors.")
+        raise InputError(
+            f"{path} is big-endian, which mlx_clex does not read. Use the model's safetensors."
+        )
     for tensor in reader.tensors:
         _check_tensor(path, tensor)
     return GgufFile(path, metadata, reader.tensors)
 
 
 def config_of(gguf: GgufFile) -> dict[str, Any]:
-    """A config.json for the file.
+    """Return the file's metadata as a config.json.
 
     Raises:
-        InputError: another architecture, a feature of it that is not served, or metadata
-            of impossible types.
+        InputError: another architecture, an unsupported feature, or metadata of wrong types.
     """
     try:
         return _config_of(gguf)
     except InputError:
         raise
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise _broken(gguf.path, f"its metadata makes no sense ({error})") from error
+        raise _broken(gguf.path, f"its metadata has wrong values ({error})") from error
 
 
 def _config_of(gguf: GgufFile) -> dict[str, Any]:
@@ -107,8 +108,8 @@ def _config_of(gguf: GgufFile) -> dict[str, Any]:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise InputError(
-            f"{gguf.path} has the architecture {architecture!r}; .gguf files are read for "
-            "llama only. Use the model's safetensors."
+            f"{gguf.path} has the architecture {architecture!r}; mlx_clex reads only llama from "
+            ".gguf files. Use the model's safetensors."
         )
 
     def key(name: str, default: Any = None) -> Any:
@@ -122,8 +123,8 @@ def _config_of(gguf: GgufFile) -> dict[str, Any]:
         raise InputError(f"{gguf.path} is a mixture of experts; use its safetensors.")
     if "rope_freqs.weight" in names:
         raise InputError(
-            f"{gguf.path} brings rotary frequencies of its own (rope_freqs.weight), to which "
-            "no other scaling can be added; use a model without them."
+            f"{gguf.path} has its own rotary frequencies (rope_freqs.weight), to which no other "
+            "scaling can be added. Use a model without them."
         )
     heads, width = key("attention.head_count"), key("embedding_length")
     head_dim = key("attention.key_length", width // heads)
@@ -149,7 +150,7 @@ def _config_of(gguf: GgufFile) -> dict[str, Any]:
     }
     kind = metadata.get("llama.rope.scaling.type", _ROPES[0])
     if kind not in _ROPES:
-        raise InputError(f"{gguf.path} has rope scaling {kind!r}; {', '.join(_ROPES)} are read.")
+        raise InputError(f"{gguf.path} has rope scaling {kind!r}. Allowed: {', '.join(_ROPES)}.")
     if kind != _ROPES[0]:
         config["rope_scaling"] = {"type": kind, "factor": key("rope.scaling.factor")}
         original = metadata.get("llama.rope.scaling.original_context_length")
@@ -159,7 +160,7 @@ def _config_of(gguf: GgufFile) -> dict[str, Any]:
 
 
 def header(gguf: GgufFile) -> dict[str, TensorInfo]:
-    """Names and shapes as `spool` will write them.
+    """Return the names and shapes that `spool` writes.
 
     Raises:
         InputError: a tensor that the llama architecture does not have.
@@ -179,7 +180,7 @@ def spool(gguf: GgufFile, target: Path, advance: Callable[[int], object] = lambd
     Args:
         gguf: the parsed file.
         target: the new file.
-        advance: told the number of bytes after each tensor.
+        advance: called after each tensor with its size in bytes.
     """
     heads = gguf.metadata["llama.attention.head_count"]
     key_heads = gguf.metadata.get("llama.attention.head_count_kv", heads)
@@ -203,12 +204,12 @@ def decode(data: np.ndarray, kind: Any) -> np.ndarray:
     """Turn the stored bytes of a tensor into numbers, a few rows at a time.
 
     Args:
-        data: as the package gguf maps it: floats, or uint8 with whole blocks in each row.
+        data: data mapped by the package gguf: floats, or uint8 with whole blocks in each row.
         kind: gguf.GGMLQuantizationType.
 
     Returns:
-        An array of the same rows: floats as stored (uint16 holds the bits of bfloat16),
-        float16 where blocks were decoded.
+        An array of the same rows: floats as stored (uint16 holds the bits of bfloat16), decoded
+        blocks as float16.
     """
     if kind.name in _FLOATS:
         return data.view(_FLOATS[kind.name])
@@ -223,12 +224,12 @@ def _decoded(rows: np.ndarray, kind: Any) -> Iterator[np.ndarray]:
     step = max(1, _CHUNK // (rows.shape[-1] // nbytes * block))
     for start in range(0, len(rows), step):
         part = package.quants.dequantize(rows[start : start + step], kind)
-        with np.errstate(over="ignore"):  # the converter refuses what is not finite
+        with np.errstate(over="ignore"):  # the converter refuses values that are not finite
             yield part.astype(np.float16)
 
 
 def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's order of rows: pairs beside each other become two halves.
+    """Undo llama.cpp's order of rows: neighbouring pairs become two halves of a head.
 
     Args:
         rows: the weight of a query or key projection, (H * head_dim, width).
@@ -265,20 +266,20 @@ def _check_tensor(path: Path, tensor: Any) -> None:
             [*_FLOATS, *(known.name for known in traits if known.name not in _FLOATS)]
         )
         raise InputError(
-            f"{path}: tensor {tensor.name} has type {kind.name}, which is not read. Read are "
-            f"{known}: take a file of one of those, or the model's safetensors."
+            f"{path}: tensor {tensor.name} has type {kind.name}. Allowed: {known}. Use a file of "
+            "one of these types, or the model's safetensors."
         )
     if not len(tensor.shape) or 0 in tensor.shape or tensor.n_bytes > path.stat().st_size:
         raise _broken(path, f"the shape of {tensor.name} does not fit its data")
 
 
 def _bounded_reader(package: Any) -> Any:
-    """The package's reader, which stops where a hostile header leads past the file."""
+    """Return a subclass of the reader that refuses headers which point past the file."""
 
     class Reader(package.GGUFReader):
         def _get(self, offset: int, dtype: Any, count: Any = 1, *_: Any, **__: Any) -> Any:
-            # Raises past the end, where the package's own slice is empty and a count of 2^64
-            # would never end. Ten times as fast as slices of a memory map, too.
+            # np.frombuffer raises past the end of the file. The package's own slice would be
+            # empty there, and a count of 2^64 would loop for ever. It is also ten times as fast.
             return np.frombuffer(self.data, dtype, int(count), int(offset))
 
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
@@ -292,6 +293,4 @@ def _bounded_reader(package: Any) -> Any:
 
 
 def _broken(path: Path, reason: str) -> InputError:
-    return InputError(
-        f"{path} is corrupt or cut off: {reason}. Download it again, or copy it again."
-    )
+    return InputError(f"{path} is corrupt or cut off: {reason}. Download or copy it again.")

@@ -1,7 +1,7 @@
-"""The tokenizer inside a .gguf file.
+"""Write the tokenizer of a .gguf file.
 
-transformers knows how to build one from the file's metadata; this hands it the metadata
-that is already read, which needs no torch.
+transformers builds the tokenizer from the metadata. The metadata is read by `gguf_file.py`, so
+torch is not needed.
 """
 
 from importlib import import_module
@@ -34,17 +34,14 @@ _SPECIAL = {
 
 
 def write(gguf: GgufFile, folder: Path) -> dict[str, Any]:
-    """Write tokenizer.json, and say what belongs into tokenizer_config.json.
+    """Write tokenizer.json, and return the content of tokenizer_config.json.
 
     Args:
         gguf: the parsed file.
-        folder: where to.
-
-    Returns:
-        The content of tokenizer_config.json.
+        folder: the folder to write to.
 
     Raises:
-        InputError: a kind of tokenizer that transformers does not build.
+        InputError: transformers cannot build this kind of tokenizer.
     """
     metadata = gguf.metadata
     kind = metadata.get("tokenizer.ggml.model")
@@ -59,7 +56,9 @@ def write(gguf: GgufFile, folder: Path) -> dict[str, Any]:
     try:
         backend, _ = _converter()("llama", given)
     except Exception as error:  # tokenizers raises the bare class
-        raise InputError(f"{gguf.path}: no tokenizer can be made of {kind!r}: {error}") from error
+        raise InputError(
+            f"{gguf.path}: cannot build a tokenizer of kind {kind!r}: {error}"
+        ) from error
     if kind == "llama":
         treat_spaces(
             backend,
@@ -84,7 +83,7 @@ def write(gguf: GgufFile, folder: Path) -> dict[str, Any]:
 
 
 def _add_ends(backend: Any, config: dict[str, Any]) -> None:
-    """Put BOS before a text and EOS behind it, as the file asks."""
+    """Add BOS before and EOS after a text, if the config asks for them."""
     from tokenizers import processors
 
     before = [config["bos_token"]] if config["add_bos_token"] and "bos_token" in config else []

@@ -1,7 +1,8 @@
-"""Fetching a checkpoint from the hub, and publishing one.
+"""Download a checkpoint from the hub, and publish one.
 
-Downloads resume where they were cut and are kept in the hub's own cache. Not covered:
-logging in; `hf auth login` does that.
+Interrupted downloads resume, and files stay in the hub's cache.
+
+Not covered: login (`hf auth login`).
 """
 
 from collections.abc import Callable
@@ -16,33 +17,33 @@ from mlx_clex.errors import InputError, RunError, one_line
 from .source import CONFIG_FILES, TOKENIZER_FILES, choose_weights
 
 T = TypeVar("T")
-_PATIENCE = 10  # seconds for the first answer
+_PATIENCE = 10  # seconds to wait for the first answer
 
 
 class Listing(NamedTuple):
-    """What a conversion needs of a repository."""
+    """The files of a repository that a conversion needs."""
 
     commit: str
     sizes: dict[str, int]  # file -> bytes
-    config: Path | None  # config.json in the hub's cache, where the hub cannot be asked
+    config: Path | None  # config.json in the hub's cache, when offline
 
 
 def look_up(repo: str, revision: str | None = None) -> Listing:
-    """Ask the hub for a repository, or the hub's cache on this machine where it is offline.
+    """Return the listing of a repository, from the hub or, when offline, from its cache.
 
     Args:
         repo: hub id, "owner/name".
         revision: branch, tag or commit.
 
     Raises:
-        InputError: no such id or revision, no access, no weights in it, or neither the hub
-            nor a copy on this machine.
+        InputError: no such id or revision, no access, no weights, or neither the hub nor a
+            cached copy can be reached.
     """
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     def ask() -> Listing:
-        # One request, which fails at once; downloads would try again for 25 seconds.
+        # This request fails at once; downloads retry for 25 seconds.
         info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_PATIENCE)
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         top = [name for name in sizes if "/" not in name]
@@ -70,7 +71,7 @@ def look_up(repo: str, revision: str | None = None) -> Listing:
 
 
 def download(repo: str, revision: str | None = None) -> Path:
-    """Fetch the files of a checkpoint that a conversion needs.
+    """Download the files that a conversion needs, and return their folder.
 
     Args:
         repo: hub id, "owner/name".
@@ -81,7 +82,7 @@ def download(repo: str, revision: str | None = None) -> Path:
 
     Raises:
         InputError: as `look_up`.
-        RunError: the network failed on the way.
+        RunError: the network failed during the download.
     """
     from huggingface_hub import snapshot_download
 
@@ -98,10 +99,10 @@ def download(repo: str, revision: str | None = None) -> Path:
 
 
 def check_upload(repo: str) -> None:
-    """Refuse an upload that cannot work, before hours of conversion.
+    """Refuse an upload that cannot work, before the conversion starts.
 
     Raises:
-        InputError: the id is malformed, or nobody is logged in.
+        InputError: the id is malformed, or the user is not logged in.
     """
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
@@ -118,7 +119,7 @@ def check_upload(repo: str) -> None:
 
 
 def upload(folder: Path, repo: str) -> str:
-    """Publish a converted folder with its own model card.
+    """Publish a converted folder with its model card, and return the address.
 
     Args:
         folder: the finished folder.
@@ -128,7 +129,7 @@ def upload(folder: Path, repo: str) -> str:
         The address of the repository.
 
     Raises:
-        InputError: no right to write there.
+        InputError: the user may not write to the repository.
         RunError: the network failed; the folder is complete and can be uploaded again.
     """
     from huggingface_hub import HfApi
@@ -145,7 +146,7 @@ def upload(folder: Path, repo: str) -> str:
 
 
 def guarded(repo: str, revision: str | None, act: Callable[[], T]) -> T:
-    """Run a hub call; its many exceptions become ours.
+    """Return the result of a hub call; turn its exceptions into InputError or RunError.
 
     Raises:
         InputError: no such id or revision, or no access.
@@ -165,8 +166,7 @@ def guarded(repo: str, revision: str | None, act: Callable[[], T]) -> T:
         return act()
     except GatedRepoError as error:
         raise InputError(
-            f"{repo} needs its owner's permission: accept the terms on its page, then run "
-            "`hf auth login`."
+            f"{repo} is gated: accept the terms on its page, then run `hf auth login`."
         ) from error
     except RevisionNotFoundError as error:
         raise InputError(f"{repo} has no revision {revision!r}.") from error
@@ -189,7 +189,7 @@ def guarded(repo: str, revision: str | None, act: Callable[[], T]) -> T:
             raise
         raise RunError(
             f"The connection to the hub failed for {repo}: {str(error).rstrip('.')}. Run the "
-            "command again; what was fetched is kept."
+            "command again; downloaded files are kept."
         ) from error
 
 

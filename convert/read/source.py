@@ -1,7 +1,9 @@
-"""A checkpoint folder as a source: which of its files are read.
+"""Choose which files of a checkpoint folder are read.
 
-The weight files are safetensors before .bin, whatever index lies beside them. Python files
-are never read or copied. Not covered: what is inside the weight files.
+safetensors files are preferred to .bin files, whichever index is present. Python files are never
+read or copied.
+
+Not covered: the content of the weight files.
 """
 
 import fnmatch
@@ -39,12 +41,12 @@ class Checkpoint:
     folder: Path
     kind: str  # "safetensors", "bin" or "gguf"
     files: list[Path]  # weights, in the order of the shards
-    repo: str | None = None  # hub id, where it came from there
-    config: dict[str, Any] = field(default_factory=dict)  # config.json as it stands
+    repo: str | None = None  # hub id, where it came from the hub
+    config: dict[str, Any] = field(default_factory=dict)  # config.json, unchanged
 
     @property
     def name(self) -> str:
-        """What to call it in a model card."""
+        """The name of the checkpoint in a model card."""
         if self.repo:
             return self.repo
         return self.files[0].stem if self.kind == "gguf" else self.folder.resolve().name
@@ -53,15 +55,15 @@ class Checkpoint:
 def choose_weights(
     names: Iterable[str], read_index: Callable[[str], Any], place: str
 ) -> tuple[str, list[str]]:
-    """Pick the weight files among a checkpoint's files.
+    """Return the weight files among the files of a checkpoint.
 
     Args:
         names: files at the top of the checkpoint.
-        read_index: gives the parsed content of an index file, by its name.
-        place: what to call the checkpoint in an error.
+        read_index: returns the parsed content of an index file, given its name.
+        place: name of the checkpoint in an error.
 
     Returns:
-        Their kind and names.
+        Kind and names of the weight files.
 
     Raises:
         InputError: there are none, or a shard that an index names is missing.
@@ -78,7 +80,7 @@ def choose_weights(
             absent = [shard for shard in shards if shard not in present]
             if not absent:
                 return kind, shards
-            # An index without any of its shards is left over from another format.
+            # An index with none of its shards is left over from another format.
             if len(absent) < len(shards):
                 raise InputError(
                     f"{place} lacks {', '.join(absent)}, which {index} names. Download or "
@@ -102,18 +104,18 @@ def choose_weights(
 
 
 def read_folder(folder: Path, repo: str | None = None) -> Checkpoint:
-    """Choose the weight files of a folder and read its config.json.
+    """Return the checkpoint in a folder: its weight files and config.json.
 
     Args:
         folder: the checkpoint.
-        repo: hub id it came from.
+        repo: hub id of the checkpoint.
 
     Raises:
         InputError: it has no weights or no config.json, or lacks a shard.
     """
     names = [file.name for file in files_of(folder)]
     if not names:
-        raise InputError(f"The folder {folder} is empty: there is no checkpoint in it.")
+        raise InputError(f"The folder {folder} is empty: it has no checkpoint.")
     kind, chosen = choose_weights(names, lambda n: read_json(folder / n), str(folder))
     files = [folder / name for name in chosen]
     if kind == "gguf":
@@ -122,7 +124,7 @@ def read_folder(folder: Path, repo: str | None = None) -> Checkpoint:
         raise InputError(f"{folder} has weights but no config.json, which describes the model.")
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
-        raise InputError(f"{folder / 'config.json'} holds no object of settings.")
+        raise InputError(f"{folder / 'config.json'} is not a JSON object.")
     if "model_type" not in config:
         raise InputError(f"{folder / 'config.json'} has no model_type, such as llama.")
     return Checkpoint(folder, kind, files, repo, config)
@@ -140,12 +142,12 @@ def _shards(index: Any, name: str, place: str) -> list[str]:
 
 
 def _complete(present: list[str], place: str) -> list[str]:
-    """Shards without an index: their own numbers tell whether one is missing."""
+    """Return shards that have no index; refuse them if their numbers show a gap."""
     numbers = [re.search(r"-(\d+)-of-(\d+)\.", name) for name in present]
     if all(numbers):
         total = int(numbers[0][2])  # type: ignore[index]
         there = {int(match[1]) for match in numbers if match}
-        # No set of all of them: a hostile name can count to any number.
+        # Not a set of all numbers: a hostile file name can have any total.
         absent = next(number for number in itertools.count(1) if number not in there)
         if absent <= total:
             raise InputError(f"{place} lacks shard {absent} of {total}. Download or copy it again.")

@@ -1,9 +1,8 @@
-"""pytorch_model.bin shards, rewritten as safetensors.
+"""Rewrite pytorch_model.bin shards as safetensors.
 
-A .bin file is a pickle: torch reads it with `weights_only=True`, which runs nothing in
-it, and maps the data instead of loading it. The tensors go one by one into safetensors
-files beside the output, which `mlx` then reads lazily like any other source. Needs torch,
-the `bin` extra.
+A .bin file is a pickle. torch reads it with `weights_only=True`, which runs no code, and maps the
+data into memory. The tensors are written one by one to safetensors files beside the output, which
+mlx then reads lazily. Needs torch, the `bin` extra.
 """
 
 import pickle
@@ -31,10 +30,10 @@ _NAMES = {
 
 
 def import_torch(reason: str = "This checkpoint has only .bin files, which need torch") -> Any:
-    """torch, or a line that says how to get it.
+    """Return the module torch.
 
     Args:
-        reason: start of the error, what it is needed for.
+        reason: start of the error message, what needs torch.
 
     Raises:
         InputError: it is not installed.
@@ -47,10 +46,10 @@ def import_torch(reason: str = "This checkpoint has only .bin files, which need 
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names, types and shapes in a .bin file, without its data.
+    """Return names, types and shapes of the tensors in a .bin file.
 
     Raises:
-        InputError: the file is corrupt, or holds something else than tensors.
+        InputError: the file is corrupt, or has something other than tensors.
     """
     return {name: info for name, info, _ in _entries(path)}
 
@@ -61,10 +60,10 @@ def spool(path: Path, target: Path, advance: Callable[[int], object] = lambda _:
     Args:
         path: the .bin file.
         target: the new file.
-        advance: told the number of bytes after each tensor.
+        advance: called after each tensor with its size in bytes.
 
     Raises:
-        InputError: the file is corrupt, or holds something else than tensors.
+        InputError: the file is corrupt, or has something other than tensors.
     """
     write(target, _entries(path), "pt", advance)
 
@@ -77,20 +76,20 @@ def _entries(path: Path) -> list[tuple[str, TensorInfo, Callable[[], memoryview]
             if tensor.nbytes > size:
                 raise InputError(
                     f"{path}: the tensor {name} has {tensor.nbytes} bytes, more than the whole "
-                    "file; it is damaged. Download or copy it again."
+                    "file. The file is damaged: download or copy it again."
                 )
             info = TensorInfo(_NAMES[str(tensor.dtype)], tuple(tensor.shape))
             entries.append((name, info, _bytes_of(tensor)))
         else:
             raise InputError(
-                f"{path} holds {name!r}, a {type(tensor).__name__}: only tensors of numbers "
-                "are read. Is it a checkpoint of weights?"
+                f"{path} has {name!r}, a {type(tensor).__name__}; only tensors of numbers are "
+                "allowed. Is it a checkpoint of weights?"
             )
     return entries
 
 
 def _is_plain(tensor: Any) -> bool:
-    """Whether it is a tensor of a type that safetensors have, all of it there."""
+    """Return whether this is a dense CPU tensor of a type that safetensors has."""
     return (
         str(getattr(tensor, "dtype", None)) in _NAMES
         and str(tensor.layout) == "torch.strided"
@@ -100,9 +99,9 @@ def _is_plain(tensor: Any) -> bool:
 
 
 def _check_records(path: Path, state: dict[Any, Any]) -> None:
-    """Refuse a zip whose records are shorter than the storages mapped onto them.
+    """Refuse a zip file with records shorter than the tensors' storages.
 
-    torch, mapping, reads on into whatever follows in the file.
+    When torch maps the file, it reads on past the end of a short record.
     """
     with zipfile.ZipFile(path) as archive:
         records = Counter(
@@ -129,7 +128,7 @@ def _bytes_of(tensor: Any) -> Callable[[], memoryview]:
 
 def _load(path: Path) -> dict[Any, Any]:
     torch = import_torch()
-    # The old format, not a zip, cannot be mapped.
+    # The old format is not a zip file and cannot be mapped.
     mapped = zipfile.is_zipfile(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -137,8 +136,8 @@ def _load(path: Path) -> dict[Any, Any]:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         if wanted:
             raise InputError(
-                f"{path} asks to run {wanted[1]}, which is never done: it is no checkpoint of "
-                "weights alone. Get it as safetensors."
+                f"{path} asks to run {wanted[1]}; mlx_clex never runs code of a checkpoint. Get "
+                "the weights as safetensors."
             ) from error
         raise _corrupt(path, error) from error
     except Exception as error:
@@ -146,7 +145,7 @@ def _load(path: Path) -> dict[Any, Any]:
             raise
         raise _corrupt(path, error) from error
     if not isinstance(state, dict):
-        raise InputError(f"{path} holds a {type(state).__name__}, not a dictionary of tensors.")
+        raise InputError(f"{path} has a {type(state).__name__}, not a dictionary of tensors.")
     if mapped:
         _check_records(path, state)
     return state

@@ -1,1 +1,1 @@
-"""Writing converted folders."""
+"""Write converted folders."""

@@ -1,4 +1,4 @@
-"""The model card: where it comes from, its scales, its reach."""
+"""Write the model card: source, scales and reach."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ from yaml import YAMLError
 
 from mlx_clex.scaling import Scaling
 
-_ROWS = 16  # of the table of scales
+_ROWS = 16  # rows of the table of scales
 
 
 def write_card(
@@ -26,15 +26,15 @@ def write_card(
     """Write README.md.
 
     Args:
-        folder: where to.
-        name: title of the card, and what to load: a hub id or a folder.
-        source: what it was converted from, in words.
+        folder: the folder to write to.
+        name: title of the card and name to load: a hub id or a folder.
+        source: the source of the conversion, in words.
         base_model: hub id of the source, where it has one.
-        licence: of the source, as the hub spells it, or None.
-        scaling: the model's scaling, or None where it has none of ours.
-        method: its name, "clex".
-        frozen: the scale a frozen export holds, or None.
-        library: what loads it, as the hub names it.
+        licence: licence of the source, as the hub spells it, or None.
+        scaling: the model's scaling, or None where it has no mlx_clex scaling.
+        method: name of the scaling, such as "clex".
+        frozen: the fixed scale of a frozen export, or None.
+        library: library that loads the folder, as the hub names it.
     """
     front = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
     front += ["tags:", f"- {library}"]
@@ -53,7 +53,10 @@ def write_card(
         lines += _frozen_text(source, scaling, method, frozen)
     else:
         lines += _scaled_text(source, scaling, method, name)
-    lines += ["", f"Licence: {licence or 'that of the source; its card does not name it'}."]
+    lines += [
+        "",
+        f"Licence: {licence or 'the licence of the source, whose card does not name one'}.",
+    ]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -66,13 +69,13 @@ def licence_of(folder: Path) -> str | None:
         licence = ModelCard.load(file).data.license
     except (ValueError, OSError, YAMLError):
         return None
-    # One line of the new card: whatever else a stranger's card holds is left out.
+    # Only a plain name: other text could add lines to the new card.
     plain = isinstance(licence, str) and re.fullmatch(r"[\w.+-]{1,64}", licence)
     return licence if plain else None
 
 
 def scale_table(scaling: Scaling) -> list[tuple[int, int, float]]:
-    """Ranges of lengths that share a scale.
+    """Return the ranges of lengths that share a scale.
 
     Returns:
         Rows of (first length, last length, scale), both in tokens, up to the reach; at
@@ -91,7 +94,7 @@ def scale_table(scaling: Scaling) -> list[tuple[int, int, float]]:
 
 
 def _last_with(scaling: Scaling, scale: float, low: int, high: int) -> int:
-    """The longest length up to `high` that has this scale; scales never fall."""
+    """Return the longest length up to `high` with this scale; scales never fall."""
     while low < high:
         middle = (low + high + 1) // 2
         if scaling.scale_at(middle) == scale:
@@ -127,16 +130,16 @@ def _scaled_text(source: str, scaling: Scaling, method: str, model: str) -> list
         f"mlx_clex generate --model {model} --prompt hello",
         "```",
         "",
-        "With mlx_clex installed, programs of mlx-lm run it too, given `--trust-remote-code`.",
+        "With mlx_clex installed, mlx-lm's programs also run it, with `--trust-remote-code`.",
     ]
 
 
 def _frozen_text(source: str, scaling: Scaling, method: str, scale: float) -> list[str]:
     length = int(scale * scaling.trained_length)
     return [
-        f"Made from {source} by mlx_clex: its {method} position scaling, held at scale "
-        f"{scale:g} for good, which stock programs run without mlx_clex.",
+        f"Made from {source} by mlx_clex, with {method} position scaling fixed at scale "
+        f"{scale:g}. Stock programs run it without mlx_clex.",
         "",
         f"Trained length: {scaling.trained_length:,} tokens. Made for sequences of "
-        f"{length:,} tokens; shorter ones may do better with the scaling itself.",
+        f"{length:,} tokens; shorter sequences may get better answers from the unfrozen model.",
     ]

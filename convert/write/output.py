@@ -1,4 +1,4 @@
-"""The folder that a conversion writes: checks before, weights in shards."""
+"""Check the target folder of a conversion, and write weights in shards."""
 
 import os
 import shutil
@@ -14,10 +14,10 @@ from mlx_clex.errors import InputError
 
 
 def check_target(target: Path) -> None:
-    """Refuse a target that exists.
+    """Refuse a target that exists or cannot be written.
 
     Raises:
-        InputError: it does.
+        InputError: the message has the reason.
     """
     if not target.name:
         raise InputError("The folder to write needs a name.")
@@ -34,18 +34,18 @@ def check_space(target: Path, needed: int) -> None:
     """Refuse a conversion that does not fit on the disk.
 
     Args:
-        target: the folder to be.
-        needed: bytes.
+        target: the folder to write.
+        needed: size of the conversion, in bytes.
 
     Raises:
-        InputError: there is less free.
+        InputError: less space is free.
     """
     existing = next(parent for parent in target.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise InputError(
-            f"The conversion needs {needed / 1e9:.2f} GB in {existing}, where "
-            f"{free / 1e9:.2f} GB are free: make room, or give another folder."
+            f"The conversion needs {needed / 1e9:.2f} GB in {existing}, but only "
+            f"{free / 1e9:.2f} GB are free. Free some space, or give another folder."
         )
 
 
@@ -54,7 +54,7 @@ def whole_or_nothing(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` when the block ends without an error.
 
     Raises:
-        InputError: the folder cannot be made, or somebody else made the target meanwhile.
+        InputError: the folder cannot be made, or another process has made the target.
     """
     try:
         with new_folder(target) as temporary:
@@ -77,11 +77,11 @@ def write_weights(
     """Write the tensors in shards, each evaluated, written and freed in turn.
 
     Args:
-        folder: where.
-        tensors: lazy arrays; emptied on the way.
-        shard_bytes: largest size of a file, unless one tensor alone is larger.
+        folder: the folder to write to.
+        tensors: lazy arrays; emptied while writing.
+        shard_bytes: largest size of a file, unless one tensor is larger.
         file_format: "mlx" or "pt".
-        advance: told the number of bytes after each tensor.
+        advance: called after each tensor with its size in bytes.
     """
     infos = {name: info_of(array) for name, array in tensors.items()}
     shards = _split({name: info.nbytes for name, info in infos.items()}, shard_bytes)
@@ -102,7 +102,7 @@ def write_weights(
 
 def _taker(tensors: dict[str, mx.array], name: str) -> Callable[[], memoryview]:
     def take() -> memoryview:
-        mx.clear_cache()  # what the last tensor needed on the way
+        mx.clear_cache()  # free the work memory of the last tensor
         return array_bytes(tensors.pop(name))
 
     return take

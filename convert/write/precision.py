@@ -1,4 +1,4 @@
-"""Types and bits of the output: cast, quantise, dequantise, lazily, with mlx-lm's functions.
+"""Cast, quantise and dequantise the output lazily, with mlx-lm's functions.
 
 Not covered: the scaling's tensors, which stay float32.
 """
@@ -44,14 +44,14 @@ def quantize_like_source(
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"config.json has quantization {quantization!r}, which mlx does not take: {error}."
+            f"config.json has quantization {quantization!r}, which mlx does not accept: {error}."
         ) from error
 
 
 def cast_and_quantize(
     model: Any, config: dict[str, Any], options: Options, notes: list[str]
 ) -> dict[str, Any]:
-    """What mlx_lm.convert does with --dtype, -q and -d; returns the new config."""
+    """Apply --dtype, -q and -d as mlx_lm.convert does; return the new config."""
     dtype = options.dtype or config.get("torch_dtype") or config.get("dtype")
     if dtype in DTYPES:
         keep = getattr(model, "cast_predicate", lambda _: True)
@@ -70,7 +70,7 @@ def cast_and_quantize(
         dequantize_model(model)
     if options.quantize:
         if "quantization" in config:
-            raise InputError("The checkpoint is quantised already: dequantise it with -d first.")
+            raise InputError("The checkpoint is already quantised: dequantise it with -d first.")
         recipe = options.quant_predicate
         predicate = None
         if recipe:
@@ -87,7 +87,7 @@ def cast_and_quantize(
                     quant_predicate=predicate,
                 )
         except ValueError as error:
-            raise InputError(f"mlx does not quantise like that: {error}.") from error
+            raise InputError(f"mlx does not accept these quantisation options: {error}.") from error
         if not any(hasattr(module, "bits") for module in model.modules()):
             raise InputError(
                 f"-q would quantise nothing: no layer's width is a multiple of --q-group-size "

@@ -1,6 +1,6 @@
-"""SentencePiece's treatment of spaces, for a Hugging Face tokenizer.
+"""Treat spaces in a Hugging Face tokenizer as SentencePiece does.
 
-Not covered: the vocabulary and merges, which transformers reads right.
+Not covered: the vocabulary and merges, which transformers reads correctly.
 """
 
 from typing import Any
@@ -13,11 +13,11 @@ def treat_spaces(
 
     Args:
         backend: a `tokenizers.Tokenizer` of transformers' Llama class; changed in place.
-        prefix: the model puts a space before the first word (`add_dummy_prefix`).
-        collapse: it drops repeated and outer spaces (`remove_extra_whitespaces`).
-        charsmap: its table of characters, empty for none.
-        legacy: put a space before the text after a special token too, as the tokenizers
-            of 2023 did and chat models of that time expect.
+        prefix: whether the model puts a space before the first word (`add_dummy_prefix`).
+        collapse: whether it drops repeated and outer spaces (`remove_extra_whitespaces`).
+        charsmap: its table of characters; empty for none.
+        legacy: whether to put a space also after each special token, as the tokenizers of
+            2023 did and chat models of that time expect.
     """
     from tokenizers import Regex, normalizers, pre_tokenizers
 
@@ -36,7 +36,7 @@ def treat_spaces(
         backend.pre_tokenizer = None
     else:
         if not collapse:
-            # Metaspace takes a leading space for the one it would add.
+            # Metaspace mistakes a leading space for the one that it would add.
             steps.append(normalizers.Replace(Regex(r"\A "), "  "))
         backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
     backend.normalizer = normalizers.Sequence(steps)

@@ -1,8 +1,9 @@
-"""Tokenizer files of the converted folder.
+"""Write the tokenizer files of the converted folder.
 
-A SentencePiece model becomes a tokenizer.json whose ids equal SentencePiece's with BOS
-before them; other tokenizers are copied. `model_max_length` is the model's reach. Not
-covered: tokenizers that need Python from the checkpoint, which is never run.
+A SentencePiece model becomes a tokenizer.json that gives BOS and then SentencePiece's ids. Other
+tokenizers are copied. `model_max_length` is the model's reach.
+
+Not covered: tokenizers that need Python from the checkpoint, which is never run.
 """
 
 import json
@@ -22,7 +23,7 @@ from .output import write_json
 from .spaces import treat_spaces
 
 _CONFIG = "tokenizer_config.json"
-# Llama's own; a checkpoint with only a tokenizer.model does not say.
+# The tokens of Llama. A checkpoint with only a tokenizer.model does not name them.
 _LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
@@ -33,12 +34,12 @@ def write_tokenizer(
 
     Args:
         checkpoint: the source.
-        folder: where to.
+        folder: the folder to write to.
         reach: longest sequence in tokens, written as `model_max_length`.
-        gguf: the parsed .gguf file, where that is the source.
+        gguf: the parsed .gguf file, if that is the source.
 
     Returns:
-        A line for the user where something is missing, else None.
+        A line for the user if the tokenizer is missing, else None.
 
     Raises:
         InputError: the tokenizer files are broken.
@@ -64,7 +65,7 @@ def write_tokenizer(
 
 
 def _copy(source: Path, folder: Path) -> dict[str, Any] | None:
-    """Copy or rebuild the files; returns tokenizer_config.json's content."""
+    """Copy or rebuild the files; return the content of tokenizer_config.json."""
     files = [file for pattern in TOKENIZER_FILES for file in sorted(source.glob(pattern))]
     names = {file.name for file in files}
     if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"} and not any(
@@ -73,7 +74,7 @@ def _copy(source: Path, folder: Path) -> dict[str, Any] | None:
         return None
     config = read_json(source / _CONFIG) if _CONFIG in names else {}
     if not isinstance(config, dict):
-        raise InputError(f"{source / _CONFIG} holds no object of settings.")
+        raise InputError(f"{source / _CONFIG} is not a JSON object.")
     config.pop("auto_map", None)  # names code that is never run
     for file in files:
         shutil.copyfile(file, folder / file.name)
@@ -85,10 +86,10 @@ def _copy(source: Path, folder: Path) -> dict[str, Any] | None:
 
 
 def _from_sentencepiece(source: Path, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Make tokenizer.json out of tokenizer.model.
+    """Write tokenizer.json from tokenizer.model; return the config.
 
-    transformers 5 takes a lone tokenizer.model without BOS and without the space before
-    the first word, and leaves out SentencePiece's own normalising altogether.
+    From a tokenizer.model alone, transformers 5 adds no BOS and no space before the first word,
+    and does not apply SentencePiece's normalisation.
     """
     from transformers import LlamaTokenizer
 
@@ -119,6 +120,6 @@ def _from_sentencepiece(source: Path, folder: Path, config: dict[str, Any]) -> d
         legacy=config.get("legacy", True),
     )
     backend.save(str(folder / "tokenizer.json"))
-    # The Llama class would rebuild everything but the vocabulary.
+    # The Llama class would replace everything but the vocabulary.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     return config

@@ -1,12 +1,12 @@
-"""What --help shows: options in groups, each with its default, and an example at the end.
+"""Format --help: options in groups, each with its default, and an example at the end.
 
-Options of the same name mean the same in every command, so one table groups them all.
+An option has the same meaning in every command, so one table groups the options of all commands.
 """
 
 import argparse
 from typing import Any
 
-# Title of a group, and the options in it; what is in none stays under "options".
+# Title of a group -> the options in it. All other options stay under "options".
 GROUPS = {
     "model": (
         "model hf_path mlx_path revision adapter_path save_path draft_model num_draft_tokens "
@@ -38,7 +38,7 @@ GROUPS = {
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Adds the default of an option where its help does not tell it."""
+    """Adds the default of an option if its help does not name it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
@@ -52,11 +52,11 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def group_options(parser: argparse.ArgumentParser) -> None:
-    """Move the options of a parser into the groups above, in their order."""
+    """Move the options of a parser into `GROUPS`, in their order."""
     words = [str(a.metavar or a.dest) for a in parser._positionals._group_actions]
-    # The options are listed below; a usage with all of them fills the screen.
+    # --help lists the options below; a usage line with all of them fills the screen.
     parser.usage = " ".join(["%(prog)s", *words, "[options]"])
-    # argparse has no public way to regroup options that a parent parser brought along.
+    # argparse has no public way to regroup the options of a parent parser.
     flat: list[Any] = parser._optionals._group_actions
     own = parser._action_groups[2:]  # after positional arguments and options
     for title, names in GROUPS.items():
@@ -88,8 +88,8 @@ def point_elsewhere(parser: argparse.ArgumentParser, options: dict[str, str]) ->
     """Refuse options of mlx-lm with advice.
 
     Args:
-        parser: of the command.
-        options: option -> what to do instead, a sentence.
+        parser: parser of the command.
+        options: option -> a sentence that says what to do instead.
     """
     group = parser.add_argument_group("options of mlx-lm that have another name here")
     for option, advice in options.items():

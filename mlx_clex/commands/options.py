@@ -1,4 +1,4 @@
-"""Options that several commands share, and their checks.
+"""Parse and check options that several commands share.
 
 Not covered: options of a scaling (`scaling_options.py`).
 """
@@ -8,7 +8,7 @@ import math
 
 from ..errors import InputError
 
-# Ranges of options that mlx-lm checks late, inside a compiled function, or not at all.
+# Ranges of options that mlx-lm does not check, or checks late.
 _RANGES = (
     ("prefill_step_size", 1, math.inf),
     ("temp", 0, math.inf),
@@ -39,15 +39,15 @@ def scale_policy(text: str) -> str | float:
 
 
 def check_cache_options(args: argparse.Namespace) -> None:
-    """Refuse options of caches that cannot be used.
+    """Refuse cache options that cannot be used.
 
     Raises:
         InputError: --max-kv-size, or a number out of range.
     """
     if getattr(args, "max_kv_size", None) is not None:
         raise InputError(
-            "--max-kv-size drops old text from the cache, which is the text a long-context "
-            "model is for. To save memory use --kv-bits 8 or --kv-bits 4."
+            "--max-kv-size drops old text from the cache, but a long-context model needs that "
+            "text. To save memory, use --kv-bits 8 or --kv-bits 4."
         )
     if args.kv_bits not in (None, 2, 3, 4, 5, 6, 8):
         raise InputError(f"--kv-bits must be 2, 3, 4, 5, 6 or 8, got {args.kv_bits}.")
@@ -56,7 +56,7 @@ def check_cache_options(args: argparse.Namespace) -> None:
 
 
 def check_ranges(args: argparse.Namespace) -> None:
-    """Refuse numbers that cannot be used, of the sampling options that there are.
+    """Refuse sampling options that are out of range.
 
     Raises:
         InputError: one is out of range; the message names it.

@@ -1,6 +1,6 @@
-"""How every command parses, runs, and reports failure.
+"""Run a command: parse its options, do its work, report failure in one line.
 
-Not covered: tracebacks of our own mistakes, which are shown on purpose.
+Not covered: tracebacks of bugs in mlx_clex, which are shown in full.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from typing import NoReturn
 from ..errors import InputError, RunError, one_line
 from .help import Formatter, group_options
 
-_SEEDS = range(1 << 32)  # mlx takes 64 bits, and training multiplies them
+_SEEDS = range(1 << 32)  # mlx takes 64 bits, and training multiplies seeds
 
 
 def run_command(
@@ -32,21 +32,21 @@ def run_command(
         run: does the work.
         prog: the name shown in usage and errors, e.g. "mlx_clex.generate".
         description: one sentence for --help.
-        argv: the arguments; None takes those of the process.
-        parents: parsers whose options the command also takes; its own win.
+        argv: the arguments; None takes the arguments of the process.
+        parents: parsers whose options the command also takes; its own options replace them.
         example: a command line for the end of --help.
 
     Returns:
         0, 2 for bad input (one line on stderr), 1 for a run that failed (one line),
         130 for Ctrl-C. argparse itself exits with 2 for arguments it cannot parse.
     """
-    # Shown as the README writes it, however it was started.
+    # Messages name the command as the README does, however it was started.
     prog = prog.replace(".", " ", 1)
     parser = _Parser(
         prog=prog,
         description=description,
         parents=list(parents),
-        # mlx-lm's parsers, used as parents, bring their own -h.
+        # mlx-lm's parsers, used as parents, also define -h.
         conflict_handler="resolve",
         formatter_class=Formatter,
         epilog=f"example:\n  {example}" if example else None,
@@ -54,7 +54,7 @@ def run_command(
     add_arguments(parser)
     group_options(parser)
     args = parser.parse_args(argv)
-    # Of a warning the user needs the sentence, not our source line.
+    # The user needs the text of a warning, not our source line.
     warnings.formatwarning = lambda message, *_, **__: f"[mlx_clex] {message}\n"
     try:
         check_seed(getattr(args, "seed", None))
@@ -63,7 +63,7 @@ def run_command(
         print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # The reader of our output went away (`| head`): nothing to report to.
+        # The reader of our output has exited (`| head`), so nobody reads a message.
         sys.stderr.close()
         return 1
     except (RunError, OSError) as error:
@@ -76,7 +76,7 @@ def run_command(
 
 
 def check_seed(seed: int | None) -> None:
-    """Refuse a seed that some generator of random numbers would not take.
+    """Refuse a seed that a random number generator would not take.
 
     Raises:
         InputError: the message has the range.

@@ -1,7 +1,9 @@
-"""--scaling NAME and its settings as command-line options.
+"""Add --scaling NAME and the settings of the methods as command-line options.
 
-The options are the fields of the methods' config dataclasses, so a new method brings its
-own. Not covered: their meaning and range, which the dataclasses check.
+The options are the fields of the methods' `Config` dataclasses, so a new method adds its options
+here without a change.
+
+Not covered: ranges, which the dataclasses check.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from ..scaling import SCALINGS
 def add_scaling_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --scaling and one option for each field of any method.
 
-    Options that are not given are left out of the namespace's values (None).
+    An option that is not given is None in the namespace.
     """
     group = parser.add_argument_group("position scaling")
     group.add_argument(
@@ -35,7 +37,7 @@ def add_scaling_arguments(parser: argparse.ArgumentParser) -> None:
         meanings.setdefault(field.name, field.metadata["help"])
     for name, kind in kinds.items():
         option = "--" + name.replace("_", "-")
-        # Not a default of argparse's: it is the dataclass that knows.
+        # No argparse default: the default of a field depends on the method.
         text = f"{meanings[name]} Default: {', '.join(owners[name])}."
         if kind is bool:
             group.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
@@ -44,7 +46,7 @@ def add_scaling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def scaling_from(args: argparse.Namespace) -> dict[str, Any] | None:
-    """The rope_scaling entry that the options ask for, or None without --scaling.
+    """Return the rope_scaling entry that the options ask for, or None without --scaling.
 
     Raises:
         InputError: an option that the method does not have, or options without --scaling.
@@ -73,7 +75,7 @@ def scaling_from(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _fields() -> Iterator[tuple[str, Field, type]]:
-    """(method, field, type of its option) of all methods' configs."""
+    """Yield (method, field, type of the option) for every field of every method."""
     for method, scaling in SCALINGS.items():
         types = get_type_hints(scaling.Config)
         for field in fields(scaling.Config):

@@ -1,1 +1,1 @@
-"""A stock model with a scaling in the place of its ropes."""
+"""Attach a scaling to a stock model in place of its ropes."""

@@ -1,8 +1,8 @@
-"""The rope that a model brings: its frequencies and gain, by what it does.
+"""Measure the frequencies and the gain of a model's own rope.
 
-mlx-lm has plain ropes and ropes that are stretched already (llama3, longrope, yarn, linear).
-A scaling starts from the frequencies that the rope really has, whatever class computes
-them: they are measured by rotating unit vectors.
+mlx-lm has plain ropes and stretched ropes (llama3, longrope, yarn, linear). A scaling starts from
+the actual frequencies of the rope. They are measured by rotating unit vectors, so the class of
+the rope does not matter.
 
 Not covered: which ropes of a model are scaled (`find_ropes.py`).
 """
@@ -15,36 +15,36 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-_THETA = 10_000.0  # where a config does not tell rope_theta
+_THETA = 10_000.0  # if the config has no rope_theta
 _FAR = (1, 1000, 100_003)  # positions at which the frequencies must hold, tokens
 
 
 class NoVectorError(ValueError):
-    """A rope that no list of frequencies describes; the message says what differs."""
+    """No list of frequencies describes the rope; the message says what differs."""
 
 
 @dataclass(frozen=True)
 class BaseRope:
-    """What a rope does to queries and keys."""
+    """The rotation of queries and keys by a rope."""
 
-    dims: int  # D, dimensions of a head that take part
+    dims: int  # D, rotated dimensions of a head
     base: float  # rope_theta
-    traditional: bool  # neighbouring dimensions are a pair, not the two halves
-    pairs: int  # pairs that rotate, the fastest ones; D/2 but for a few families
+    traditional: bool  # pairs are neighbouring dimensions, not halves of a head
+    pairs: int  # number of rotated pairs, the fastest ones; D/2 in most families
     inv_freq: tuple[float, ...] | None = None  # radians per token, (D/2,); None: plain
     gain: float = 1.0  # factor of the rotated dimensions
 
 
 def measured_rope(rope: Any, width: int, rope_theta: Any) -> BaseRope:
-    """Return what a rope module does.
+    """Return the rotation of a rope module.
 
     Args:
         rope: a rope module of mlx-lm or of this project.
         width: last dimension of its input.
-        rope_theta: in the model's config, or None.
+        rope_theta: rope_theta in the model's config, or None.
 
     Raises:
-        NoVectorError: its rotation is not one frequency a pair, the same everywhere.
+        NoVectorError: the rope does not rotate each pair by one constant frequency.
     """
     known = getattr(rope, "_base_rope", None)
     if isinstance(known, BaseRope):
@@ -61,11 +61,13 @@ def measured_rope(rope: Any, width: int, rope_theta: Any) -> BaseRope:
         if found is not None:
             break
     else:
-        raise NoVectorError("it pairs dimensions in a way of its own")
+        raise NoVectorError("its pairs are neither neighbouring dimensions nor halves")
     inv_freq, gain = found
     pairs = int(np.count_nonzero(inv_freq))
     if pairs < 2 or not inv_freq[:pairs].all():
-        raise NoVectorError(f"of its {len(inv_freq)} pairs {pairs} rotate, and not the first ones")
+        raise NoVectorError(
+            f"it rotates {pairs} of {len(inv_freq)} pairs, which are not the first ones"
+        )
     inv_freq = _exactly(rope, inv_freq)
     inv_freq[pairs:] = inv_freq[pairs - 1]  # never used, and never zero
     _check_far(rope, width, dims, traditional, inv_freq[:pairs], gain)
@@ -77,7 +79,7 @@ def measured_rope(rope: Any, width: int, rope_theta: Any) -> BaseRope:
 
 
 def stands_still(rope: Any, x: mx.array) -> bool:
-    """Tell whether a rope does nothing; some families have one in some layers."""
+    """Return whether a rope does nothing; some families have one in some layers."""
     if isinstance(rope, nn.RoPE) or isinstance(getattr(rope, "_base_rope", None), BaseRope):
         return False
     return bool(mx.array_equal(rope(x, offset=1), x))
@@ -88,7 +90,7 @@ def _plain(dims: int, base: float) -> np.ndarray:
 
 
 def _theta_of(inv_freq: np.ndarray, dims: int, rope_theta: Any) -> float | None:
-    """The base of a plain rope with these frequencies, or None where they are another's."""
+    """Return rope_theta of a plain rope with these frequencies, or None if there is none."""
     pairs = len(inv_freq)
     theta = float(f"{float(inv_freq[-1]) ** (-dims / 2 / (pairs - 1)):.5g}")
     if isinstance(rope_theta, int | float) and math.isclose(theta, rope_theta, rel_tol=1e-4):
@@ -97,7 +99,7 @@ def _theta_of(inv_freq: np.ndarray, dims: int, rope_theta: Any) -> float | None:
 
 
 def _exactly(rope: Any, measured: np.ndarray) -> np.ndarray:
-    """The frequencies that the module keeps, where they are those that were measured."""
+    """Return the module's stored frequencies if they match the measured ones."""
     kept = getattr(rope, "_freqs", None)
     if isinstance(kept, mx.array) and kept.shape == measured.shape:
         with np.errstate(divide="ignore"):
@@ -108,7 +110,7 @@ def _exactly(rope: Any, measured: np.ndarray) -> np.ndarray:
 
 
 def _units(width: int, dims: int, traditional: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A vector with 1 in the first dimension of each pair, and masks of both."""
+    """Return a vector with 1 in the first dimension of each pair, and masks of both."""
     x = np.zeros(width, np.float32)
     x[slice(0, dims, 2) if traditional else slice(0, dims // 2)] = 1
     first = x.astype(bool)
@@ -122,7 +124,7 @@ def _rotated(rope: Any, x: np.ndarray, offset: int) -> np.ndarray:
 def _rotation(
     rope: Any, width: int, dims: int, traditional: bool
 ) -> tuple[np.ndarray, float] | None:
-    """Radians per token of each pair, (D/2,), and the gain; None for another pairing."""
+    """Return radians per token, (D/2,), and the gain; None if pairs are formed otherwise."""
     x, first, second = _units(width, dims, traditional)
     out = _rotated(rope, x, 1)
     radius = np.hypot(out[first], out[second])
@@ -134,7 +136,7 @@ def _rotation(
 
 
 def _gain_of(rope: Any, measured: float) -> float:
-    """The gain that the module keeps, where it is the one that was measured."""
+    """Return the module's stored gain if it matches the measured one."""
     for name in ("mscale", "_scale"):
         kept = getattr(rope, name, None)
         if isinstance(kept, int | float) and math.isclose(kept, measured, rel_tol=1e-4):
@@ -149,4 +151,6 @@ def _check_far(
     for offset in _FAR:
         out = _rotated(rope, x, offset)[first][: len(inv_freq)]
         if not np.allclose(out, gain * np.cos(offset * inv_freq), atol=0.1):
-            raise NoVectorError(f"at position {offset} it rotates by other frequencies")
+            raise NoVectorError(
+                f"its frequencies at position {offset} differ from those at position 1"
+            )

@@ -1,13 +1,13 @@
-"""KV caches that know the scale their keys are rotated at.
+"""KV caches that store the scale of their rotated keys.
 
-They are mlx-lm's caches plus, for each row, two numbers: `scale`, at which the stored
-keys are rotated (None while there are none), and `expected_length`, the length whose
-scale and gain the row has from its first token on (0: those of what has been read so
-far). Before a forward pass the model asks for the planned length of every row, and has
-the keys moved where the scale of the pass is another. No cache holds a model.
+They are mlx-lm's caches with two more numbers for each row. `scale` is the scale at which the
+cached keys are rotated (None without keys). `expected_length` is the length that sets scale and
+gain from the first token on (0: the length read so far sets them). Before a forward pass the
+planner reads the length of every row, and rotates the cached keys if the scale has changed. No
+cache holds a model.
 
-mlx-lm finds a cache's class by name in `mlx_lm.models.cache` when it loads a cache file,
-so importing this module puts ours there.
+mlx-lm looks up the class of a saved cache by name in `mlx_lm.models.cache`, so importing this
+module adds these classes there.
 
 Not covered: sliding windows, whose layers keep their own rope and cache.
 """
@@ -25,15 +25,15 @@ from .rotary import Offset, keep_still, rotate
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a cache the rotated part of the keys is, and how it is rotated."""
+    """The place of rotated keys in a cache, and the way they are rotated."""
 
-    part: str = "keys"  # or "values", where latent attention (DeepSeek V3) has it
-    start: int = 0  # its first dimension there
-    traditional: bool = False  # neighbouring dimensions are a pair, not the two halves
-    pairs: int | None = None  # pairs that rotate, the fastest ones; None: all
+    part: str = "keys"  # or "values", as in latent attention (DeepSeek V3)
+    start: int = 0  # first rotated dimension
+    traditional: bool = False  # pairs are neighbouring dimensions, not halves of a head
+    pairs: int | None = None  # number of rotated pairs, the fastest ones; None: all
 
     def rotated(self, array: mx.array, inv_freq: mx.array, offset: Offset = 0) -> mx.array:
-        """Rotate that part of `array`, (B, H, L, anything); see `rotate`."""
+        """Return `array`, (B, H, L, any), with that part rotated; see `rotate`."""
         part = array[..., self.start :] if self.start else array
         out = rotate(part, inv_freq, offset, traditional=self.traditional)
         out = keep_still(out, part, 2 * inv_freq.shape[-1], self.pairs, self.traditional)
@@ -48,17 +48,17 @@ Difference = Callable[[float, float], mx.array]
 
 
 class _OneScale:
-    """What the caches of a single sequence share."""
+    """The common part of the caches of a single sequence."""
 
     keys: Any
     values: Any
     offset: int
-    scales: Sequence[float | None] = (None,)  # of its one row
+    scales: Sequence[float | None] = (None,)  # scale of the one row
     expected_length: int = 0
 
     @property
     def scale(self) -> float | None:
-        """The scale its keys are rotated at."""
+        """The scale at which the cached keys are rotated."""
         return self.scales[0]
 
     @scale.setter
@@ -66,20 +66,20 @@ class _OneScale:
         self.scales = [scale]
 
     def lengths_after(self, new_tokens: int) -> list[int]:
-        """Its length in tokens after a pass of `new_tokens`, or the expected one."""
+        """Return the length after `new_tokens` more tokens, at least the expected length."""
         return [max(self.offset + new_tokens, self.expected_length)]
 
 
 class ScaledKVCache(_OneScale, KVCache):
-    """A `KVCache` whose keys can move to another scale."""
+    """A `KVCache` whose keys can be rotated to another scale."""
 
     def __init__(self, expected_length: int = 0) -> None:
-        """`expected_length`: the sequence is planned for so many tokens, from 0."""
+        """Make an empty cache; `expected_length` in tokens, counted from position 0."""
         super().__init__()
         self.expected_length = expected_length
 
     def move_to(self, scales: Sequence[float], difference: Difference, place: Place) -> None:
-        """Rotate the stored keys from their scale to the one of the pass."""
+        """Rotate the cached keys from their scale to the scale of the pass."""
         (scale,) = scales
         if self.scale is not None and self.scale != scale and self.offset:
             moved = place.rotated(getattr(self, place.part), difference(self.scale, scale))
@@ -88,7 +88,7 @@ class ScaledKVCache(_OneScale, KVCache):
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """Everything the cache is, as mlx-lm saves it."""
+        """The content of the cache, as mlx-lm saves it."""
         return self.keys, self.values, self.offset, self.scale, self.expected_length
 
     @state.setter
@@ -96,29 +96,29 @@ class ScaledKVCache(_OneScale, KVCache):
         self.keys, self.values, self.offset, self.scale, self.expected_length = state
 
     def to_quantized(self, group_size: int = 64, bits: int = 4) -> "ScaledQuantizedKVCache":
-        """The same cache, quantised."""
+        """Return this cache, quantised."""
         stock = super().to_quantized(group_size=group_size, bits=bits)
         state = (*stock.state, self.scale, self.expected_length)
         return ScaledQuantizedKVCache.from_state(state)
 
     @classmethod
     def merge(cls, caches: Sequence["ScaledKVCache"]) -> "ScaledBatchKVCache":
-        """One batch of these sequences, a row each."""
+        """Return one batch of these sequences, one row each."""
         return ScaledBatchKVCache.merge(caches)
 
 
 class ScaledQuantizedKVCache(_OneScale, QuantizedKVCache):
-    """A `QuantizedKVCache` whose keys can move to another scale.
+    """A `QuantizedKVCache` whose keys can be rotated to another scale.
 
-    Each move quantises the keys again, so they lose precision with every step of the
-    scale; `generate --kv-bits` plans for the whole length and never moves them.
+    Each rotation quantises the keys again, so they lose precision each time the scale changes.
+    `generate --kv-bits` uses the scale of the whole length, which does not change.
     """
 
     group_size: int
     bits: int
 
     def move_to(self, scales: Sequence[float], difference: Difference, place: Place) -> None:
-        """Rotate the stored keys from their scale to the one of the pass."""
+        """Rotate the cached keys from their scale to the scale of the pass."""
         (scale,) = scales
         if self.scale is not None and self.scale != scale and self.offset:
             how: dict[str, Any] = {"group_size": self.group_size, "bits": self.bits}
@@ -129,7 +129,7 @@ class ScaledQuantizedKVCache(_OneScale, QuantizedKVCache):
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """Everything the cache is, as mlx-lm saves it."""
+        """The content of the cache, as mlx-lm saves it."""
         stock = (self.keys, self.values, self.offset, self.group_size, self.bits)
         return (*stock, self.scale, self.expected_length)
 
@@ -140,10 +140,10 @@ class ScaledQuantizedKVCache(_OneScale, QuantizedKVCache):
 
 
 class ScaledBatchKVCache(BatchKVCache):
-    """A `BatchKVCache` whose rows each have a scale and can move on their own.
+    """A `BatchKVCache` in which each row has its own scale.
 
-    mlx-lm keeps the rows' padding in an array; reading it would stop the device at every
-    token, so the padding is mirrored in a list.
+    mlx-lm keeps the padding of the rows in an array. Reading it would synchronise with the device
+    at every token, so this class also keeps the padding in a list.
     """
 
     keys: Any
@@ -153,23 +153,23 @@ class ScaledBatchKVCache(BatchKVCache):
     _idx: int
 
     def __init__(self, left_padding: Sequence[int]) -> None:
-        """`left_padding`: empty places before the first token of each row."""
+        """Make an empty batch; `left_padding`: empty positions at the start of each row."""
         super().__init__(list(left_padding))
         rows = len(left_padding)
         self.padding = list(left_padding)
         self.scales: list[float | None] = [None] * rows
         self.expected_lengths = [0] * rows
-        self._ends: list[int] | None = None  # of the rows, while padded on the right
+        self._ends: list[int] | None = None  # ends of the rows, while they are padded on the right
 
     def lengths_after(self, new_tokens: int) -> list[int]:
-        """Length of each row, in tokens, after a pass of `new_tokens`, or as expected."""
+        """Return each row's length after `new_tokens` more, at least the expected length."""
         end = self._idx + new_tokens
         ends = self._ends or [end] * len(self.padding)
         rows = zip(ends, self.padding, self.expected_lengths, strict=True)
         return [max(min(end, row_end) - pad, plan) for row_end, pad, plan in rows]
 
     def move_to(self, scales: Sequence[float], difference: Difference, place: Place) -> None:
-        """Rotate the keys of those rows whose scale is another in this pass."""
+        """Rotate the cached keys of the rows whose scale changes in this pass."""
         if self.keys is not None and self._idx:
             changes = [
                 (old, new) if old is not None and old != new else None
@@ -197,20 +197,20 @@ class ScaledBatchKVCache(BatchKVCache):
         lengths: Sequence[int] | None = None,
         right_padding: Sequence[int] | None = None,
     ) -> None:
-        """Get ready for rows of unequal length; see `BatchKVCache.prepare`."""
+        """Prepare for rows of unequal length; see `BatchKVCache.prepare`."""
         super().prepare(left_padding=left_padding, lengths=lengths, right_padding=right_padding)
         if left_padding is not None:
             self.padding = [a + b for a, b in zip(self.padding, left_padding, strict=True)]
         if right_padding is not None and max(right_padding) > 0:
             if lengths is None:
                 raise ValueError(
-                    "prepare(right_padding=...) needs lengths=..., the tokens of each row: a "
-                    "row's scale follows its own length."
+                    "prepare(right_padding=...) needs lengths=..., the tokens of each row, because "
+                    "the length of a row sets its scale."
                 )
             self._ends = [self._idx + length for length in lengths]
 
     def finalize(self) -> None:
-        """Move right padding to the left, once the rows are read."""
+        """Move right padding to the left, after the rows are read."""
         if self._right_padding is not None and self._ends is not None:
             self.padding = [
                 pad + self._idx - end for pad, end in zip(self.padding, self._ends, strict=True)
@@ -223,7 +223,7 @@ class ScaledBatchKVCache(BatchKVCache):
         super().filter(batch_indices)
         keep: Any = mx.array(batch_indices).tolist()
         padding = [self.padding[row] for row in keep]
-        # As the stock method does with its array.
+        # The stock method does the same with its array.
         self.padding = [pad - min(padding) for pad in padding]
         self.scales = [self.scales[row] for row in keep]
         self.expected_lengths = [self.expected_lengths[row] for row in keep]
@@ -242,14 +242,14 @@ class ScaledBatchKVCache(BatchKVCache):
         self.expected_lengths = self.expected_lengths + other.expected_lengths
 
     def extract(self, idx: int) -> ScaledKVCache:
-        """The cache of one row."""
+        """Return the cache of one row."""
         stock = super().extract(idx)
         state = (*stock.state, self.scales[idx], self.expected_lengths[idx])
         return ScaledKVCache.from_state(state)
 
     @classmethod
     def merge(cls, caches: Sequence[ScaledKVCache]) -> Self:
-        """One batch of these sequences, a row each."""
+        """Return one batch of these sequences, one row each."""
         stock = BatchKVCache.merge(caches)
         longest = max(cache.size() for cache in caches)
         batch = cls([longest - cache.size() for cache in caches])
@@ -260,7 +260,7 @@ class ScaledBatchKVCache(BatchKVCache):
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """Everything the cache is, as mlx-lm saves it."""
+        """The content of the cache, as mlx-lm saves it."""
         stock = (self.keys, self.values, self.offset, self.left_padding, self._idx)
         return (*stock, self.padding, self.scales, self.expected_lengths)
 

@@ -1,14 +1,12 @@
-"""Finds, in any mlx-lm model, the ropes a scaling can replace and the keys they rotate.
+"""Find the ropes that a scaling can replace, and the keys they rotate, in any mlx-lm model.
 
-mlx-lm has about a hundred model files, and they differ in what matters here: the name
-of the rope, whether queries or keys come first, which part of a key is rotated, in which
-cache it is kept and where. None of that is read off names. The stock model makes one
-pass over two tokens in which every rope hands out random arrays of its own and every
-cache tells what it is given, so a key is found wherever it went. MLX is lazy: almost
-nothing of that pass is ever computed, and no weight is read to find a plain key.
+mlx-lm has about a hundred model files. They differ in the name of the rope, the order of queries
+and keys, the rotated part of a key, and its place in the cache. To find these, the stock model
+makes one pass over two tokens. In that pass every rope returns its own random arrays and every
+cache logs its input, so rotated keys are recognised in the caches. MLX is lazy: almost nothing of
+the pass is computed, and no weight is read to find a plain key.
 
-Not covered: models that rotate without a rope module, which are refused, and positions
-learned or added in other ways.
+Not covered: models that rotate without a rope module (refused), and learned or added positions.
 """
 
 import inspect
@@ -26,19 +24,19 @@ from .base_rope import BaseRope, NoVectorError, measured_rope, stands_still
 from .cache import Place
 from .stock import config_value, model_name, stock_caches, stock_class
 
-_NAMES = ("rope", "rotary")  # the attribute of a rope has one of them in it
+_NAMES = ("rope", "rotary")  # the attribute name of a rope contains one of these
 
 
 @dataclass(frozen=True)
 class RotatedKeys:
     """A cache with keys that a rope rotated."""
 
-    path: tuple[int, ...]  # of the cache: its index, and one more inside a `CacheList`
+    path: tuple[int, ...]  # index of the cache, and one more index inside a `CacheList`
     layer: int
     place: Place
 
     def cache(self, caches: Any) -> Any:
-        """This cache, out of those of a model."""
+        """Return this cache from the caches of a model."""
         for index in self.path:
             caches = caches[index]
         return caches
@@ -46,32 +44,31 @@ class RotatedKeys:
 
 @dataclass
 class Site:
-    """A rope module that a scaling takes the place of."""
+    """A rope module that a scaling replaces."""
 
     layer: int
-    owner: nn.Module  # the attention
-    name: str  # the rope's attribute there
+    owner: nn.Module  # the attention module
+    name: str  # its attribute with the rope
     rope: BaseRope
-    calls: int  # in one pass
-    query_call: int = 0  # which of them has the queries, from 0
+    calls: int  # calls in one pass
+    query_call: int = 0  # index of the call that rotates the queries
     heads: int = 1
     key_heads: int = 1
     keys: list[RotatedKeys] = field(default_factory=list)
-    unmovable: str | None = None  # why cached keys cannot move to another scale
+    unmovable: str | None = None  # why cached keys cannot be rotated to another scale
     ungainable: str | None = None  # why queries cannot be multiplied
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """The ropes of layers with full attention, in the order in which a pass calls them.
+    """Return the ropes of layers with full attention, in the order of their calls.
 
-    Layers with a sliding window, and those that keep a recurrent state, keep their rope.
+    Layers with a sliding window or a recurrent state keep their rope.
 
     Raises:
-        InputError: nothing can be scaled, or ropes that one scaling cannot replace; the
-            message says what was looked for and what was found.
+        InputError: there is no rope to scale, or one scaling cannot replace all ropes.
     """
     if getattr(model, "layers", None) is None:
-        raise InputError(f"{model_name(model)} has no `layers`; attach serves mlx-lm models only.")
+        raise InputError(f"{model_name(model)} has no `layers`. attach takes mlx-lm models only.")
     ropes = [
         (owner, name, rope)
         for owner in model.modules()
@@ -90,12 +87,12 @@ def find_sites(model: nn.Module) -> list[Site]:
     return sites
 
 
-# The pass that is listened to.
+# The logged pass.
 
 
 @dataclass(eq=False)
 class _Rotated:
-    rope: int  # which of the ropes
+    rope: int  # index of the rope
     out: mx.array
     odd: bool  # called with more than an array and an offset
 
@@ -112,13 +109,13 @@ _Log = list[_Rotated | _Cached]
 
 
 class _Spy(nn.Module):
-    """Stands for a rope, and hands out random arrays that can be told apart."""
+    """Replaces a rope during the pass; returns a different random array at each call."""
 
     def __init__(self, rope: nn.Module, index: int, log: _Log) -> None:
         super().__init__()
         self._stock = rope
         self._index = index
-        self._log = (log,)  # a list would be taken for parameters
+        self._log = (log,)  # nn.Module would treat a list as parameters
 
     def __getattr__(self, name: str) -> Any:
         if name in self or "_stock" not in self:
@@ -127,7 +124,7 @@ class _Spy(nn.Module):
 
     def __call__(self, x: mx.array, offset: Any = 0, **kwargs: Any) -> mx.array:
         (log,) = self._log
-        # Far from norm 1, so that a norm after the rope is seen to change it.
+        # Far from norm 1, so that a norm layer after the rope changes it visibly.
         out = mx.random.normal(x.shape, scale=4.0, key=mx.random.key(len(log))).astype(x.dtype)
         log.append(_Rotated(self._index, out, bool(kwargs)))
         return out
@@ -144,13 +141,13 @@ def _listen(model: nn.Module, ropes: list[tuple[nn.Module, str, nn.Module]]) -> 
     try:
         for index, (owner, name, rope) in enumerate(ropes):
             setattr(owner, name, _Spy(rope, index, log))
-        # Where a key is joined to something else, that is computed; let it cost nothing.
+        # Data that is concatenated with a key is computed; zero weights make it cheap.
         model.update(tree_map(_nothing_like, weights))
         stock.__call__(model, **{tokens: mx.array([[0, 1]]), "cache": caches})
-    except Exception as error:  # whatever a model file may raise
+    except Exception as error:  # model files may raise any exception
         raise InputError(
-            f"attach makes one pass of two tokens to see how {model_name(model)} uses its "
-            f"ropes, and that failed: {type(error).__name__}: {error}"
+            f"attach makes one pass of two tokens to find the ropes of {model_name(model)}, but "
+            f"the pass failed: {type(error).__name__}: {error}"
         ) from error
     finally:
         for owner, name, rope in ropes:
@@ -164,7 +161,7 @@ def _nothing_like(weight: mx.array) -> mx.array:
 
 
 def _tap(cache: Any, path: tuple[int, ...], log: _Log) -> None:
-    """Have a cache tell what it is given."""
+    """Make a cache log its input."""
     for index, inside in enumerate(cache.caches if isinstance(cache, CacheList) else ()):
         _tap(inside, (*path, index), log)
     kind: Any = type(cache)
@@ -178,22 +175,22 @@ def _tap(cache: Any, path: tuple[int, ...], log: _Log) -> None:
     cache.__class__ = type(kind.__name__, (kind,), {"update_and_fetch": update_and_fetch})
 
 
-# What it tells.
+# Evaluation of the log.
 
 
 def _sort_out(
     model: nn.Module, ropes: list[tuple[nn.Module, str, nn.Module]], log: _Log
 ) -> list[Site]:
-    sites: dict[int, Site] = {}  # by rope, those in use with a full cache
-    window: set[int] = set()  # ropes in use with any other cache
-    found: dict[Any, tuple[int, Place] | None] = {}  # attentions alike are looked at once
-    waiting: list[_Rotated] = []  # calls whose output no cache has been given yet
+    sites: dict[int, Site] = {}  # ropes with a full cache, by index
+    window: set[int] = set()  # ropes with any other cache
+    found: dict[Any, tuple[int, Place] | None] = {}  # equal attention modules are searched once
+    waiting: list[_Rotated] = []  # calls whose output is not in a cache yet
     for event in log:
         if isinstance(event, _Rotated):
             if not stands_still(ropes[event.rope][2], event.out):
                 waiting.append(event)
             continue
-        # The rope called last is the likeliest, but an indexer may have come in between.
+        # Most often the last rope that was called, but an indexer may be called in between.
         candidates = list(dict.fromkeys(call.rope for call in reversed(waiting)))
         for rope in candidates:
             calls = [call for call in waiting if call.rope == rope]
@@ -217,7 +214,7 @@ def _sort_out(
         every = [other for other in log if isinstance(other, _Rotated) and other.rope == rope]
         _add_keys(sites[rope], calls, every, event, found[alike])
     for rope in window & sites.keys():
-        sites[rope].unmovable = "one rope serves a full cache and a window, whose keys stay"
+        sites[rope].unmovable = "one rope rotates keys of a full cache and of a window"
     _add_query_only(model, ropes, sites, window, log)
     return list(sites.values())
 
@@ -241,15 +238,15 @@ def _site(
     ]
     if any(call.odd for call in calls):
         raise InputError(
-            f"{model_name(model)} calls its rope with more than an array and an offset, which "
-            "a scaling does not know."
+            f"{model_name(model)} calls its rope with arguments besides an array and an offset. "
+            "A scaling cannot replace this rope."
         )
     try:
         base = measured_rope(module, calls[0].out.shape[-1], config_value(model, "rope_theta"))
     except NoVectorError as error:
         raise InputError(
-            f"{model_name(model)} has a rope ({type(module).__name__}) that no list of frequencies "
-            f"describes: {error}. Start from plain positions with --own-rope drop."
+            f"No list of frequencies describes the rope of {model_name(model)} "
+            f"({type(module).__name__}): {error}. Start from a plain rope with --own-rope drop."
         ) from error
     in_a_pass = sum(isinstance(event, _Rotated) and event.rope == rope for event in log)
     heads = calls[0].out.shape[1]
@@ -257,7 +254,7 @@ def _site(
 
 
 def _find_keys(calls: list[_Rotated], event: _Cached) -> tuple[int, Place] | None:
-    """Which call made the cached keys, and where in the cache they are."""
+    """Return the index of the call that made the cached keys, and their place."""
     places = [
         (call, Place(part, start), array[..., start : start + call.out.shape[-1]])
         for part, array in (("keys", event.keys), ("values", event.values))
@@ -266,7 +263,7 @@ def _find_keys(calls: list[_Rotated], event: _Cached) -> tuple[int, Place] | Non
         if start >= 0
     ]
 
-    # First those that are all of what is cached: looking at a part computes the rest.
+    # Whole arrays first: comparing a part computes the rest of the array.
     def partial(candidate: tuple[_Rotated, Place, mx.array]) -> bool:
         call, place, _ = candidate
         cached = event.keys if place.part == "keys" else event.values
@@ -287,7 +284,7 @@ def _add_keys(
     event: _Cached,
     found: tuple[int, Place] | None,
 ) -> None:
-    """Note one more cache of a rope; `calls` led to it, out of `every` one in the pass."""
+    """Add a cache to a site: `calls` filled it, `every` is all calls of the rope."""
     if found is None:
         site.unmovable = site.ungainable = "keys are changed after they are rotated"
         site.keys.append(RotatedKeys(event.path, site.layer, Place()))
@@ -298,9 +295,9 @@ def _add_keys(
     site.query_call = every.index(queries)
     site.heads, site.key_heads = queries.out.shape[1], keys.out.shape[1]
     if place != Place() or event.keys.shape[-1] != keys.out.shape[-1]:
-        site.ungainable = "its rope sees a part of each query only"
+        site.ungainable = "its rope gets only a part of each query"
     elif len(every) != 2:
-        site.ungainable = f"the calls of its rope in a pass are {len(every)}, not 2"
+        site.ungainable = f"the number of calls of its rope in a pass is {len(every)}, not 2"
     place = Place(place.part, place.start, site.rope.traditional, site.rope.pairs)
     site.keys.append(RotatedKeys(event.path, site.layer, place))
 
@@ -312,7 +309,7 @@ def _add_query_only(
     window: set[int],
     log: _Log,
 ) -> None:
-    """Layers that read another layer's keys rotate queries as those keys are rotated."""
+    """Add the ropes of layers that only rotate queries, for the keys of another layer."""
     seen: list[int] = []
     for event in log:
         if not isinstance(event, _Rotated) or event.rope in seen:
@@ -343,11 +340,11 @@ def _nothing_found(
     kinds = sorted({type(cache).__name__ for cache in stock_caches(model)})
     if any(isinstance(event, _Rotated) for event in log):
         return (
-            f"{name} uses its ropes only in layers with other caches than a KVCache, such as a "
-            f"window or a recurrent state ({', '.join(kinds)}): there is nothing to scale."
+            f"{name} has ropes only in layers with other caches than a KVCache, such as a window "
+            f"or a recurrent state ({', '.join(kinds)}), so there is no rope to scale."
         )
     if ropes:
-        return f"{name} has a rope, but rotates without calling it: a scaling cannot stand there."
+        return f"{name} has a rope but does not call it, so a scaling cannot replace it."
     inside = sorted({text for layer in model.layers for text in _attentions(layer)})
     return (
         f"attach looked for a module named `rope` or `rotary_emb` in {name} and found none (it "

@@ -1,14 +1,14 @@
-"""Cross-entropy in chunks, without all logits at once.
+"""Compute cross-entropy in chunks, without all logits at once.
 
-A model is taken apart at the output of its body (the module with the layers): the body
-runs once, the head once a chunk of tokens. Both run the family's own code, so tied,
-untied, quantised and adapted heads, biases, scaled and capped logits need nothing here.
+A model is split at the output of its body (the module with the layers). The body runs once, the
+head once per chunk of tokens. Both run the code of the family, so tied, untied, quantised and
+adapted heads, biases, scaled and capped logits need no code here.
 
-The gradient with respect to the body's output is computed chunk by chunk together with
-the loss, while a chunk's logits are there, and handed on; no chunk is computed twice, and
-the largest array is one chunk's logits, (chunk, V).
+The gradient for the output of the body is computed together with the loss of each chunk, while
+the logits of that chunk exist. No chunk is computed twice, and the largest array is the logits of
+one chunk, (chunk, V).
 
-Not covered: families whose body ends in logits (GPT-NeoX): their loss is the plain one.
+Not covered: families whose body ends in logits (GPT-NeoX); their loss is computed at once.
 """
 
 import contextlib
@@ -21,23 +21,23 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import InputError
 
-_CHUNK_ELEMENTS = 1 << 22  # logits of a chunk: 16 MiB in float32
+_CHUNK_ELEMENTS = 1 << 22  # elements in the logits of a chunk: 16 MiB in float32
 _SMALLEST_CHUNK = 64  # tokens
 
 
 def chunk_length(vocabulary: int) -> int:
-    """Tokens in a chunk, for a vocabulary of this size."""
+    """Return the number of tokens in a chunk, for a vocabulary of this size."""
     return max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS // vocabulary)
 
 
 def hidden_states(model: nn.Module, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
-    """What the body gives for tokens (B, L): (B, L, hidden), without the head's work."""
+    """Return the output of the body for tokens (B, L): (B, L, hidden)."""
     seen: list[mx.array] = []
 
     def capture(body: Callable[..., mx.array], *args: Any, **kwargs: Any) -> mx.array:
         out = body(*args, **kwargs)
         seen.append(out)
-        # The head runs on one token, and nobody evaluates even that.
+        # The head gets one token, and its output is never evaluated.
         return out[:, -1:]
 
     with _replaced_body(model, capture):
@@ -46,12 +46,12 @@ def hidden_states(model: nn.Module, tokens: mx.array, cache: list[Any] | None = 
 
 
 def logits_of(model: nn.Module, hidden: mx.array, tokens: mx.array) -> mx.array:
-    """The head's logits, float32, (B, L, V), for the body's output.
+    """Return the logits of the head, float32, (B, L, V).
 
     Args:
         model: any model of mlx-lm.
-        hidden: from `hidden_states`, or a part of it, (B, L, hidden).
-        tokens: the ids it came from, (B, L).
+        hidden: output of `hidden_states`, or a part of it, (B, L, hidden).
+        tokens: the ids that it was computed from, (B, L).
     """
     stock = getattr(type(model), "stock_class", type(model))
     with _replaced_body(model, lambda *_, **__: hidden):
@@ -59,21 +59,21 @@ def logits_of(model: nn.Module, hidden: mx.array, tokens: mx.array) -> mx.array:
 
 
 def token_losses(logits: mx.array, targets: mx.array) -> mx.array:
-    """Cross-entropy of each token, nats, (B, L)."""
+    """Return the cross-entropy of each token, nats, (B, L)."""
     return nn.losses.cross_entropy(logits, targets, reduction="none")
 
 
 def summed_loss(
     model: nn.Module, tokens: mx.array, targets: mx.array, weights: mx.array, chunk: int
 ) -> mx.array:
-    """The weighted sum of the tokens' losses, for evaluation, where no gradient is wanted.
+    """Return the weighted sum of the tokens' losses, without a gradient.
 
     Args:
         model: any model of mlx-lm.
         tokens: ids, (B, L).
         targets: the ids that follow them, (B, L).
-        weights: of each target's loss, (B, L).
-        chunk: tokens whose logits are there at once.
+        weights: weight of each target's loss, (B, L).
+        chunk: number of tokens whose logits are computed at once.
     """
     hidden = hidden_states(model, tokens)
     total = mx.array(0.0)
@@ -88,14 +88,14 @@ def summed_loss(
 def loss_for_gradient(
     model: nn.Module, tokens: mx.array, targets: mx.array, weights: mx.array, chunk: int
 ) -> tuple[mx.array, mx.array]:
-    """The weighted sum of the tokens' losses, twice.
+    """Return a scalar with the gradient of the loss, and the loss itself.
 
     Args:
         model, tokens, targets, weights, chunk: as in `summed_loss`.
 
     Returns:
-        A scalar to differentiate: its gradient is that of the loss, its value has no
-        meaning. And the loss itself, whose gradient is zero.
+        A scalar to differentiate, whose gradient is that of the loss and whose value has no
+        meaning; and the weighted sum of the tokens' losses, whose gradient is zero.
     """
     hidden = hidden_states(model, tokens)
     if _is_logits(model, hidden, tokens):
@@ -120,13 +120,13 @@ def loss_for_gradient(
     for start, stop in _chunks(tokens.shape, chunk):
         part = fixed[:, start:stop]
         if parts:
-            # One chunk after the other: evaluated side by side, all logits would be there.
+            # One chunk after the other: in parallel, the logits of all chunks would exist at once.
             part = mx.depends([part], [parts[-1], total])[0]
         loss, (of_part, of_parameters) = gradient(part, frozen, start)
         total = total + loss
         parts.append(of_part)
         summed = tree_map(mx.add, summed, of_parameters)
-    # Linear in what is to be differentiated, with the gradient as its factor.
+    # Linear in `hidden` and the parameters, with the gradients as factors.
     surrogate = _inner(mx.concatenate(parts, axis=1), hidden)
     for name, of_parameter in summed.items():
         surrogate = surrogate + _inner(of_parameter, parameters[name])
@@ -139,7 +139,7 @@ def _inner(factor: mx.array, variable: mx.array) -> mx.array:
 
 
 def _chunks(shape: tuple[int, ...], chunk: int) -> Iterator[tuple[int, int]]:
-    """Parts of L that have `chunk` tokens in all B rows together."""
+    """Yield the start and stop of parts of L, with `chunk` tokens in all B rows together."""
     rows, length = shape
     part = max(1, chunk // rows)
     for start in range(0, length, part):
@@ -147,7 +147,7 @@ def _chunks(shape: tuple[int, ...], chunk: int) -> Iterator[tuple[int, int]]:
 
 
 def _is_logits(model: nn.Module, hidden: mx.array, tokens: mx.array) -> bool:
-    """Whether nothing comes after the body."""
+    """Return whether the output of the body is the logits."""
     stock = getattr(type(model), "stock_class", type(model))
     with _replaced_body(model, lambda *_, **__: hidden):
         return stock.__call__(model, tokens) is hidden
@@ -158,7 +158,7 @@ def _flat(tree: Any) -> list[tuple[str, mx.array]]:
 
 
 def _head_parameters(model: nn.Module) -> list[str]:
-    """Names of the trainable arrays that the head may use: those outside the layers."""
+    """Return the names of the trainable arrays outside the layers, which the head may use."""
     layers = {id(array) for layer in model.layers for _, array in _flat(layer.parameters())}
     scaling = model.get("scaling")
     if scaling is not None:
@@ -169,7 +169,7 @@ def _head_parameters(model: nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def _parameters(model: nn.Module, flat: dict[str, mx.array]) -> Iterator[None]:
-    """Let the model have these arrays for the time of the block."""
+    """Give the model these arrays inside the block."""
     every = dict(_flat(model.parameters()))
     model.update(tree_unflatten(list(flat.items())) if flat else {})
     try:
@@ -180,20 +180,20 @@ def _parameters(model: nn.Module, flat: dict[str, mx.array]) -> Iterator[None]:
 
 
 def _body(model: nn.Module) -> nn.Module:
-    """The child of the model that has its layers."""
+    """Return the child of the model that has its layers."""
     first = model.layers[0]
     for child in model.children().values():
         if isinstance(child, nn.Module) and any(inner is first for inner in child.modules()):
             return child
     raise InputError(
-        f"{type(model).__module__}.{type(model).__name__} keeps its layers in no module of "
-        "their own, so it cannot be trained here."
+        f"{type(model).__module__}.{type(model).__name__} has no submodule that holds its layers, "
+        "so mlx_clex cannot train it."
     )
 
 
 @contextlib.contextmanager
 def _replaced_body(model: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
-    """Let `call(body, *args)` run wherever the model calls its body."""
+    """Run `call(body, *args)` where the model calls its body, inside the block."""
     body = _body(model)
     kind = type(body)
 
@@ -203,7 +203,7 @@ def _replaced_body(model: nn.Module, call: Callable[..., Any]) -> Iterator[None]
 
         return call(original, *args, **kwargs)
 
-    # Python looks __call__ up on the class, so one is made; attributes stay in reach.
+    # Python looks up __call__ on the class, so the body gets a subclass.
     body.__class__ = type(kind.__name__, (kind,), {"__call__": instead})
     try:
         yield

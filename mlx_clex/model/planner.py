@@ -1,6 +1,6 @@
-"""Decides scale and gain of each forward pass, and has cached keys moved to the scale.
+"""Decide scale and gain of each forward pass, and rotate cached keys to the scale.
 
-Not covered: the pass itself (`scaled_model.py`) and how keys move (`cache.py`).
+Not covered: the pass itself (`scaled_model.py`) and how keys are rotated (`cache.py`).
 """
 
 import operator
@@ -26,26 +26,26 @@ def beyond_reach(scaling: Scaling, length: int, what: str = "The sequence") -> I
     """Return the error for a sequence longer than a hard reach.
 
     Args:
-        scaling: of the model.
-        length: tokens.
-        what: the beginning of the message.
+        scaling: scaling of the model.
+        length: length of the sequence, tokens.
+        what: start of the message.
     """
     return InputError(
         f"{what} has {length} tokens, and this model reaches {scaling.reach} "
-        f"({scaling.reach_reason}), the generated text included. Shorten the text, or use a "
+        f"({scaling.reach_reason}), including the generated text. Shorten the text, or use a "
         "model with a longer reach."
     )
 
 
 def _picker(keys: list[RotatedKeys]) -> Callable[[Any], Sequence[Any]]:
-    """A function from a model's caches to those of the keys, looked up anew at every pass."""
+    """Return a function that picks the caches of `keys` from all caches of a model."""
     if len(keys) > 1 and all(len(its.path) == 1 for its in keys):
         return operator.itemgetter(*(its.path[0] for its in keys))
     return lambda caches: [its.cache(caches) for its in keys]
 
 
 class Planner:
-    """Decides what a pass does, and moves cached keys to its scale."""
+    """Decides scale and gain of a pass, and rotates cached keys to its scale."""
 
     def __init__(
         self,
@@ -59,9 +59,9 @@ class Planner:
         self.fixed_scale = fixed_scale
         self.current = current
         self.layers = layers
-        self.keys = keys  # where they are cached here: in a pipeline, by this process's layers
+        self.keys = keys  # cached keys; in a pipeline, only of this process's layers
         self.pick = _picker(keys)
-        # Past it answers get worse, or there are none.
+        # Longer sequences get worse answers or are refused.
         self.made_for = None if scaling.grows else scaling.reach
         if fixed_scale is not None:
             self.made_for = int(fixed_scale * scaling.trained_length)
@@ -72,11 +72,11 @@ class Planner:
     def scale_at(self, length: int) -> float:
         if self.fixed_scale is not None:
             return self.fixed_scale
-        # A saved cache gives its scale back as float32; it must still be the same number.
+        # A saved cache stores its scale as float32, so scales are compared in float32.
         return float(np.float32(self.scaling.scale_at(length)))
 
     def begin(self, model: Any, new_tokens: int, caches: Sequence[Any] | None) -> CurrentPass:
-        """Enter a pass of `new_tokens` tokens a row; the caches' keys move if need be."""
+        """Begin a pass of `new_tokens` tokens per row; rotate cached keys if the scale changes."""
         if self.given is not None:
             return self._enter(self.given)
         if self.constant:
@@ -98,7 +98,7 @@ class Planner:
             for keys, cache in zip(self.keys, scaled, strict=True):
                 if cache.scales != scales:
                     cache.move_to(scales, self._difference_of(keys.layer), keys.place)
-        # A pass with caches generates, also in a model that was left in training mode.
+        # A pass with caches generates text, even if the model is in training mode.
         learns = caches is None and model.training
         return self._enter(self._pass(scales, lengths, learns))
 
@@ -108,7 +108,7 @@ class Planner:
         return self.current
 
     def keep_layers(self, start: int, end: int | None) -> None:
-        """Serve the caches of these layers only, counted from `start`, as a pipeline has them."""
+        """Keep only the caches of these layers, numbered from `start`, for a pipeline."""
         self.keys = [
             replace(keys, path=(keys.path[0] - start, *keys.path[1:]))
             for keys in self.keys
@@ -117,7 +117,7 @@ class Planner:
         self.pick = _picker(self.keys)
 
     def _length_of_constant(self, new_tokens: int, caches: Sequence[Any] | None) -> int:
-        """Length in tokens, for the checks alone; a batch's is not read off its array."""
+        """Return the length for the checks; a batch's offset is an array and is not read."""
         keys = self.keys
         offset = getattr(keys[0].cache(caches), "offset", 0) if caches and keys else 0
         return new_tokens + (offset if isinstance(offset, int) else 0)
@@ -127,8 +127,8 @@ class Planner:
             if not isinstance(cache, ScaledCache):
                 kind = "A quantised cache" if isinstance(cache, QuantizedKVCache) else "The cache"
                 raise InputError(
-                    f"{kind} of class {type(cache).__name__} does not know the scale its keys are "
-                    "rotated at: make caches with mlx_clex.make_prompt_cache(model)."
+                    f"{kind} of class {type(cache).__name__} does not store the scale of its keys. "
+                    "Make caches with mlx_clex.make_prompt_cache(model)."
                 )
 
     def _difference_of(self, layer: int) -> Difference:
@@ -142,7 +142,7 @@ class Planner:
             self.warned = True
             warnings.warn(
                 f"{length} tokens are past the {self.made_for} that this model's scaling is made "
-                "for; answers get worse from there on.",
+                "for; answers get worse.",
                 stacklevel=4,
             )
 
@@ -151,7 +151,7 @@ class Planner:
         new = Pass()
         scale = scales[0]
         same = all(other == scale for other in scales)
-        new.rotary_gain = scaling.rotary_gain(scale)  # rows differ only where it is constant
+        new.rotary_gain = scaling.rotary_gain(scale)  # if rows have other scales, it is constant
         if same and learns and scaling.trainable_parameters():
             layers = self.layers if scaling.by_layer else [0]
             new.inv_freq = [scaling.differentiable_inv_freq(scale, i) for i in layers]
@@ -163,7 +163,7 @@ class Planner:
         return new
 
     def _rows(self, scales: list[float]) -> list[mx.array]:
-        """Frequencies of rows or heads, for each layer or once for all."""
+        """Return the frequencies of rows or heads, one array per layer or one for all."""
         layers = self.layers if self.scaling.by_layer else [0]
         if all(scale == scales[0] for scale in scales):
             return [self.scaling.inv_freq(scales[0], layer) for layer in layers]

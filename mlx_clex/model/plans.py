@@ -1,10 +1,10 @@
-"""The scale and gain a sequence is planned for.
+"""Compute the plan of a sequence: its scale and gain.
 
-What was computed under one plan may be continued under another only where both have the
-same scale and gain: then every token is what one pass over the whole text gives. The
-server's cached prefixes and the caches on disk are held to it.
+Cached tokens may be continued under another plan only if scale and gain are the same. Then every
+token equals one pass over the whole text. The server's cached prefixes and the caches on disk
+follow this rule.
 
-Not covered: which length to plan for, which each command decides.
+Not covered: the length to plan for, which each command decides.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from .scaled_model import scaled
 
 
 def single_caches(caches: Sequence[Any]) -> list[Any]:
-    """The caches of a sequence, those inside a `CacheList` too."""
+    """Return the caches of a sequence, including those inside a `CacheList`."""
     return [
         inside
         for cache in caches
@@ -26,12 +26,12 @@ def single_caches(caches: Sequence[Any]) -> list[Any]:
 
 
 def planned_caches(caches: Sequence[Any]) -> list[Any]:
-    """Those of them whose keys follow a plan."""
+    """Return the caches that have an expected length."""
     return [cache for cache in single_caches(caches) if hasattr(cache, "expected_length")]
 
 
 def plan_at(model: nn.Module, length: int) -> tuple[Any, ...]:
-    """(scale, gain) of a sequence planned for `length` tokens; () where nothing varies."""
+    """Return (scale, gain) for an expected `length`; () if they do not depend on it."""
     scaling = scaled(model).scaling
     if scaling is None or scaling.static or scaled(model).fixed_scale is not None:
         return ()
@@ -41,12 +41,12 @@ def plan_at(model: nn.Module, length: int) -> tuple[Any, ...]:
 
 
 def plan_of(model: nn.Module, caches: Sequence[Any]) -> tuple[Any, ...] | None:
-    """The (scale, gain) at which every token in the caches was computed, or None."""
+    """Return the (scale, gain) of every token in the caches; None if they differ."""
     planned = planned_caches(caches)
     if not planned:
         return ()
     expected = planned[0].expected_length
     plan = plan_at(model, expected)
-    # Past the expected length scale and gain follow the text, token by token.
+    # Past the expected length, scale and gain follow the text token by token.
     later = plan_at(model, max(expected, planned[0].offset))
     return plan if expected and plan == later else None

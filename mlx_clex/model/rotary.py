@@ -1,16 +1,15 @@
-"""Rotation of queries and keys, and the module that stands where a model's rope stood.
+"""Rotate queries and keys, and replace a model's rope.
 
-The model decides the scale once per forward pass (`attach.py`) and leaves it in a
-`Pass`; every rope module of the model reads it there. `mx.fast.rope` does the work
-wherever it can: one frequency vector for all heads and rows, no gradient for it. Plain
-cosine and sine tables do the rest: frequencies a head or a row, given positions,
-training.
+The planner decides the scale once per forward pass (`planner.py`) and stores the frequencies in a
+`Pass`, which every rope module of the model reads. `mx.fast.rope` is used for one frequency vector
+for all heads and rows, without a gradient for it. Cosine and sine tables are used for frequencies
+per head or row, given positions, and training.
 
-Angles are float32: position times frequency is off by up to 1.6e-3 radians at 32k tokens,
-6e-3 at 131k and 9e-2 at 1M, as in every float32 rotary embedding. Measured on a CPU; on
-Metal the fused kernel takes fast sine and cosine, whose error comes on top.
+Angles are float32: position times frequency is off by up to 1.6e-3 radians at 32k tokens, 6e-3 at
+131k and 9e-2 at 1M, as in every float32 rotary embedding. Measured on a CPU; on Metal the fused
+kernel uses fast sine and cosine, whose error is added.
 
-Not covered: which scale a pass has, and keys already cached.
+Not covered: the scale of a pass, and keys that are already cached.
 """
 
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ import mlx.nn as nn
 
 from .base_rope import BaseRope
 
-Offset = int | mx.array  # position of the first token: one, or one a row, (B,)
+Offset = int | mx.array  # position of the first token: one for all rows, or (B,)
 
 
 def rotate(
@@ -37,16 +36,16 @@ def rotate(
     """Rotate queries or keys at consecutive positions.
 
     Args:
-        x: (B, H, L, head_dim), head_dim >= D; dimensions past D are left alone.
-        inv_freq: radians per token, (D/2,), or (H, D/2) with frequencies a head.
+        x: (B, H, L, head_dim), head_dim >= D; dimensions past D stay unchanged.
+        inv_freq: radians per token, (D/2,), or (H, D/2) for frequencies per head.
             Negative and zero are allowed: rotations compose, so a difference of
             frequencies moves keys from one scale to another.
-        offset: position of the first token, an int or one a row, (B,). Rows padded on
-            the left start below 0; what is at such a position has no meaning, and differs
-            between devices.
-        traditional: pair neighbouring dimensions, not the two halves.
-        fused: use `mx.fast.rope` where it can serve. It has no gradient for its
-            frequencies on the GPU; pass False where one is wanted.
+        offset: position of the first token, an int or one per row, (B,). Rows padded on the
+            left start below 0; results at such positions have no meaning, and differ between
+            devices.
+        traditional: pair neighbouring dimensions instead of the two halves.
+        fused: use `mx.fast.rope` where possible. It has no gradient for its frequencies on
+            the GPU; pass False if you need one.
 
     Returns:
         An array like `x`.
@@ -70,14 +69,14 @@ def _rotate_fused(x: mx.array, periods: mx.array, offset: Offset, traditional: b
 
 
 def positions_from(offset: Offset, length: int) -> mx.array:
-    """Consecutive positions from `offset`, float32, (L,), or (B, L) for one a row."""
+    """Return positions from `offset` on, float32, (L,), or (B, L) for one offset per row."""
     if isinstance(offset, mx.array) and offset.ndim:
         return offset[:, None] + mx.arange(length, dtype=mx.float32)
     return offset + mx.arange(length, dtype=mx.float32)
 
 
 def cos_sin(positions: mx.array, inv_freq: mx.array) -> tuple[mx.array, mx.array]:
-    """Cosine and sine of every position and pair.
+    """Return the cosine and sine of every position and pair.
 
     Args:
         positions: in tokens, whole or not, (L,) or (B, L).
@@ -95,7 +94,7 @@ def cos_sin(positions: mx.array, inv_freq: mx.array) -> tuple[mx.array, mx.array
 
 
 def rotate_by(x: mx.array, cos: mx.array, sin: mx.array, *, traditional: bool = False) -> mx.array:
-    """Rotate by given tables, in float32 whatever the type of `x`, (B, H, L, head_dim)."""
+    """Rotate `x`, (B, H, L, head_dim), by given tables; computed in float32."""
     dims = 2 * cos.shape[-1]
     rotated = x[..., :dims].astype(mx.float32)
     if traditional:
@@ -114,7 +113,7 @@ def rotate_by(x: mx.array, cos: mx.array, sin: mx.array, *, traditional: bool = 
 
 
 def _multiplied(x: mx.array, dims: int, gain: float) -> mx.array:
-    """The first `dims` dimensions times `gain`, which half precision would round."""
+    """Multiply the first `dims` dimensions by `gain`, in float32."""
     out = (x[..., :dims].astype(mx.float32) * gain).astype(x.dtype)
     return out if dims == x.shape[-1] else mx.concatenate([out, x[..., dims:]], axis=-1)
 
@@ -122,7 +121,7 @@ def _multiplied(x: mx.array, dims: int, gain: float) -> mx.array:
 def keep_still(
     rotated: mx.array, x: mx.array, dims: int, pairs: int | None, traditional: bool
 ) -> mx.array:
-    """Put back what must not rotate, where only the fastest `pairs` of D/2 pairs do."""
+    """Restore the pairs that must not rotate: all but the fastest `pairs` of D/2."""
     if pairs is None or pairs == dims // 2:
         return rotated
     if traditional:
@@ -141,31 +140,30 @@ def keep_still(
 
 @dataclass
 class Pass:
-    """What one forward pass does to queries and keys, the same in every layer.
+    """The rotation and gain of one forward pass, the same in every layer.
 
-    `periods` serves the fused rotation; where it is None, `inv_freq` serves the plain
-    one, a single array for all layers or one for each scaled layer, in their order.
+    The fused rotation uses `periods`. If it is None, the plain rotation uses `inv_freq`: a single
+    array for all layers, or one for each scaled layer, in their order.
     """
 
     periods: mx.array | None = None  # tokens per radian, (D/2,)
     inv_freq: Sequence[mx.array] = ()  # radians per token, as `cos_sin` takes them
     positions: mx.array | None = None  # in tokens, (L,) or (B, L); None: consecutive
     rotary_gain: float = 1.0  # on the rotated dimensions of queries and keys
-    # On queries: None, a number, or one a row, (B, 1, 1, 1).
+    # On queries: None, a number, or one per row, (B, 1, 1, 1).
     query_gain: Any = None
     # On queries: a function of positions (L,) or (B, L), in tokens.
     position_gain: Any = None
     _tables: dict[int, tuple[mx.array, mx.array]] = field(default_factory=dict)
 
     def rotate(self, x: mx.array, offset: Offset, layer: int, traditional: bool) -> mx.array:
-        """Rotate queries or keys of a layer; shapes as in `rotate`."""
+        """Rotate queries or keys of a layer; shapes are those of the function `rotate`."""
         if self.rotary_gain != 1.0:
             pairs = self.inv_freq[0] if self.periods is None else self.periods
             x = _multiplied(x, 2 * pairs.shape[-1], self.rotary_gain)
         if self.periods is not None:
             return _rotate_fused(x, self.periods, offset, traditional)
-        # Queries and keys of a layer, and all layers with common frequencies, share
-        # one table.
+        # Queries and keys share a table, and so do all layers with the same frequencies.
         layer = min(layer, len(self.inv_freq) - 1)
         if layer not in self._tables:
             positions = self.positions
@@ -185,22 +183,22 @@ class Pass:
             gain = gain[..., None] if gain.ndim == 1 else gain[:, None, :, None]
         if gain is None:
             return queries
-        # In float32: bfloat16 would round the gain itself to three digits.
+        # In float32: bfloat16 would round the gain to three digits.
         return (queries.astype(mx.float32) * gain).astype(queries.dtype)
 
     @cached_property
     def gains(self) -> bool:
-        """Whether queries are multiplied by anything."""
+        """Whether queries have a gain."""
         return self.query_gain is not None or self.position_gain is not None
 
     @cached_property
     def fused_only(self) -> bool:
-        """Whether one call of the fused kernel is all there is to do."""
+        """Whether one call of the fused kernel is enough."""
         return self.periods is not None and self.rotary_gain == 1.0 and not self.gains
 
 
 class CurrentPass:
-    """The pass a model is in, shared by the model and its rope modules."""
+    """The current pass of a model, shared by the model and its rope modules."""
 
     def __init__(self) -> None:
         self.now: Pass | None = None
@@ -208,7 +206,7 @@ class CurrentPass:
 
 
 class Rope(nn.Module):
-    """Stands where a model's own rope stood and rotates as the current pass says."""
+    """Replaces a model's rope and rotates by the current pass."""
 
     def __init__(
         self,
@@ -222,30 +220,30 @@ class Rope(nn.Module):
         super().__init__()
         self.dims = base.dims
         self.traditional = base.traditional
-        self.pairs = base.pairs  # that rotate, the fastest ones
-        self.layer = layer  # counted among the scaled layers
+        self.pairs = base.pairs  # number of rotated pairs, the fastest ones
+        self.layer = layer  # index among the scaled layers
         self._base_rope = base
         self._all_rotate = self.pairs == self.dims // 2
         self._current = current
-        self._calls = calls  # in one pass, of this module
-        self._query_call = query_call  # which of them has the queries, from 0
+        self._calls = calls  # calls of this module in one pass
+        self._query_call = query_call  # index of the call that rotates the queries
         self._last_count = 0
         self._called = 0
 
     def __call__(self, x: mx.array, offset: Offset = 0) -> mx.array:
         """Rotate queries or keys, (B, H, L, head_dim), the first at position `offset`.
 
-        Which call of a pass has the queries is told when the module is made.
+        `query_call` of the constructor says which call of a pass gets the queries.
         """
         current = self._current
         now = current.now
         if now is None:
             raise RuntimeError(
                 "A rope module was called outside a forward pass of its model. Call the "
-                "model itself: its scale is decided once per pass."
+                "model instead: it sets the scale once per pass."
             )
         if now.fused_only and self._all_rotate:
-            # What every token takes at inference, without a detour.
+            # The usual case at inference, kept fast.
             return mx.fast.rope(
                 x,
                 self.dims,
@@ -260,7 +258,7 @@ class Rope(nn.Module):
         if now.gains:
             if self._last_count != current.count:
                 self._last_count, self._called = current.count, 0
-            # A layer computed again for its gradient calls once more in the same order.
+            # With gradient checkpointing, a layer makes the same calls again in the same order.
             if self._called % self._calls == self._query_call:
                 out = now.gain(out, offset)
             self._called += 1

@@ -1,11 +1,11 @@
-"""Puts a scaling into a stock mlx-lm model.
+"""Attach a scaling to a stock mlx-lm model.
 
-The model keeps its class's code: its rope modules are replaced, and its class by a
-subclass made on the fly whose `__call__` decides the scale and gain of the pass, moves
-cached keys that have another scale, and then runs the stock `__call__`.
+The model keeps the code of its class. Its rope modules are replaced, and its class becomes a
+subclass whose `__call__` decides the scale and gain of the pass, rotates cached keys that have
+another scale, and then runs the stock `__call__`.
 
-Not covered: which ropes those are (`find_ropes.py`). Layers with a sliding window keep
-their rope and cache; ropes that scale by themselves (llama3, longrope, ...) are refused.
+Not covered: finding the ropes (`find_ropes.py`). Layers with a sliding window keep their rope and
+cache.
 """
 
 import contextlib
@@ -39,20 +39,20 @@ def attach(
     """Give a loaded mlx-lm model a scaling, in place.
 
     Args:
-        model: any mlx-lm model with rotary attention. One that has a scaling already gets
-            the new one in its place.
-        rope_scaling: `{"type": "clex", "max_factor": 16}` and the like.
+        model: any mlx-lm model with rotary attention. If it has a scaling, the new one
+            replaces it.
+        rope_scaling: an entry such as `{"type": "clex", "max_factor": 16}`.
         trained_length: L0 in tokens; None takes max_position_embeddings of the model.
-        weights: learned tensors, `scaling.up_proj` and so on; None starts afresh.
-        scale: hold the model at this scale for good; None lets it follow the text. For
-            linear, ntk and yarn it is a new factor.
+        weights: the learned tensors, such as `scaling.up_proj`; None: untrained.
+        scale: a fixed scale; None: the scale follows the length of the text. For linear,
+            ntk and yarn it is a new factor.
 
     Returns:
         The same model. `model.scaling` is the scaling.
 
     Raises:
-        InputError: a config, weight or scale that cannot be used, or a model that cannot
-            be served: the message says what was looked for and what was found.
+        InputError: a config, weight or scale cannot be used, or the model has no rope that
+            a scaling can replace; the message says what was found.
     """
     stock = stock_class(model)
     sites = find_sites(model)
@@ -61,8 +61,8 @@ def attach(
         trained_length = config_value(model, "max_position_embeddings")
         if trained_length is None:
             raise InputError(
-                f"The config of {stock.__module__} does not say at what length the model "
-                "was trained: pass trained_length, in tokens."
+                f"The config of {stock.__module__} does not have the trained length "
+                "(max_position_embeddings): pass trained_length, in tokens."
             )
     scaling = build_scaling(
         rope_scaling,
@@ -107,11 +107,11 @@ def attach(
 
 
 class ScaledModel:
-    """What `attach` adds to the class of a stock model."""
+    """The methods that `attach` adds to the class of a stock model."""
 
     stock_class: type
     scaling: Scaling
-    fixed_scale: float | None  # the scale the model is held at, or None
+    fixed_scale: float | None  # the fixed scale, or None
     layers: list[nn.Module]  # the stock model's
     _planner: Planner
 
@@ -129,15 +129,15 @@ class ScaledModel:
 
     @property
     def limit(self) -> int | None:
-        """The longest sequence the model accepts, in tokens; None: there is no end."""
+        """The longest sequence the model accepts, in tokens; None: any length."""
         return self.scaling.reach if self.scaling.hard_reach else None
 
     def check_length(self, length: int, what: str = "The sequence") -> None:
         """Refuse a sequence that the model does not accept.
 
         Args:
-            length: tokens.
-            what: the beginning of the message.
+            length: length of the sequence, tokens.
+            what: start of the message.
 
         Raises:
             InputError: `length` is beyond `limit`.
@@ -149,7 +149,7 @@ class ScaledModel:
         """Return how many tokens may follow `length` tokens, at least 1; None: any number.
 
         Raises:
-            InputError: none may.
+            InputError: `length` has reached `limit`.
         """
         if self.limit is None:
             return None
@@ -158,15 +158,15 @@ class ScaledModel:
         return self.limit - length
 
     def scale_at(self, length: int) -> float:
-        """The scale of a sequence of `length` tokens."""
+        """Return the scale of a sequence of `length` tokens."""
         return self._planner.scale_at(length)
 
     def make_cache(self, expected_length: int | None = None) -> list[Any]:
-        """The stock model's caches, those of scaled layers aware of their scale.
+        """Return the stock model's caches; caches of scaled layers store their scale.
 
         Args:
-            expected_length: tokens, counted from position 0, whose scale and gain the
-                sequence has from its first token on; None: those of what has been read.
+            expected_length: length that sets scale and gain from the first token on, tokens
+                counted from position 0; None: the length read so far sets them.
         """
         self.check_length(expected_length or 0)
         caches: Any = stock_caches(self)
@@ -182,39 +182,39 @@ class ScaledModel:
         return caches
 
     def check_stage(self) -> None:
-        """Refuse a pipeline in which a process could not tell how long the text is.
+        """Refuse a pipeline in which this process cannot know the length of the text.
 
         Raises:
-            InputError: none of its layers keeps keys that are scaled.
+            InputError: no layer of this process caches scaled keys.
         """
         if not self._planner.keys:
             raise InputError(
-                "A process of the pipeline would have no layer with a scaling, and not know how "
-                "long the text is: start fewer of them."
+                "A process of the pipeline has no layer with a scaling, so it does not know the "
+                "length of the text. Start fewer processes."
             )
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """The stock model's, which never sees the scaling's tensors."""
+        """Return the weights after the stock `sanitize`, which skips the scaling's tensors."""
         ours = {k: v.astype(mx.float32) for k, v in weights.items() if k.startswith(PREFIX)}
         rest = {k: v for k, v in weights.items() if not k.startswith(PREFIX)}
         stock = getattr(super(), "sanitize", None)
         return (stock(rest) if stock else rest) | ours
 
     def set_dtype(self, *args: Any, **kwargs: Any) -> None:
-        """`nn.Module.set_dtype`, of everything but the scaling's tensors."""
+        """Cast all tensors except the scaling's; see `nn.Module.set_dtype`."""
         ours = self.scaling.parameters()
         super().set_dtype(*args, **kwargs)  # type: ignore[misc]  # the stock model's
         self.scaling.update(ours)
 
     @property
     def cast_predicate(self) -> Any:
-        """Keeps `mlx_lm.convert --dtype` from the scaling's tensors."""
+        """A predicate that excludes the scaling's tensors from `mlx_lm.convert --dtype`."""
         stock = getattr(super(), "cast_predicate", lambda _: True)
         return lambda path: not path.startswith(PREFIX) and stock(path)
 
 
 class UnscaledModel:
-    """What `ScaledModel` answers, for a model without a scaling."""
+    """A view of a model without a scaling, with the interface of `ScaledModel`."""
 
     scaling: Scaling | None = None
     fixed_scale: float | None = None
@@ -230,39 +230,39 @@ class UnscaledModel:
 
     @property
     def reach(self) -> int | None:
-        """The trained length, or None where the config does not have it."""
+        """The trained length, or None if the config does not have it."""
         return self.trained_length
 
     def scale_at(self, length: int) -> float:
-        """1, whatever the length."""
+        """Return 1 for every length."""
         return 1.0
 
     def make_cache(self, expected_length: int | None = None) -> list[Any]:
-        """The model's own caches."""
+        """Return the model's own caches."""
         return mlx_lm_cache.make_prompt_cache(self._model)
 
     def check_length(self, length: int, what: str = "The sequence") -> None:
         """Accept every length."""
 
     def room_after(self, length: int, what: str = "The sequence") -> int | None:
-        """None: any number of tokens may follow."""
+        """Return None: any number of tokens may follow."""
         return None
 
 
 def scaled(model: nn.Module) -> ScaledModel | UnscaledModel:
-    """Return the model where it has a scaling, else a view of it that answers the same."""
+    """Return the model if it has a scaling, else a view with the same interface."""
     return model if isinstance(model, ScaledModel) else UnscaledModel(model)
 
 
 def make_prompt_cache(model: nn.Module, expected_length: int | None = None) -> list[Any]:
-    """Caches for a new sequence.
+    """Return caches for a new sequence.
 
     Args:
-        model: from `load` or `attach`; any other mlx-lm model gets its own caches.
-        expected_length: how long the sequence is going to be, in tokens from position 0.
-            Its scale and gain then hold from the first token on, and grow past it with
-            the text: a prompt read in chunks gives what one pass over it would. None:
-            scale and gain are those of what has been read so far.
+        model: a model from `load` or `attach`; any other mlx-lm model gets its own caches.
+        expected_length: length of the sequence, in tokens from position 0. It sets scale
+            and gain from the first token on, so that a prompt read in chunks gives the
+            result of one pass; past it they grow with the text. None: the length read so
+            far sets scale and gain.
 
     Raises:
         InputError: the expected length is beyond a hard reach.
@@ -272,15 +272,15 @@ def make_prompt_cache(model: nn.Module, expected_length: int | None = None) -> l
 
 @contextlib.contextmanager
 def given_pass(model: nn.Module, what: Pass) -> Iterator[None]:
-    """Let every forward pass inside rotate as `what` says, instead of by its length.
+    """Use `what` for every forward pass inside the block, instead of the length of the text.
 
-    The door for training, where scale and positions are drawn: frequencies and positions
-    come in as arrays, so that gradients reach them and a compiled step takes any. It
-    closes behind itself, so no array of a traced step outlives it.
+    Training draws scale and positions, and passes frequencies and positions as arrays, so that
+    gradients reach them and one compiled step serves all values. At the end of the block the pass
+    is removed, so that no array of a traced step remains.
 
     Args:
-        model: from `load` or `attach`.
-        what: the pass; its gains are taken as they are.
+        model: a model from `load` or `attach`.
+        what: the pass; its gains are used unchanged.
     """
     planner = model._planner
     planner.given = what
@@ -291,18 +291,18 @@ def given_pass(model: nn.Module, what: Pass) -> Iterator[None]:
 
 
 def _check_heads(model: nn.Module, scaling: Scaling, sites: list[Site]) -> None:
-    """Refuse tensors for every layer and head where layers have other numbers of heads."""
+    """Refuse tensors per layer and head if the layers differ in their number of heads."""
     heads = list(dict.fromkeys(site.heads for site in sites))
     if scaling.by_layer and len(heads) > 1:
         raise InputError(
-            f"{scaling.name} has a number for every layer and head, but {model_name(model)} has "
-            f"layers of {heads[0]} heads and of {heads[1]} heads. Use another method, such as "
-            f"{scaling.untrained}."
+            f"{scaling.name} needs the same number of heads in all layers, but "
+            f"{model_name(model)} has layers of {heads[0]} heads and of {heads[1]} heads. Use "
+            f"another method, such as {scaling.untrained}."
         )
 
 
 def _check_gain(model: nn.Module, scaling: Scaling, sites: list[Site]) -> None:
-    """Refuse a gain on queries where a rope cannot give it."""
+    """Refuse a gain on queries if a rope cannot apply it."""
     why = next((site.ungainable for site in sites if site.ungainable), None)
     if why is not None and scaling.gain_follows is not None:
         raise InputError(
@@ -312,11 +312,11 @@ def _check_gain(model: nn.Module, scaling: Scaling, sites: list[Site]) -> None:
 
 
 def _check_moves(model: nn.Module, constant: bool, sites: list[Site]) -> None:
-    """Refuse a scale that grows where cached keys cannot follow it."""
+    """Refuse a growing scale if cached keys cannot be rotated to it."""
     why = next((site.unmovable for site in sites if site.unmovable), None)
     if why is not None and not constant:
         raise InputError(
-            f"{model_name(model)} can only be held at one scale: {why}, so they cannot move "
+            f"{model_name(model)} needs a fixed scale: {why}, so cached keys cannot be rotated "
             f"to another scale. Pass scale=, or use one of: {', '.join(_static_methods())}."
         )
 
@@ -326,7 +326,7 @@ def _static_methods() -> list[str]:
 
 
 def _follow_pipeline(body: Any, planner: Planner) -> None:
-    """Have the body tell the planner which layers this process keeps."""
+    """Make the body's `pipeline` tell the planner which layers this process keeps."""
     kind = type(body)
 
     def pipeline(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -338,7 +338,7 @@ def _follow_pipeline(body: Any, planner: Planner) -> None:
 
 @functools.cache
 def _scaled_class(stock: type) -> type:
-    """The subclass of a stock model class whose passes have one scale."""
+    """Return a subclass of a stock model class that decides the scale of each pass."""
     signature = inspect.signature(stock.__call__)
     names = list(signature.parameters)[1:]
     cache_at = names.index("cache") if "cache" in names else len(names)
@@ -358,13 +358,13 @@ def _scaled_class(stock: type) -> type:
 
     members = {"__call__": call, "stock_class": stock, "__module__": stock.__module__}
     if hasattr(stock, "shard"):
-        # mlx-lm asks whether a model has one.
+        # mlx-lm checks whether a model has this method.
         members["shard"] = _sharding(stock)
     return type(stock.__name__, (ScaledModel, stock), members)
 
 
 def _sharding(stock: Any) -> Any:
-    """The stock class's `shard`, and the scaling's heads with it."""
+    """Return the stock class's `shard`, extended to the heads of the scaling."""
 
     @functools.wraps(stock.shard)
     def shard(self: Any, group: mx.distributed.Group | None = None) -> None:

@@ -1,10 +1,10 @@
-"""A loaded model over several processes, as mlx-lm's own programs share one.
+"""Split a loaded model among several processes, as mlx-lm's programs do.
 
-Tensor parallel: every process has a part of each layer, and its heads. Pipeline: every process
-has some of the layers. Which of the two a family can do is mlx-lm's; what is of ours follows: a
-scaling keeps the frequencies of its process's heads, and caches those of its layers.
+Tensor parallel: every process has some heads of each layer. Pipeline: every process has some of
+the layers. mlx-lm defines which of the two a family supports. The scaling keeps the frequencies
+of the process's heads; the planner keeps the caches of its layers.
 
-Not covered: adapters, which mlx-lm cannot share out either: fuse them first.
+Not covered: adapters, which mlx-lm cannot split either. Fuse them first.
 """
 
 from collections.abc import Iterator
@@ -21,15 +21,15 @@ from .stock import config_value, model_name
 
 
 def share_out(model: nn.Module, group: mx.distributed.Group, *, pipeline: bool = False) -> None:
-    """Keep of a lazily loaded model what this process computes, and read that.
+    """Keep the part of a lazily loaded model that this process computes, and read it.
 
     Args:
-        model: from `load`, weights not read yet.
+        model: a model from `load`, weights not read yet.
         group: the processes.
-        pipeline: share out layers instead of heads.
+        pipeline: split the layers instead of the heads.
 
     Raises:
-        InputError: the family cannot be shared so, or does not divide evenly.
+        InputError: the family cannot be split this way, or does not divide evenly.
     """
     size = group.size()
     stages = getattr(getattr(model, "model", None), "pipeline", None)
@@ -50,8 +50,8 @@ def share_out(model: nn.Module, group: mx.distributed.Group, *, pipeline: bool =
             heads = config_value(model, name)
             if heads is not None and heads % size:
                 raise InputError(
-                    f"{heads} {name} of {model_name(model)} do not divide among {size} processes: "
-                    "start another number of them."
+                    f"The {heads} {name} of {model_name(model)} do not divide among {size} "
+                    "processes. Start another number of processes."
                 )
         model.shard(group)
     mx.eval(model.parameters())
@@ -59,19 +59,21 @@ def share_out(model: nn.Module, group: mx.distributed.Group, *, pipeline: bool =
 
 
 def wait_for_all(group: mx.distributed.Group) -> None:
-    """Return once every process is here.
+    """Wait until every process has called this.
 
     Raises:
-        RunError: one of them has ended.
+        RunError: a process has ended.
     """
     try:
         mx.eval(mx.distributed.all_sum(mx.array(1.0), group=group, stream=mx.cpu))
     except RuntimeError as error:
-        raise RunError(f"Another process ended; its own message says why ({error}).") from error
+        raise RunError(
+            f"Another process ended; see its message for the reason ({error})."
+        ) from error
 
 
 def shared_seed(group: mx.distributed.Group) -> int:
-    """A random seed, the same in every process, since they sample the same tokens."""
+    """Return a random seed that is the same in every process, so all sample the same tokens."""
     drawn = mx.random.randint(0, 1 << 30) if group.rank() == 0 else mx.array(0)
     seed: Any = mx.distributed.all_sum(drawn, group=group, stream=mx.cpu).item()
     return seed
@@ -79,7 +81,7 @@ def shared_seed(group: mx.distributed.Group) -> int:
 
 @contextmanager
 def one_voice(group: mx.distributed.Group) -> Iterator[None]:
-    """Let the first process alone print; what the others raise still comes out."""
+    """Let only the first process print; exceptions of the others still show."""
     if group.rank() == 0:
         yield
         return

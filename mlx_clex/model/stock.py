@@ -1,6 +1,6 @@
-"""What a stock mlx-lm model says of itself: its name, config and caches.
+"""Name, config and caches of a stock mlx-lm model.
 
-Works on models with a scaling too, and then tells of the stock class underneath.
+For a model with a scaling, the functions describe its stock class.
 """
 
 from typing import Any
@@ -10,18 +10,18 @@ from mlx_lm.models.cache import KVCache
 
 
 def model_name(model: Any) -> str:
-    """The stock class, as mlx-lm calls it."""
+    """Return the name of the stock class in mlx-lm."""
     stock = stock_class(model)
     return f"{stock.__module__}.{stock.__qualname__}"
 
 
 def stock_class(model: Any) -> type:
-    """The class a model had before `attach`."""
+    """Return the class that a model had before `attach`."""
     return getattr(type(model), "stock_class", type(model))
 
 
 def stock_caches(model: Any) -> list[Any]:
-    """The caches the stock model makes for a new sequence."""
+    """Return the caches that the stock model makes for a new sequence."""
     stock: Any = stock_class(model)
     if hasattr(stock, "make_cache"):
         return list(stock.make_cache(model))
@@ -29,7 +29,7 @@ def stock_caches(model: Any) -> list[Any]:
 
 
 def config_value(model: nn.Module, name: str) -> Any:
-    """A field of the model's config, or of the text model's in it; None without one."""
+    """Return a field of the model's config or of its text config, or None."""
     args = getattr(model, "args", getattr(model, "config", None))
     for config in (args, getattr(args, "text_config", None)):
         value = config.get(name) if isinstance(config, dict) else getattr(config, name, None)

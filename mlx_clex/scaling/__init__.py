@@ -1,4 +1,4 @@
-"""The scalings, by the names they have in a config.json."""
+"""All scalings, by their names in a config.json."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -45,20 +45,20 @@ def build_scaling(
     key_heads: int | None = None,
     layers: int | None = None,
 ) -> Scaling:
-    """Build the scaling that a `rope_scaling` entry asks for.
+    """Return the scaling that a `rope_scaling` entry asks for.
 
     Args:
         rope_scaling: `{"type": name, ...}`, as in a config.json.
         dims: D, rotated dimensions of a head.
         base: rope_theta.
         trained_length: L0, in tokens.
-        inv_freq: the base model's frequencies, radians per token, (D/2,); None: those of
-            a plain rope with this base.
-        gain: of the base model's rope, on rotated dimensions.
-        weights: the learned tensors, `scaling.up_proj` and so on; None starts afresh.
-        heads: query heads; read off the weights where they have them.
-        key_heads: key heads, the same as `heads` where not given.
-        layers: layers; read off the weights where they have them.
+        inv_freq: the base model's frequencies, radians per token, (D/2,); None: the
+            frequencies of a plain rope with this base.
+        gain: the gain of the base model's rope, on rotated dimensions.
+        weights: the learned tensors, such as `scaling.up_proj`; None: untrained.
+        heads: number of query heads; None: read from the weights if they have it.
+        key_heads: number of key heads; None: the same as `heads`.
+        layers: number of layers; None: read from the weights if they have it.
 
     Raises:
         InputError: unknown type or key, a value out of range, or weights of another
@@ -67,7 +67,7 @@ def build_scaling(
     name = rope_scaling.get("type", rope_scaling.get("rope_type", "none"))
     if name not in SCALINGS:
         raise InputError(
-            f"There is no rope_scaling type {name!r} in mlx_clex. It has: {', '.join(SCALINGS)}."
+            f"mlx_clex has no rope_scaling type {name!r}. It has: {', '.join(SCALINGS)}."
         )
     per_head = (weights or {}).get(PREFIX + "base_coef")
     if per_head is not None and heads is None and per_head.ndim == 3:

@@ -1,10 +1,9 @@
-"""What every scaling answers: a scale for a length, frequencies for a scale.
+"""The interface of every scaling: a scale for a length, frequencies for a scale.
 
-A scaling knows the rotary embedding of one base model (rotated dimensions, base, trained
-length) and nothing else of it: how the answers reach the attention is `rotary.py` and
-`attach.py`.
+A scaling knows only the rotary embedding of its base model: rotated dimensions, base and trained
+length. `model/rotary.py` and `model/scaled_model.py` apply its frequencies in the attention.
 
-Not covered: rotation itself, caches, and which length a pass has.
+Not covered: rotation, caches, and the length of a pass.
 """
 
 import math
@@ -21,7 +20,7 @@ import numpy as np
 from ..errors import InputError
 from .procedure import Procedure
 
-PREFIX = "scaling."  # of the learned tensors' names in a checkpoint
+PREFIX = "scaling."  # prefix of the names of learned tensors in a checkpoint
 
 
 def option(default: Any, text: str) -> Any:
@@ -37,7 +36,7 @@ class RotaryShape:
     base: float  # rope_theta
     trained_length: int  # L0, tokens
     inv_freq: tuple[float, ...] | None = None  # radians per token, (D/2,); None: plain
-    gain: float = 1.0  # of the base model's rope, on rotated dimensions of queries and keys
+    gain: float = 1.0  # gain of the base model's rope, on rotated dimensions of queries and keys
     heads: int | None = None  # query heads; needed by gene-param
     key_heads: int | None = None  # key heads; needed by gene-param
     layers: int | None = None  # layers; needed by gene-param
@@ -72,14 +71,14 @@ class Scaling(nn.Module, ABC):
     name: ClassVar[str]  # the `type` of its rope_scaling entry
     Config: ClassVar[type]  # a frozen dataclass; its fields are the config's keys
     in_transformers: ClassVar[bool] = False  # transformers has a rope type of this name
-    published: ClassVar[bool] = False  # released checkpoints have a format of their own
+    published: ClassVar[bool] = False  # released checkpoints have their own format
     static: ClassVar[bool] = False  # the scale is the same for every length
-    hard_reach: ClassVar[bool] = False  # longer sequences than `reach` are refused
-    by_layer: ClassVar[bool] = False  # every layer has frequencies of its own
+    hard_reach: ClassVar[bool] = False  # sequences longer than `reach` are refused
+    by_layer: ClassVar[bool] = False  # every layer has its own frequencies
     learned: ClassVar[tuple[str, ...]] = ()  # names of the learned tensors
-    untrained: ClassVar[str] = ""  # what it amounts to while these are fresh
+    untrained: ClassVar[str] = ""  # the method it equals before training
     learning_rate_share: ClassVar[float] = 1.0  # their learning rate / the model's
-    released_procedure: ClassVar[Procedure] = Procedure()  # that of its paper
+    released_procedure: ClassVar[Procedure] = Procedure()  # as in its paper
 
     def __init__(self, config: Any = None, **shape: Any) -> None:
         """Fit the scaling to a base model.
@@ -114,34 +113,34 @@ class Scaling(nn.Module, ABC):
 
     @abstractmethod
     def scale_at(self, length: int) -> float:
-        """The scale for a sequence of `length` tokens; it never falls with length."""
+        """Return the scale for a sequence of `length` tokens; it never falls with length."""
 
     @abstractmethod
     def _solve(self, scale: float, layer: int) -> np.ndarray:
-        """Inverse frequencies at `scale`, float64, (D/2,) or (H, D/2)."""
+        """Return the inverse frequencies at `scale`, float64, (D/2,) or (H, D/2)."""
 
     def inv_freq(self, scale: float, layer: int = 0) -> mx.array:
-        """The frequencies at `scale`, each solved once and kept.
+        """Return the frequencies at `scale`; each scale is solved once and kept.
 
         Args:
             scale: target length / trained length, no unit, at least 1.
-            layer: which layer asks; only gene-param has frequencies of its own a layer.
+            layer: index of the layer; used only by gene-param, which has frequencies per layer.
 
         Returns:
             Radians per token, float32, shape (D/2,), or (H, D/2) where every head has
-            its own.
+            its own frequencies.
         """
         return self._table(scale, layer if self.by_layer else 0)[0]
 
     def periods(self, scale: float, layer: int = 0) -> mx.array:
-        """1 / inv_freq in tokens per radian, as `mx.fast.rope` takes its `freqs`."""
+        """Return 1 / inv_freq in tokens per radian, the `freqs` of `mx.fast.rope`."""
         return self._table(scale, layer if self.by_layer else 0)[1]
 
     def differentiable_inv_freq(self, scale: Any, layer: int = 0) -> mx.array:
-        """`inv_freq` as a function of the learned tensors, for training.
+        """Return `inv_freq` as a function of the learned tensors, for training.
 
-        Same arguments and result as `inv_freq`. Where there are learned tensors `scale`
-        may also be a scalar array, so that a compiled step takes any.
+        Arguments and result are those of `inv_freq`. If there are learned tensors, `scale` may
+        also be a scalar array, so that one compiled step serves every scale.
         """
         return self.inv_freq(float(scale), layer)
 
@@ -176,12 +175,12 @@ class Scaling(nn.Module, ABC):
         return None
 
     def query_gain(self, positions: mx.array | None, length: int) -> Any:
-        """What queries are multiplied by after rotation, or None for nothing.
+        """Return the factor of queries after rotation, or None for no factor.
 
         Args:
             positions: positions of the queries from 0, in tokens, (L,) or (B, L); read
                 only where the gain follows them.
-            length: of the sequence, in tokens.
+            length: length of the sequence, in tokens.
 
         Returns:
             None, a number for the whole pass, or an array of the shape of `positions`.
@@ -189,15 +188,15 @@ class Scaling(nn.Module, ABC):
         return None
 
     def rotary_gain(self, scale: float) -> float:
-        """What the rotated dimensions of queries and keys are multiplied by.
+        """Return the factor of the rotated dimensions of queries and keys.
 
-        It depends on the scale for `static` scalings alone: cached keys would keep that of
-        an old scale.
+        It depends on the scale only if the scaling is `static`: cached keys would keep the factor
+        of an old scale.
         """
         return self.shape.gain
 
     def check_scale(self, scale: float) -> float:
-        """Return `scale` if the model can be held at it for good.
+        """Return `scale` if the model can be fixed at it.
 
         Raises:
             InputError: it is out of range; the message has the range.
@@ -207,21 +206,21 @@ class Scaling(nn.Module, ABC):
         return float(scale)
 
     def keep_heads(self, rank: int, size: int) -> None:
-        """Keep the frequencies of the heads of one process out of several.
+        """Keep only the frequencies of this process's heads.
 
-        Most methods have none of their own.
+        Does nothing for methods with the same frequencies in all heads.
 
         Args:
-            rank: which process, from 0; it has the heads of the rank-th equal part.
-            size: how many there are.
+            rank: index of the process, from 0; the heads are split in equal parts.
+            size: number of processes.
         """
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names in a checkpoint and shapes of the learned tensors."""
+        """Return the names in a checkpoint and the shapes of the learned tensors."""
         return {PREFIX + name: tuple(self[name].shape) for name in self.learned}
 
     def take_weights(self, weights: Mapping[str, mx.array]) -> None:
-        """Use these learned tensors, named as in a checkpoint, in float32.
+        """Set the learned tensors, named as in a checkpoint, in float32.
 
         Raises:
             InputError: a tensor is missing, unknown or of another shape.
@@ -261,7 +260,7 @@ class Scaling(nn.Module, ABC):
                 )
 
     def _base_inv_freq(self) -> np.ndarray:
-        """The base model's frequencies, radians per token, float64, (D/2,)."""
+        """Return the base model's frequencies, radians per token, float64, (D/2,)."""
         if self.shape.inv_freq is not None:
             return np.array(self.shape.inv_freq)
         return self.base ** -(np.arange(0, self.dims, 2) / self.dims)
@@ -336,45 +335,42 @@ class Scaling(nn.Module, ABC):
 
     @classmethod
     def from_release(cls, entry: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-        """Spell out what released configs of this method leave open.
+        """Return the entry with the settings that released configs leave out.
 
         Args:
             entry: rope_scaling.
-            config: config.json; settings of the method outside `entry` are taken out of it.
-
-        Returns:
-            The entry with these settings.
+            config: config.json; settings of the method outside `entry` are removed from it.
         """
         return dict(entry)
 
     @classmethod
     def options_for(cls, factor: float) -> dict[str, float]:
-        """Fields of `Config` that make it serve texts `factor` times the trained length.
+        """Return `Config` fields for a reach of `factor` times the trained length.
 
-        Empty where the scale follows the text anyway.
+        Empty if the scale follows the text in any case.
         """
         return {}
 
     @classmethod
     def from_config(cls, rope_scaling: Mapping[str, Any], **shape: Any) -> Self:
-        """Build from the entry of a config.json, refusing keys it does not know."""
+        """Return a scaling built from a rope_scaling entry; refuse unknown keys."""
         return cls(parse_config(cls.Config, rope_scaling), **shape)
 
 
 class _Solved:
     """Frequencies already solved, and the weights they were solved with.
 
-    A class of its own, since `nn.Module` would take a dict for parameters.
+    A separate class, because `nn.Module` would treat a dict as parameters.
     """
 
     def __init__(self) -> None:
         self.weights: tuple[mx.array, ...] = ()
         self.tables: dict[tuple[float, int], tuple[mx.array, mx.array]] = {}
-        self.state: Any = None  # what a solver keeps between scales
+        self.state: Any = None  # data that a solver keeps between scales
 
 
 def parse_config(config_class: type, rope_scaling: Mapping[str, Any]) -> Any:
-    """Read a `rope_scaling` entry into its dataclass.
+    """Return the `Config` for a `rope_scaling` entry.
 
     Raises:
         InputError: an unknown key, or a value of the wrong type or range.

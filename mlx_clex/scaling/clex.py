@@ -5,12 +5,12 @@ With z = ln inv_freq and the scale t, a two-layer network drives
     dz/dt = act((z + ln n(t)) @ W_up) @ W_down + d ln n / dt,
     ln n_i(t) = -(i/D) ln 10000 - i/(D-2) ln(2t - 1),   i = 0, 2, ..., D-2.
 
-The network's part y = (z - ln n) - (z - ln n)(1) is all that has to be integrated. In
-u = ln(2t - 1), where the right-hand side varies evenly,
+Only the network's part y = (z - ln n) - (z - ln n)(1) is integrated. In u = ln(2t - 1), where the
+right-hand side varies evenly,
 
     dy/du = e^u / 2 * act((y + z(1) + ln n(1) - 2i/(D-2) u) @ W_up) @ W_down,
 
-and with W_down = 0 the answer is exact: NTK-aware scaling by 2t - 1.
+and W_down = 0 gives exactly NTK-aware scaling by 2t - 1.
 
 For inference one solve serves all scales 1..max_factor: float64 on the host, equal steps
 in u, 8 from scale 1 to 2, 4 between neighbours below 4, 2 above. At max_factor 64 and
@@ -45,9 +45,9 @@ _FEWEST_TRAINING_STEPS = 16
 _TOLERANCE = 1e-7  # of ln inv_freq at inference
 _MOST_STEPS = 1 << 14  # of a solve, unless max_factor needs more from the start
 
-_LARGEST_FACTOR = 4096  # every scale up to it is solved; a larger one is a slip
+_LARGEST_FACTOR = 4096  # every scale up to it is solved at load, so a mistyped factor is refused
 
-# For the solve at load, in NumPy, and for training, in MLX.
+# NumPy for the solve at load, MLX for training.
 _ACTIVATIONS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     "tanh": (np.tanh, mx.tanh),
     # x * sigmoid(x), written so that a large -x does not overflow exp.
@@ -86,11 +86,11 @@ class ClexConfig:
 
 
 class Clex(Scaling):
-    """Slows slow pairs most, along a curve the model has learned.
+    """Slows slow pairs most, along a learned curve.
 
-    Fast pairs stay close to how they were trained. Needs fine-tuning; untrained it is
-    NTK-aware scaling by 2t - 1. The scale follows the length in whole numbers, and
-    beyond L0 * max_factor there is no answer.
+    Fast pairs stay close to the trained ones. Needs fine-tuning; untrained it equals NTK-aware
+    scaling by 2t - 1. The scale follows the length in whole numbers; sequences longer than
+    L0 * max_factor are refused.
     """
 
     name: ClassVar[str] = "clex"
@@ -99,7 +99,7 @@ class Clex(Scaling):
     hard_reach: ClassVar[bool] = True
     learned: ClassVar[tuple[str, ...]] = ("up_proj", "down_proj")
     untrained: ClassVar[str] = "NTK at 2t - 1"
-    # All units add up along the whole curve: at 1 x Adam's small steps throw it about.
+    # All hidden units add up along the curve, so at 1 x even small Adam steps change it strongly.
     learning_rate_share: ClassVar[float] = 0.01
     released_procedure: ClassVar[Procedure] = Procedure(scale_draw=UNIFORM, sampling=RELEASE)
 
@@ -108,19 +108,19 @@ class Clex(Scaling):
         super().__init__(config, **shape)
         hidden = self.config.param_factor * self.dims
         bound = 1 / math.sqrt(hidden)
-        # A key of its own: attaching must not change what a seeded program draws next.
+        # A fixed key, so that `attach` does not change the random numbers of a seeded program.
         key = mx.random.key(0)
         self.up_proj = mx.random.uniform(-bound, bound, (self.dims // 2, hidden), key=key)
         self.down_proj = mx.zeros((hidden, self.dims // 2))
 
     def scale_at(self, length: int) -> float:
-        """ceil(length / L0), `length` in tokens, within 1..max_factor."""
+        """Return ceil(length / L0), within 1..max_factor; `length` in tokens."""
         scale = -(-length // self.trained_length)
         return float(min(max(scale, 1), self.config.max_factor))
 
     @classmethod
     def options_for(cls, factor: float) -> dict[str, float]:
-        """The whole number above it."""
+        """Return max_factor: `factor`, rounded up."""
         return {"max_factor": math.ceil(factor)}
 
     @property
@@ -145,7 +145,7 @@ class Clex(Scaling):
 
     @classmethod
     def from_release(cls, entry: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-        """Spell out log_scale, act and time_dt.
+        """Return the entry with log_scale, act and time_dt filled in.
 
         Source: DAMO-NLP-SG/CLEX, configuration_clex.py `CLEXLlamaConfig` (log_scale is
             true unless given); its Mixtral and Phi code never reads the key. Configs of
@@ -160,7 +160,7 @@ class Clex(Scaling):
         return {"log_scale": log_scale, "act": "silu", "time_dt": 0.01, **entry}
 
     def check_scale(self, scale: float) -> float:
-        """Any real number within 1..max_factor."""
+        """Return `scale`; refuse a number outside 1..max_factor."""
         if not 1 <= scale <= self.config.max_factor:
             raise InputError(
                 f"The scale of this CLEX model must be within 1..{self.config.max_factor} "
@@ -174,7 +174,7 @@ class Clex(Scaling):
         return "length" if self.config.log_scale else None
 
     def query_gain(self, positions: mx.array | None, length: int) -> float | None:
-        """Under `log_scale`, ln(length) / ln(L0): below 1 for short texts, 0 at 1.
+        """Return ln(length) / ln(L0) under `log_scale`: below 1 for texts shorter than L0.
 
         Source: the CLEX repository's CLEX/modeling_llama.py, FlashAttention path.
         """
@@ -183,7 +183,7 @@ class Clex(Scaling):
         return math.log(length) / math.log(self.trained_length)
 
     def differentiable_inv_freq(self, scale: Any, layer: int = 0) -> mx.array:
-        """Radians per token, float32, (D/2,), with gradients for W_up and W_down.
+        """Return radians per token, float32, (D/2,), with gradients for W_up and W_down.
 
         The number of steps does not depend on `scale`, so a compiled training step is
         traced once for all scales.

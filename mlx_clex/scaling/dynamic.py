@@ -21,12 +21,11 @@ class DynamicConfig:
 
 
 class Dynamic(Scaling):
-    """Leaves fast pairs as trained and slows slow ones as far as the text needs.
+    """Leaves fast pairs as trained and slows slow pairs by the length of the text.
 
-    The strongest untrained baseline. Unlike mlx-lm's and transformers' `dynamic` the
-    length moves in steps of max(256, L0 / 16) tokens, because every move of the cached
-    keys rounds them once, and all keys move together. Not `ntk`, which has one scale
-    for every length.
+    The strongest untrained baseline. Unlike `dynamic` in mlx-lm and transformers, the length is
+    rounded up to steps of max(256, L0 / 16) tokens, because each rotation of the cached keys to a
+    new scale rounds them once. Not `ntk`, which has one scale for every length.
     """
 
     name: ClassVar[str] = "dynamic"
@@ -35,11 +34,11 @@ class Dynamic(Scaling):
 
     @property
     def largest_scale(self) -> float:
-        """The factor, up to which training draws; the scale itself follows any length."""
+        """The factor, the largest scale in training; at inference the scale has no limit."""
         return self.config.factor
 
     def scale_at(self, length: int) -> float:
-        """`length` in tokens, rounded up to a whole step, over L0; at least 1."""
+        """Return `length`, rounded up to a whole step, / L0, at least 1; `length` in tokens."""
         if length <= self.trained_length:
             return 1.0
         step = max(256, -(-self.trained_length // 16))

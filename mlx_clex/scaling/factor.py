@@ -1,4 +1,4 @@
-"""What the methods with one constant factor share."""
+"""The common part of methods with one constant factor."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +9,7 @@ from .base import Scaling, option
 
 @dataclass(frozen=True, kw_only=True)
 class FactorConfig:
-    """The one number there is to choose."""
+    """The factor of the method."""
 
     factor: float = option(4.0, "Longest length / trained length.")
 
@@ -30,12 +30,12 @@ class FactorScaling(Scaling):
 
     @classmethod
     def options_for(cls, factor: float) -> dict[str, float]:
-        """The factor itself."""
+        """Return `factor` unchanged."""
         return {"factor": factor}
 
     @property
     def reach(self) -> int | None:
-        """L0 * factor. Longer sequences run, with worse answers."""
+        """L0 * factor. Longer sequences run, but answers get worse."""
         return int(self.trained_length * self.config.factor)
 
     @property

@@ -14,7 +14,7 @@ from .procedure import GENE, Procedure
 
 @dataclass(frozen=True, kw_only=True)
 class GeneConfig:
-    """The longest length, where stretching begins, and how it was trained."""
+    """The reach, the first stretched pair, and the fine-tuning of the model."""
 
     factor: float = option(16.0, "Longest length / trained length.")
     num_rotations: float = option(
@@ -39,7 +39,7 @@ class GeneConfig:
 
 
 class GeneScaling(Scaling):
-    """What `gene` and `gene-param` share: all but the periods."""
+    """The common part of `gene` and `gene-param`: everything but the periods."""
 
     Config: ClassVar[type] = GeneConfig
     published: ClassVar[bool] = True
@@ -56,17 +56,17 @@ class GeneScaling(Scaling):
         if factor < trained_at / self.trained_length:
             raise InputError(
                 f"rope_scaling.factor is {factor}, but training_seq_len {trained_at} / trained "
-                f"length {self.trained_length} asks for at least "
+                f"length {self.trained_length} needs at least "
                 f"{trained_at / self.trained_length:g}: raise factor or lower training_seq_len."
             )
 
     @classmethod
     def options_for(cls, factor: float) -> dict[str, float]:
-        """The factor itself."""
+        """Return `factor` unchanged."""
         return {"factor": factor}
 
     def scale_at(self, length: int) -> float:
-        """max(factor, ceil(length / L0)): constant up to L0 * factor, then growing.
+        """Return max(factor, ceil(length / L0)): constant up to L0 * factor, then growing.
 
         Without `gene_random_scale` it is the factor at every length.
         """
@@ -96,16 +96,16 @@ class GeneScaling(Scaling):
 
     @property
     def procedure(self) -> Procedure:
-        """GeNE's own; without `gene_random_scale` nothing is drawn."""
+        """The procedure of GeNE; without `gene_random_scale` the scale is fixed."""
         return self.released_procedure if self.config.gene_random_scale else Procedure()
 
     @property
     def gain_follows(self) -> Literal["position"] | None:
-        """Under `log_scale`, each query's position."""
+        """The position of each query, under `log_scale`."""
         return "position" if self.config.log_scale else None
 
     def query_gain(self, positions: mx.array | None, length: int) -> mx.array | None:
-        """Under `log_scale`, max(1, ln m / ln training_seq_len) at position m, from 1."""
+        """Return max(1, ln m / ln training_seq_len) at position m, from 1, under `log_scale`."""
         if not self.config.log_scale or positions is None:
             return None
         logarithm = mx.log(positions.astype(mx.float32) + 1)
@@ -113,14 +113,14 @@ class GeneScaling(Scaling):
 
     @property
     def _trained_at(self) -> int:
-        """Length of the sequences of fine-tuning, tokens."""
+        """The length of the sequences in fine-tuning, in tokens."""
         return self.config.training_seq_len or self.trained_length
 
     def _ramp(self) -> np.ndarray:
-        """How far each pair is stretched: 0 not at all, 1 by the whole scale, (D/2,).
+        """Return how far each pair is stretched: 0 not at all, 1 by the whole scale, (D/2,).
 
-        The first pair with fewer than `num_rotations` turns within L0 is stretched in full,
-        those before it in proportion to their index.
+        The first pair with fewer than `num_rotations` turns within L0 is stretched in full. Pairs
+        before it are stretched in proportion to their index.
 
         Source: GeNE (Findings of ACL 2024, 249); the repository's gene/gene_rope.py.
         """
@@ -132,11 +132,11 @@ class GeneScaling(Scaling):
 
 
 class Gene(GeneScaling):
-    """Leaves fast pairs nearly as trained and slows slow ones by the scale.
+    """Leaves fast pairs nearly as trained and slows slow pairs by the scale.
 
-    Needs fine-tuning with randomly drawn scales; nothing of its own is learned. The
-    scale never falls below `factor`, so short texts are read at it too. Not YaRN, whose
-    ramp follows frequency and starts later; not `gene-param`.
+    Needs fine-tuning with randomly drawn scales; it has no learned tensors. The scale never falls
+    below `factor`, also for short texts. Not YaRN, whose ramp follows frequency and starts later;
+    not `gene-param`.
     """
 
     name: ClassVar[str] = "gene"
@@ -150,8 +150,8 @@ class GeneParam(GeneScaling):
     """GeNE with two learned numbers for every pair, head and layer.
 
     The period of a pair becomes scale^ramp * period * exp(A) + scale * B, where A
-    (`base_coef`) and B (`specific_coef`) start at 0, which is `gene`. At other values
-    scale 1 is no longer the base model. Needs as many key heads as query heads.
+    (`base_coef`) and B (`specific_coef`) start at 0, which equals `gene`. At other values,
+    scale 1 does not give the base model. Needs as many key heads as query heads.
     """
 
     name: ClassVar[str] = "gene-param"
@@ -188,7 +188,7 @@ class GeneParam(GeneScaling):
         self.shape = replace(self.shape, heads=count, key_heads=count)
 
     def differentiable_inv_freq(self, scale: Any, layer: int = 0) -> mx.array:
-        """Radians per token, float32, (H, D/2), with gradients for A and B.
+        """Return radians per token, float32, (H, D/2), with gradients for A and B.
 
         Source: GeNE, gene/gene_rope.py, `InverseAngularVelocity.forward`.
         """
@@ -198,9 +198,9 @@ class GeneParam(GeneScaling):
         return 1 / (stretched + scale * self.specific_coef[layer])
 
     def _solve(self, scale: float, layer: int) -> np.ndarray:
-        """In float32 and the order of the original.
+        """Solve in float32 and in the order of operations of the original.
 
-        Where the two learned terms cancel, a period is nearly 0 and its last bit decides
-        the angle: float64 was off by 3e-3 in the logits of a tiny checkpoint.
+        Where the two learned terms cancel, a period is nearly 0 and its last bit decides the
+        angle. In float64 the logits of a tiny checkpoint differed by 3e-3.
         """
         return np.array(self.differentiable_inv_freq(scale, layer))

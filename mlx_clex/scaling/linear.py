@@ -8,10 +8,10 @@ from .factor import FactorScaling
 
 
 class Linear(FactorScaling):
-    """Slows fast and slow pairs alike, so neighbouring tokens come to look nearer.
+    """Slows fast and slow pairs alike, so neighbouring tokens are harder to tell apart.
 
     Known as position interpolation, PI; needs fine-tuning. Not NTK-aware scaling, which
-    leaves the fast pairs alone.
+    leaves the fast pairs as trained.
     """
 
     name: ClassVar[str] = "linear"

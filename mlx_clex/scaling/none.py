@@ -11,13 +11,13 @@ from .base import Scaling
 
 @dataclass(frozen=True)
 class NoneConfig:
-    """Nothing to choose."""
+    """No fields."""
 
 
 class NoScaling(Scaling):
-    """Leaves fast and slow pairs as trained, so text beyond L0 is new to the slow ones.
+    """Leaves fast and slow pairs as trained, so slow pairs reach untrained angles past L0.
 
-    The baseline every other method is held against. Needs no training.
+    The baseline of every other method. Needs no training.
     """
 
     name: ClassVar[str] = "none"
@@ -25,20 +25,20 @@ class NoScaling(Scaling):
     static: ClassVar[bool] = True
 
     def scale_at(self, length: int) -> float:
-        """1 for every length, in tokens."""
+        """Return 1 for every length."""
         return 1.0
 
     @property
     def reach(self) -> int | None:
-        """L0; it runs on past it, badly."""
+        """L0. Longer sequences run, but answers get worse."""
         return self.trained_length
 
     def check_scale(self, scale: float) -> float:
         """Refuse every scale but 1."""
         if scale != 1:
             raise InputError(
-                f"A model without a scaling has no scale to set (got {scale}); switch "
-                "one on first, e.g. mlx_clex.convert --scaling clex."
+                f"A model without a scaling has no scale to set, got {scale}. Convert it with "
+                "--scaling NAME first."
             )
         return 1.0
 

@@ -8,9 +8,9 @@ from .factor import FactorScaling
 
 
 class Ntk(FactorScaling):
-    """Leaves the fastest pair as trained and slows the slowest by the whole scale.
+    """Leaves the fastest pair as trained and slows the slowest pair by the whole scale.
 
-    Works untrained up to a few times L0. CLEX starts from it, with 2t - 1 in place of
+    Works untrained for lengths up to a few times L0. CLEX starts from it, with 2t - 1 in place of
     the scale t. Not `dynamic`, whose scale follows the length.
     """
 

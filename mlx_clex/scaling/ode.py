@@ -1,7 +1,7 @@
-"""Fixed-step Runge-Kutta of order four, the 3/8 rule.
+"""Solve an ODE by fixed-step Runge-Kutta of order four, the 3/8 rule.
 
-Works on whatever has `+` and `*`: MLX arrays, where the result can be differentiated,
-and NumPy arrays, where it runs in float64 on the host.
+The state may be an MLX array, which gives a differentiable result, or a NumPy array, which is
+computed on the host in float64.
 
 Not covered: adaptive steps. A caller chooses its own times, and may have the error estimated.
 """
@@ -16,13 +16,13 @@ Rhs = Callable[[Any, Any], Any]  # (time, state) -> d state / d time
 
 
 def rk4_step(rhs: Rhs, time: Any, state: Any, step: Any) -> Any:
-    """Advance `state` by one step of Kutta's 3/8 rule.
+    """Return the state after one step of Kutta's 3/8 rule.
 
     Args:
         rhs: d state / d time as a function of (time, state).
-        time: where the step starts; a number or a scalar array.
-        state: the state there, any shape.
-        step: its length, in units of time; a number or a scalar array.
+        time: start of the step; a number or a scalar array.
+        state: the state at `time`, any shape.
+        step: length of the step, in units of time; a number or a scalar array.
 
     Returns:
         The state at `time + step`; its error falls 2^4 when the step halves

@@ -1,9 +1,9 @@
-"""How scales and positions are drawn for training: the names, and the choice of a method.
+"""Names of the ways to draw scales and positions in training, and the choice of a method.
 
-The two choices are independent. Skips are after PoSE (arXiv 2309.10400). Some of their steps
-may be plain: the rows are cut to at most L0 tokens, at the scale of texts of that length.
+The two choices are independent. Skips follow PoSE (arXiv 2309.10400). With skips, some steps may
+be plain: rows are cut to at most L0 tokens and get the scale of texts of that length.
 
-Not covered: the drawing itself (`training/draws.py`).
+Not covered: the drawing (`training/draws.py`).
 """
 
 from dataclasses import dataclass
@@ -12,26 +12,26 @@ from ..errors import InputError
 
 UNIFORM, GENE, FIXED = "uniform", "gene", "fixed"
 SCALE_DRAWS = {
-    UNIFORM: "a whole number up to the largest scale, all equally likely, as CLEX",
-    GENE: "a multiple of length / trained length, the smallest and largest most often, as GeNE",
+    UNIFORM: "a whole number up to the largest scale, all equally likely, as in CLEX",
+    GENE: "a multiple of length / trained length, smallest and largest most often, as in GeNE",
     FIXED: "always the scale of the sequence's length",
 }
 RELEASE, SKIPS, CONTIGUOUS = "release", "skips", "contiguous"
 SAMPLINGS = {
-    RELEASE: "a sorted sample over the scaled length, neighbours far apart, as CLEX was published",
+    RELEASE: "a sorted sample over the scaled length, neighbours far apart, as in the CLEX release",
     SKIPS: "one to four runs of neighbours with jumps between them, up to the scaled length",
-    CONTIGUOUS: "0, 1, 2, ..., as GeNE",
+    CONTIGUOUS: "0, 1, 2, ..., as in GeNE",
 }
-PLAIN_SHARE = 0.25  # share of plain steps that measured best for CLEX
+PLAIN_SHARE = 0.25  # share of plain steps with the best result for CLEX
 
 
 @dataclass(frozen=True, kw_only=True)
 class Procedure:
-    """How scales and positions are drawn."""
+    """How training draws scales and positions."""
 
     scale_draw: str = FIXED  # one of SCALE_DRAWS
     sampling: str = CONTIGUOUS  # one of SAMPLINGS
-    plain_share: float = 0.0  # share of plain steps among those of skips longer than L0
+    plain_share: float = 0.0  # share of plain steps, for skips and sequences longer than L0
 
     def __post_init__(self) -> None:
         if self.scale_draw not in SCALE_DRAWS:
@@ -46,7 +46,7 @@ class Procedure:
             raise InputError(f"--plain-share must be within 0..1, got {self.plain_share!r}.")
 
     def plain_share_at(self, length: int, trained: int) -> float:
-        """Share of plain steps for sequences of this length, both lengths in tokens.
+        """Return the share of plain steps for sequences of this length, lengths in tokens.
 
         Skips in sequences longer than L0 never draw a scale below length / L0; plain steps
         train those scales.

@@ -1,4 +1,4 @@
-"""YaRN: interpolates slow pairs, keeps fast ones."""
+"""YaRN: slow pairs interpolated, fast pairs kept."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .factor import FactorConfig, FactorScaling
 
 @dataclass(frozen=True, kw_only=True)
 class YarnConfig(FactorConfig):
-    """Where interpolation begins and ends, and how far it goes."""
+    """The range of interpolated pairs, and the factor."""
 
     beta_fast: float = option(
         32.0, "Pairs with more turns within the trained length stay as trained."
@@ -26,16 +26,16 @@ class YarnConfig(FactorConfig):
         super().__post_init__()
         if not self.beta_fast > self.beta_slow > 0:
             raise InputError(
-                "rope_scaling.beta_fast must be greater than beta_slow, and that greater "
+                "rope_scaling.beta_fast must be greater than beta_slow, and beta_slow greater "
                 f"than 0, got {self.beta_fast} and {self.beta_slow}."
             )
 
 
 class Yarn(FactorScaling):
-    """Keeps fast pairs, divides slow ones by the scale, blends in between.
+    """Keeps fast pairs, slows slow pairs by the scale, blends pairs in between.
 
-    Also turns attention up a little: queries and keys are both multiplied by
-    0.1 ln(scale) + 1 on their rotated dimensions. Trained in its paper, usable without.
+    Also raises attention scores: the rotated dimensions of queries and keys are multiplied by
+    0.1 ln(scale) + 1. The paper trains it; it also works untrained.
     """
 
     name: ClassVar[str] = "yarn"
@@ -67,9 +67,9 @@ class Yarn(FactorScaling):
         return inv_freq * ((1 - ramp) + ramp / scale)
 
     def _pair_with_turns(self, turns: float) -> float:
-        """The pair, counted from the fastest, that turns so often within L0 tokens."""
-        # On a line through the logarithms of the frequencies, for a plain rope the formula
-        # of the paper; between neighbours, and past the ends as at the ends.
+        """Return the pair, counted from the fastest, with this many turns within L0 tokens."""
+        # Linear interpolation of the logarithms of the frequencies, extrapolated past the ends.
+        # For a plain rope this equals the formula of the paper.
         wanted = math.log(turns * 2 * math.pi / self.trained_length)
         logs = np.log(self._base_inv_freq())
         at = int(np.clip(np.searchsorted(-logs, -wanted), 1, len(logs) - 1))

@@ -33,7 +33,7 @@ def edit(folder: Path, change: Any) -> None:
 
 
 def scaling(**entries: Any) -> Any:
-    """A change of rope_scaling."""
+    """Return a change of rope_scaling."""
     return lambda folder: edit(folder, lambda config: config["rope_scaling"].update(entries))
 
 
@@ -46,7 +46,7 @@ def without(key: str) -> Any:
 
 
 def tensors(change: Any) -> Any:
-    """A change of the tensors of a one-file safetensors checkpoint."""
+    """Return a change of the tensors of a safetensors checkpoint in one file."""
 
     def apply(folder: Path) -> None:
         loaded: Any = mx.load(str(folder / "model.safetensors"))
@@ -77,7 +77,7 @@ def remove(*names: str) -> Any:
 
 
 def cut_record(folder: Path) -> None:
-    """Shorten one record of a .bin; torch, mapping, reads on into the next one."""
+    """Shorten one record of a .bin file; a mapping torch reads into the next one."""
     file = folder / SHARD
     with zipfile.ZipFile(file) as archive:
         records = {info.filename: archive.read(info) for info in archive.infolist()}
@@ -89,7 +89,7 @@ def cut_record(folder: Path) -> None:
 
 
 def expand(folder: Path) -> None:
-    """A tensor of a terabyte made of one number."""
+    """Return a tensor of a terabyte that stores one number."""
     torch.save({UP: torch.zeros(1).expand(1 << 20, 1 << 18)}, folder / SHARD)
 
 
@@ -144,7 +144,7 @@ BROKEN = {
     "no weights": ("clex_phi", remove("model.safetensors"), "has no weights"),
     "no config": ("clex_phi", remove("config.json"), "no config.json"),
     "config no JSON": ("clex_phi", overwrite("config.json", b"{"), "no readable JSON"),
-    "config no object": ("clex_phi", overwrite("config.json", b"[]"), "no object"),
+    "config no object": ("clex_phi", overwrite("config.json", b"[]"), "is not a JSON object"),
     "no model_type": ("clex_phi", without("model_type"), "no model_type"),
     "unknown family": ("clex_phi", config(model_type="nope"), "'nope'"),
     "key of the family missing": (
@@ -267,19 +267,25 @@ OPTIONS = {
     "revision of a folder": (["--revision", "main"], "is for hub ids"),
     "both -q and -d": (["-q", "-d"], "not both"),
     "predicate without -q": (["--quant-predicate", "mixed_2_6"], "needs -q"),
-    "group size that mlx has not": (["-q", "--q-group-size", "8"], "quantise like that"),
+    "group size that mlx has not": (
+        ["-q", "--q-group-size", "8"],
+        "does not accept these quantisation options",
+    ),
     "a group no layer can have": (["-q", "--q-group-size", "48"], "quantise nothing"),
     "an empty target": (["--mlx-path", ""], "needs a name"),
     "an empty source": (["--hf-path", ""], "no folder or file ''"),
     "a .gguf that is not there": (["--hf-path", "nope.gguf"], "no folder or file 'nope.gguf'"),
     "a target inside a file": (["--mlx-path", f"{__file__}/x"], "is a file"),
-    "bits that mlx has not": (["-q", "--q-bits", "9"], "quantise like that"),
+    "bits that mlx has not": (
+        ["-q", "--q-bits", "9"],
+        "does not accept these quantisation options",
+    ),
     "settings without --scaling": (["--max-factor", "8"], "--max-factor needs --scaling"),
     "settings of another method": (
         ["--scaling", "yarn", "--max-factor", "8"],
         "--scaling yarn has no --max-factor",
     ),
-    "scaling over trained weights": (["--scaling", "yarn"], "would throw away"),
+    "scaling over trained weights": (["--scaling", "yarn"], "would discard them"),
     "trained length": (["--trained-length", "1"], "at least 2"),
     "freeze below 1": (["--freeze", "0.5"], "0.5"),
     "freeze beyond max_factor": (["--freeze", "9"], "9"),
@@ -289,7 +295,7 @@ OPTIONS = {
 
 
 def check_refused(argv: list[str], part: str, tmp_path: Path, capsys: Any) -> None:
-    """Exit status 2, one line with `part` in it, and no trace of the target."""
+    """Check for exit status 2, one line with `part` in it, and no target folder."""
     before = sorted(tmp_path.rglob("*"))
     capsys.readouterr()
     status = run_command(
@@ -322,7 +328,7 @@ def test_a_broken_checkpoint_is_refused(tmp_path, capsys, case):
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_an_option_that_cannot_work_is_refused(tmp_path, capsys, case):
-    """Each must be told what it needs."""
+    """Each error must say what the option needs."""
     options, part = OPTIONS[case]
 
     argv = ["--hf-path", str(GOLDEN / "clex_phi"), *options]
@@ -330,14 +336,14 @@ def test_an_option_that_cannot_work_is_refused(tmp_path, capsys, case):
 
 
 def test_an_empty_folder_is_refused(tmp_path, capsys):
-    """The folder of a download that never began."""
+    """A download that never began leaves an empty folder."""
     (tmp_path / "empty").mkdir()
 
     check_refused(["--hf-path", str(tmp_path / "empty")], "is empty", tmp_path, capsys)
 
 
 def test_a_target_that_exists_is_left_alone(tmp_path, capsys):
-    """Somebody's model lies there."""
+    """The target may hold another model."""
     (tmp_path / "new" / "out").mkdir(parents=True)
     (tmp_path / "new" / "out" / "theirs").write_text("precious")
 
@@ -346,7 +352,7 @@ def test_a_target_that_exists_is_left_alone(tmp_path, capsys):
 
 
 def test_a_full_disk_is_noticed_before_writing(tmp_path, capsys, monkeypatch):
-    """Hours of conversion must not end in a full disk that could be foreseen."""
+    """A conversion of hours must not fail on a disk that was too small from the start."""
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
 
@@ -354,7 +360,7 @@ def test_a_full_disk_is_noticed_before_writing(tmp_path, capsys, monkeypatch):
 
 
 class Hostile:
-    """A pickle that runs a command where it is loaded without care."""
+    """A pickle that runs a command when it is loaded without weights_only."""
 
     def __reduce__(self):
         import os
@@ -364,7 +370,7 @@ class Hostile:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_hostile_pickle_runs_nothing(tmp_path, capsys, monkeypatch, zipped):
-    """A .bin file of a stranger is a program, unless it is read as data."""
+    """A .bin file can run code unless it is read as data."""
     monkeypatch.setenv("TMPDIR_OF_TEST", str(tmp_path))
     source = tmp_path / "source"
     shutil.copytree(GOLDEN / "clex_llama", source, ignore=shutil.ignore_patterns("golden.*"))
@@ -375,7 +381,7 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, capsys, monkeypatch, zipped):
 
     check_refused(
         ["--hf-path", str(source)],
-        "asks to run posix.system, which is never done",
+        "asks to run posix.system; mlx_clex never runs code",
         tmp_path,
         capsys,
     )
@@ -383,7 +389,7 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, capsys, monkeypatch, zipped):
 
 
 def test_python_files_of_the_source_are_not_run(tmp_path):
-    """Published folders bring modeling files; even a sitecustomize must stay unread."""
+    """Published folders contain modeling files; even a sitecustomize must not run."""
     source = tmp_path / "source"
     shutil.copytree(GOLDEN / "clex_phi", source, ignore=shutil.ignore_patterns("golden.*"))
     trap = f"open({str(tmp_path / 'ran')!r}, 'w')"

@@ -19,7 +19,7 @@ from ..conftest import GOLDEN, GOLDEN_NAMES
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_tensors_arrive_unchanged_under_our_names(converted, name):
-    """Every weight of a published checkpoint must survive bit for bit, and no other."""
+    """Every published weight must be written bit for bit, and no other tensor."""
     theirs = read_tensors(GOLDEN / name)
     ours = read_tensors(converted(name))
 
@@ -52,7 +52,7 @@ def _split_expert(key: str) -> tuple[str, str, tuple[int, str, str]]:
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
 def test_converted_folder_holds_what_loaders_need_and_no_code_of_strangers(converted, name):
-    """A modeling file copied along would be run by stock mlx-lm."""
+    """Stock mlx-lm would run a copied modeling file."""
     names = {file.name for file in (converted(name)).iterdir()}
     config = read_config(converted(name))
 
@@ -175,7 +175,7 @@ def test_every_scaling_can_be_switched_on(base, tmp_path, name):
 
 
 def test_a_plain_checkpoint_stays_plain(base, tmp_path):
-    """Without a scaling there is nothing for the shim to do."""
+    """A checkpoint without a scaling needs no shim."""
     convert(base, tmp_path / "out")
 
     assert "model_file" not in read_config(tmp_path / "out")
@@ -193,7 +193,7 @@ def test_safetensors_win_over_a_stale_bin_index(tmp_path):
 
 
 def test_untied_heads_are_kept_where_the_config_does_not_say(tmp_path):
-    """mlx-lm's LLaMA ties by default and would drop lm_head without a word."""
+    """mlx-lm's LLaMA ties by default and would drop lm_head silently."""
     source = copy_golden("gene_param_llama", tmp_path)
     config = read_config(source)
     del config["tie_word_embeddings"]
@@ -237,7 +237,7 @@ def test_mixed_storages_come_out_in_the_configs_type(tmp_path):
 
 
 def test_a_dry_run_tells_everything_and_writes_nothing(tmp_path, capsys):
-    """--dry-run must not differ from the real thing, nor leave a trace."""
+    """--dry-run must print what a conversion writes, and write nothing."""
     convert(GOLDEN / "clex_mixtral", tmp_path / "out", dry_run=True)
 
     text = capsys.readouterr().out
@@ -250,7 +250,7 @@ def test_a_dry_run_tells_everything_and_writes_nothing(tmp_path, capsys):
 
 
 def test_the_card_has_the_table_of_scales_and_the_reach(converted):
-    """A reader of the hub page must see how far the model goes."""
+    """A reader of the hub page must see the reach of the model."""
     card = (converted("clex_llama") / "README.md").read_text()
 
     assert "Reach: 256 tokens" in card
@@ -260,7 +260,7 @@ def test_the_card_has_the_table_of_scales_and_the_reach(converted):
 
 @pytest.mark.parametrize("name", ["clex", "gene", "dynamic", "yarn", "none"])
 def test_the_table_of_scales_is_what_the_scaling_answers(name):
-    """Each row's ends must have the row's scale, its neighbours another one."""
+    """Both ends of a row must have its scale; the neighbouring lengths must have another."""
     scaling = build_scaling({"type": name}, dims=16, base=1e4, trained_length=1024)
     rows = scale_table(scaling)
 

@@ -1,4 +1,4 @@
-"""How the converter writes: little memory, whole or not at all."""
+"""The converter needs little memory and never leaves a partial folder."""
 
 import json
 import os
@@ -56,7 +56,7 @@ convert(sys.argv[1], sys.argv[2])
 
 
 def test_a_killed_conversion_leaves_nothing_that_looks_finished(tmp_path):
-    """kill -9 cannot be cleaned up after, so what is left must tell what it is."""
+    """Nothing can clean up after kill -9, so the remaining folder must not look finished."""
     done = subprocess.run(
         [sys.executable, "-c", KILL_WHILE_WRITING, GOLDEN / "clex_phi", tmp_path / "out"],
         capture_output=True,

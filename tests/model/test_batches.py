@@ -21,7 +21,7 @@ def prompts_of(lengths):
 
 
 def batched(model, prompts, size):
-    """Greedy tokens of every prompt, `size` rows at a time, rows joining as others end."""
+    """Return greedy tokens of each prompt, `size` rows at a time; new rows join when others end."""
     generator = BatchGenerator(
         model,
         max_tokens=COUNT,

@@ -1,4 +1,4 @@
-"""Caches that know their scale, against keys rotated afresh at every pass."""
+"""Caches with a scale give the same logits as keys rotated afresh at every pass."""
 
 import copy
 import itertools
@@ -37,7 +37,7 @@ def close(a, b, tolerance=TOLERANCE):
 
 
 def mean_error(model, ids, cache, oracle):
-    """Mean absolute difference of the logits over single-token passes."""
+    """Return the mean absolute difference of the logits over single-token passes."""
     errors = [
         mx.abs(model(ids[:, i : i + 1], cache=cache) - oracle(ids[:, i : i + 1])).mean().item()
         for i in range(ids.shape[1])
@@ -73,7 +73,7 @@ def test_decoding_across_steps_equals_keys_rotated_afresh(model, tokens):
 
 
 def test_a_planned_prompt_in_odd_chunks_equals_one_pass(model, tokens):
-    """`prompt`: scale and gain of the whole from the first chunk on, then growing."""
+    """With `prompt`, the whole prompt sets scale and gain from the first chunk on."""
     ids = tokens[:, :150]
     cache = make_prompt_cache(model, expected_length=123)
     whole = model(ids[:1, :123])
@@ -87,7 +87,7 @@ def test_a_planned_prompt_in_odd_chunks_equals_one_pass(model, tokens):
 
 
 def test_while_nothing_changes_decoding_equals_one_pass(model, tokens):
-    """Within one scale and gain there is one right answer, token by token or at once."""
+    """At one scale and gain, decoding token by token must equal one pass."""
     ids = tokens[:1, :16]
     cache = make_prompt_cache(model, expected_length=16)
     parts = [model(ids[:, i : i + 1], cache=cache) for i in range(16)]
@@ -96,7 +96,7 @@ def test_while_nothing_changes_decoding_equals_one_pass(model, tokens):
 
 
 def test_trimming_back_over_a_step_moves_keys_back(growing, tokens):
-    """Speculative decoding and edited prompts go back; the scale goes with them."""
+    """Speculative decoding and edited prompts trim the cache; the scale must follow."""
     cache, oracle = make_prompt_cache(growing), Oracle(growing)
     position = read(growing, tokens[:1], [30, 40, 1], cache, oracle)
     before = cache[0].scale
@@ -126,7 +126,7 @@ def test_a_saved_cache_goes_on_where_it_was(growing, tokens, tmp_path):
 
 
 def test_a_saved_scale_is_the_same_number(tokens, tmp_path):
-    """mlx-lm saves numbers in float32; 512/300 came back as another scale and keys moved."""
+    """mlx-lm saves numbers in float32. 512/300 came back as another scale, so keys were rotated."""
     model = attach(tiny_llama(), {"type": "dynamic", "factor": 2}, trained_length=300)
     cache = make_prompt_cache(model, 512)
     model(tokens[:1, :20], cache=cache)
@@ -149,7 +149,7 @@ def test_a_copied_cache_leaves_the_original_alone(growing, tokens):
 
 
 def batch_of(model, tokens, lengths, plans):
-    """Caches of rows read alone, and their oracles."""
+    """Return a batch of rows that were read alone, and their oracles."""
     rows, oracles = [], []
     for row, (length, plan) in enumerate(zip(lengths, plans, strict=True)):
         cache, oracle = make_prompt_cache(model, plan), Oracle(model, plan or 0)
@@ -253,7 +253,7 @@ def test_empty_rows_can_be_merged_and_extended(growing, tokens):
 
 
 def test_a_saved_batch_goes_on_where_it_was(growing, tokens, tmp_path):
-    """Also a batch has a state that mlx-lm can save."""
+    """mlx-lm must be able to save and load a batch."""
     rows, oracles = batch_of(growing, tokens, [10, 37], [None, 50])
     batch = merge(rows)
     save_prompt_cache(str(tmp_path / "batch.safetensors"), batch)
@@ -262,7 +262,7 @@ def test_a_saved_batch_goes_on_where_it_was(growing, tokens, tmp_path):
 
 
 def test_padding_on_the_right_needs_lengths(growing):
-    """Without them a row's own length, and so its scale, is unknown."""
+    """Without lengths, the length of a row and therefore its scale are unknown."""
     (cache, _) = merge([make_prompt_cache(growing), make_prompt_cache(growing)])
     with pytest.raises(ValueError, match="needs lengths"):
         cache.prepare(right_padding=[0, 3])
@@ -270,7 +270,7 @@ def test_padding_on_the_right_needs_lengths(growing):
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_at_a_fixed_scale_caches_are_those_of_mlx_lm(name, tokens):
-    """Nothing moves, so nothing of ours is needed, and 8-bit keys are as good as there."""
+    """At a fixed scale mlx-lm's caches are enough, and 8-bit keys are as accurate as in them."""
     model = scaled_llama(name, scale=1.0 if name == "none" else 3.0)
     cache, oracle = make_prompt_cache(model), Oracle(model)
     assert [type(c) for c in cache] == [KVCache] * 2
@@ -282,7 +282,7 @@ def test_at_a_fixed_scale_caches_are_those_of_mlx_lm(name, tokens):
 
 
 def test_quantised_keys_that_never_move_are_as_good_as_at_a_fixed_scale(tokens):
-    """What `generate --kv-bits` plans for: the scale of prompt and answer together."""
+    """`generate --kv-bits` uses the scale of prompt and answer together, so keys never move."""
     planned, fixed = scaled_llama("clex"), scaled_llama("clex", scale=5.0)
     one = [c.to_quantized(group_size=32, bits=8) for c in make_prompt_cache(planned, 80)]
     two = [c.to_quantized(group_size=32, bits=8) for c in make_prompt_cache(fixed)]
@@ -293,7 +293,7 @@ def test_quantised_keys_that_never_move_are_as_good_as_at_a_fixed_scale(tokens):
 
 
 def test_quantised_keys_that_move_stay_near(growing, tokens, tmp_path, monkeypatch):
-    """A stock program may quantise a growing cache: each move costs, none is missed."""
+    """Stock programs may quantise a growing cache; each rotation costs accuracy."""
 
     def error():
         cache, oracle = make_prompt_cache(growing), Oracle(growing)
@@ -311,7 +311,7 @@ def test_quantised_keys_that_move_stay_near(growing, tokens, tmp_path, monkeypat
 
 
 def test_keys_are_moved_once_a_step_and_not_once_a_token(growing, tokens, monkeypatch):
-    """A move at every token is what makes the published code slow."""
+    """The published code is slow because it rotates all keys at every token."""
     moves = []
     monkeypatch.setattr(
         ScaledKVCache,
@@ -333,7 +333,7 @@ def test_keys_are_moved_once_a_step_and_not_once_a_token(growing, tokens, monkey
 
 
 def test_a_cache_without_a_scale_is_refused(growing, tokens):
-    """A stock cache would keep keys of an old scale without a word."""
+    """A stock cache would silently keep keys of an old scale."""
     for cache in (KVCache(), QuantizedKVCache()):
         with pytest.raises(InputError, match=r"make_prompt_cache\(model\)"):
             growing(tokens[:1, :4], cache=[cache, cache])

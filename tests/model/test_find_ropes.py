@@ -1,4 +1,4 @@
-"""One law over all families of mlx-lm: attached equals stock with frequencies put in by hand.
+"""For all families of mlx-lm: attach equals the stock model with hand-made ropes.
 
 The other side of each comparison is the stock model with `HandRope`s, which rotate in
 plain cosines and sines, and for decoding `HandCache`s, which keep keys unrotated and
@@ -30,7 +30,7 @@ CLEX = {"type": "clex", "max_factor": 4}
 
 
 class Hand:
-    """What the ropes and caches of one stock model share."""
+    """The frequencies and gain shared by the ropes and caches of one stock model."""
 
     def __init__(self, inv_freq=None, keep_keys=False, gain=1.0):
         self.inv_freq = inv_freq  # radians per token, (D/2,)
@@ -142,7 +142,7 @@ def scaled_layers(name, model):
 
 
 def frequencies(name, model, scale):
-    """Those of the scaling, and none for pairs that the family does not rotate."""
+    """Return the frequencies of the scaling; zero for pairs that the family does not rotate."""
     inv_freq = model.scaling.inv_freq(scale)
     pairs = FAMILIES[name].pairs
     return inv_freq if pairs is None else mx.where(mx.arange(inv_freq.size) < pairs, inv_freq, 0)
@@ -156,7 +156,7 @@ def attached(name, scale=None, **fields):
 
 def close(ours, theirs):
     assert ours.shape == theirs.shape
-    silent = mx.isinf(theirs)  # phi3small silences ids that mean nothing
+    silent = mx.isinf(theirs)  # phi3small masks unused ids
     assert mx.array_equal(silent, mx.isinf(ours))
     ours, theirs = mx.where(silent, 0, ours), mx.where(silent, 0, theirs)
     error = (mx.abs(ours - theirs).max() / mx.abs(theirs).max()).item()
@@ -179,7 +179,7 @@ def ids(tokens):
 @pytest.mark.filterwarnings("ignore:.* tokens are past")
 @pytest.mark.parametrize("name", SERVED)
 def test_scale_one_is_the_stock_model(name, ids):
-    """Attaching must not change a single answer of a family."""
+    """Attaching must not change the logits of any family."""
     close(attached(name, scale=1.0)(ids), tiny(name)(ids))
 
 
@@ -213,7 +213,7 @@ def test_decoding_across_steps_of_the_scale(name, ids):
 
 @pytest.mark.parametrize("name", SERVED)
 def test_a_gain_is_on_all_of_each_query_or_refused(name, ids):
-    """Keys first, or a rope that sees a part of a query, would put log_scale elsewhere."""
+    """If keys come first, or a rope gets part of a query, log_scale would be applied wrongly."""
     no_gain = FAMILIES[name].no_gain
     if no_gain:
         with pytest.raises(InputError, match=f"log_scale .*{no_gain}.*log_scale to false"):
@@ -227,7 +227,7 @@ def test_a_gain_is_on_all_of_each_query_or_refused(name, ids):
 
 @pytest.mark.parametrize("name", [n for n in SERVED if FAMILIES[n].one_scale])
 def test_keys_that_cannot_move_hold_a_family_at_one_scale(name, ids):
-    """A growing scale would leave old keys behind without a word."""
+    """A growing scale would silently keep keys of the old scale."""
     with pytest.raises(InputError, match=f"{FAMILIES[name].one_scale}.*Pass scale="):
         attached(name)
     model = attached(name, scale=3.0)
@@ -244,7 +244,7 @@ def test_keys_that_cannot_move_hold_a_family_at_one_scale(name, ids):
     ],
 )
 def test_rows_of_a_batch_move_on_their_own(name, ids):
-    """Where a family keeps its keys, a row's must move without the other's."""
+    """Keys of one row must be rotated without those of the other, in every family."""
     model = attached(name)
     rows = [ids[:, :14], ids[:, 5:16]]
     alone = [make_prompt_cache(model) for _ in rows]
@@ -268,7 +268,7 @@ def test_heads_that_differ_by_layer_are_no_place_for_tensors_a_head():
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_scaled_is_refused_with_the_reason(name):
-    """And the model is left as it was."""
+    """The error has the reason, and the model is unchanged."""
     model = tiny(name)
     with pytest.raises(InputError, match=FAMILIES[name].refused):
         attached(name)
@@ -330,7 +330,7 @@ def test_a_rope_that_follows_the_length_is_no_base():
 
 
 def test_every_file_of_mlx_lm_is_in_the_table():
-    """A family that a new mlx-lm brings must be looked at."""
+    """A family that is new in mlx-lm must be added to the table."""
     parts = {"activations", "base", "bitlinear_layers", "cache", "gated_delta", "mla", "pipeline"}
     parts |= {"rope_utils", "ssm", "switch_layers"}
     files = {module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__)}

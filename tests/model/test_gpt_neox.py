@@ -1,4 +1,4 @@
-"""GPT-NeoX, which the CLEX paper names, against transformers' own with frequencies put in."""
+"""GPT-NeoX, a family in the CLEX paper, equals transformers with replaced frequencies."""
 
 import json
 
@@ -52,7 +52,7 @@ def converted(folder):
 
 
 def logits(theirs, ids, inv_freq):
-    """Of transformers' model, with these frequencies in place of its own."""
+    """Return the logits of transformers' model with these frequencies."""
     theirs.gpt_neox.rotary_emb.inv_freq = torch.tensor(np.array(inv_freq))
     with torch.no_grad():
         return theirs(torch.tensor(np.array(ids))).logits.numpy()
@@ -74,7 +74,7 @@ def test_a_converted_checkpoint_equals_transformers(tmp_path, tokens, rotary, ol
 
 
 def test_decoding_equals_transformers_without_a_cache(tmp_path, tokens):
-    """With one layer a key depends on its token only, so a fresh pass is the whole truth."""
+    """With one layer a key depends on its token only, so a fresh pass gives the exact answer."""
     theirs = published(tmp_path, layers=1)
     ours = converted(tmp_path)
     cache = make_prompt_cache(ours)

@@ -1,7 +1,7 @@
-"""Decoding never waits for the device because of us.
+"""Decoding never waits for the device in code of mlx_clex.
 
-mlx-lm queues the next token while the last one is computed. One `.item()` in our code per
-token would end that, and show in no test of values.
+mlx-lm queues the next token while the last one is computed. One `.item()` per token would stop
+that, and no test of values would show it.
 """
 
 import sys
@@ -60,7 +60,7 @@ def waits(monkeypatch):
 
 
 def caches_of(model, lengths):
-    """Caches of one row a length, read and merged as mlx-lm's batches are."""
+    """Return caches with one row per length, read and merged as in mlx-lm's batches."""
     rows = []
     for length in lengths:
         row = make_prompt_cache(model)
@@ -95,7 +95,7 @@ def test_no_token_waits_for_the_host(waits, name, log_scale, lengths):
 
 
 def test_the_count_sees_a_wait(waits):
-    """A counter that nothing reaches would pass for ever."""
+    """The test above would always pass if the counter never counted."""
     model = scaled_llama("clex")
     model.scaling.inv_freq(2.0)
     source = {"__name__": "mlx_clex.somewhere", "mx": mx, "np": np}

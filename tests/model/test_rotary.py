@@ -29,7 +29,7 @@ def worst(a, b):
 @pytest.mark.parametrize("dims", [32, 48])
 @pytest.mark.parametrize("offset", [0, 5, mx.array([2, 9])])
 def test_fused_and_plain_rotation_are_the_same(traditional, dims, offset):
-    """Inference takes one, training and unequal rows the other."""
+    """Inference uses the fused rotation; training and unequal rows use the plain one."""
     inputs = x(dims=dims)
     fused = rotate(inputs, INV_FREQ, offset, traditional=traditional)
     plain = rotate(inputs, INV_FREQ, offset, traditional=traditional, fused=False)
@@ -41,14 +41,14 @@ def test_fused_and_plain_rotation_are_the_same(traditional, dims, offset):
 
 @pytest.mark.parametrize("traditional", [False, True])
 def test_base_frequencies_rotate_like_mlx(traditional):
-    """At scale 1 nothing may differ from the rope the model came with."""
+    """At scale 1 the rotation must equal the model's own rope."""
     rope = nn.RoPE(32, traditional=traditional, base=10_000.0)
 
     assert worst(rotate(x(), INV_FREQ, 7, traditional=traditional), rope(x(), offset=7)) < 2e-5
 
 
 def test_heads_and_rows_each_have_their_frequencies():
-    """gene-param has them a head, a batch of unequal rows a row."""
+    """gene-param has frequencies per head, a batch of unequal rows per row."""
     by_head = mx.stack([INV_FREQ, INV_FREQ / 2, INV_FREQ / 5])
     heads = rotate(x(), by_head, 4)
     for head in range(3):
@@ -63,7 +63,7 @@ def test_heads_and_rows_each_have_their_frequencies():
 
 
 def test_given_positions_need_not_be_whole_or_consecutive():
-    """Training draws positions; a pass may carry any."""
+    """Training draws positions, so a pass must accept any."""
     positions = mx.array([0, 2.5, 7, 100.25])
     one = Pass(inv_freq=[INV_FREQ], positions=positions).rotate(x(length=4), 0, 0, False)
     for i, position in enumerate(positions.tolist()):
@@ -171,7 +171,7 @@ def test_generating_in_training_mode_solves_nothing_anew(name, tokens, monkeypat
 
 @pytest.mark.parametrize("name", [n for n in SCALINGS if SCALINGS[n].learned])
 def test_gradients_of_the_loss_equal_differences(name, tokens):
-    """From the loss through attention, rotation and solve to the learned tensors."""
+    """Gradients pass from the loss through attention, rotation and solve."""
     model = scaled_llama(name)
     randomise(model.scaling, size=0.05)  # a smooth loss, for the differences
     ids = tokens[:1, :60]
@@ -198,9 +198,9 @@ def test_gradients_of_the_loss_equal_differences(name, tokens):
 
 
 def test_a_rope_called_outside_a_pass_says_so(tokens):
-    """The inner model has no scale; guessing one would be silently wrong."""
+    """Without a pass there is no scale; a guess would give wrong logits."""
     model = scaled_llama("clex")
-    with pytest.raises(RuntimeError, match="Call the model itself"):
+    with pytest.raises(RuntimeError, match="Call the model instead"):
         model.model(tokens[:1])
 
 
@@ -228,7 +228,7 @@ def test_the_rotary_gain_of_half_precision_models_is_not_rounded():
 
 
 def test_left_padded_rows_rotate_their_own_tokens():
-    """Positions below 0 are padding; those from 0 on must be right beside them."""
+    """Positions below 0 are padding; positions from 0 on must be rotated correctly."""
     padded = rotate(x(), INV_FREQ, mx.array([-4, 0]))
     assert worst(padded[:1, :, 4:], rotate(x()[:1, :, 4:], INV_FREQ)) < 2e-5
     assert worst(padded[1:], rotate(x()[1:], INV_FREQ)) < 2e-5

@@ -1,4 +1,4 @@
-"""attach: what it changes in a stock model, and what it refuses."""
+"""attach: changes in a stock model, and models that it refuses."""
 
 import importlib
 import inspect
@@ -29,7 +29,7 @@ def worst(a, b):
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_at_scale_one_the_model_is_the_one_it_was(name, tokens):
-    """A fresh scaling held at scale 1 must not change a single answer."""
+    """An untrained scaling fixed at scale 1 must not change the logits."""
     ids = tokens[:, :L0]
     stock = tiny_llama()(ids)
     model = attach(tiny_llama(), {"type": name, **CONFIGS[name]}, scale=1.0)
@@ -54,7 +54,7 @@ def test_it_works_in_place_and_keeps_the_class(tokens):
 
 
 def test_input_embeddings_stand_in_for_tokens(tokens):
-    """The length of the pass comes from whichever of the two there is."""
+    """The length of the pass comes from the tokens or the embeddings."""
     model = scaled_llama("clex")
     ids = tokens[:1, :70]
     embeddings = model.model.embed_tokens(ids)
@@ -139,7 +139,7 @@ def test_beyond_a_hard_reach_the_model_refuses(tokens):
 
 @pytest.mark.parametrize("name", ["none", "linear", "ntk", "yarn"])
 def test_past_a_soft_reach_it_warns_once(name, tokens):
-    """They run on, and get worse without any sign of it in the text."""
+    """Longer sequences run, but answers get worse, so the user needs a warning."""
     model = scaled_llama(name)
     ids = tokens[:1, : model.reach]
     with warnings.catch_warnings():
@@ -151,7 +151,7 @@ def test_past_a_soft_reach_it_warns_once(name, tokens):
 
 
 def test_past_the_length_of_a_fixed_scale_it_warns(tokens):
-    """The model serves it, with frequencies made for a shorter text."""
+    """The model accepts the text, at frequencies for a shorter one."""
     model = scaled_llama("clex", scale=2.5)
     with pytest.warns(UserWarning, match="41 tokens are past the 40 "):
         model(tokens[:1, :41])
@@ -168,7 +168,7 @@ def test_methods_without_an_end_go_on_without_a_word(name, tokens):
 
 
 def test_a_given_pass_replaces_the_one_of_the_length(tokens):
-    """Training gives frequencies and positions; the door closes behind it, also on errors."""
+    """Training gives frequencies and positions; the pass is removed afterwards, also on errors."""
     model = scaled_llama("clex")
     ids = tokens[:1, :50]
     usual = model(ids)
@@ -268,7 +268,7 @@ def test_partial_rotary_and_interleaved_models_are_served(kind, tokens):
     "entry", [{"type": "llama3", "factor": 8.0}, {"type": "linear", "factor": 2.0}]
 )
 def test_frequencies_are_those_of_the_models_own_rope(entry):
-    """Two scalings multiplied, or the model's own was dropped."""
+    """The model's own rope scaling was dropped or applied twice."""
     args = tiny_llama().args
     args.rope_scaling = entry
     source = llama.Model(args)

@@ -106,7 +106,7 @@ def folders(tmp_path_factory):
 
 
 def test_two_processes_give_the_tokens_of_one(folders, tmp_path):
-    """By heads, gene-param's own included, and by layers; and what cannot be shared says so."""
+    """Split by heads (also gene-param) and by layers; models that cannot be split are refused."""
     runs = [
         (("clex_llama",), ()),
         (("clex_llama",), ("--scale", "5.5")),
@@ -148,7 +148,7 @@ def test_two_processes_give_the_tokens_of_one(folders, tmp_path):
 
 
 def test_the_command_under_mlx_launch(folders):
-    """As it is typed: one process prints, both end."""
+    """Under mlx.launch one process prints, and both end."""
     options = ("--model", folders["gene_param_llama"], "--prompt", PROMPT, "-m", "5")
     done = launch("-m", "mlx_clex.generate", *options)
     assert done.returncode == 0, done.stderr
@@ -157,7 +157,7 @@ def test_the_command_under_mlx_launch(folders):
 
 @contextmanager
 def serving(*options):
-    """A function that posts a completion request to a server of two processes."""
+    """Yield a function that posts a completion request to a server of two processes."""
     port = free_port()
     command = ("-m", "mlx_clex.server", "--port", port, "--log-level", "WARNING")
     with launched(*command, *options) as process:
@@ -183,7 +183,7 @@ def serving(*options):
 
 
 def answers_of(folder):
-    """A function from a prompt to the answer of one process."""
+    """Return a function from a prompt to the answer of one process."""
     model, tokenizer = load(folder)
 
     def answer(prompt):
@@ -205,7 +205,7 @@ BAD = [
 
 @pytest.mark.parametrize("options", [("clex_llama",), ("qwen2", "--pipeline")])
 def test_a_server_of_two_processes_answers_as_one(options, folders):
-    """mlx-lm's own loader knows no plans; and whatever comes, the two must stay in step."""
+    """Both processes must use the same plan for every request."""
     name, *rest = options
     alone = answers_of(folders[name])
     prompts = [PROMPT, "A cat.", PROMPT + "And", "B " + PROMPT]
@@ -248,7 +248,7 @@ def hang_up(port, **body):
     ],
 )
 def test_options_that_several_processes_cannot_have(options, words):
-    """They would answer out of step, or not at all."""
+    """With these options the processes would diverge or hang."""
     parser = argparse.ArgumentParser()
     server.add_arguments(parser)
     args = parser.parse_args(options)

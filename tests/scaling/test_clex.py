@@ -17,7 +17,7 @@ ACTS = {"tanh": np.tanh, "silu": lambda x: x / (1 + np.exp(-x))}
 
 
 def trained_like(size, base=1e4, **fields):
-    """A CLEX whose network moves frequencies as far as published ones do, or further."""
+    """Return a CLEX whose network changes frequencies at least as much as published ones."""
     clex = Clex(ClexConfig(**fields), dims=DIMS, base=base, trained_length=4096)
     spread = mx.random.uniform(-1, 1, clex.down_proj.shape, key=mx.random.key(2))
     clex.down_proj = spread * size / np.sqrt(clex.down_proj.shape[0])
@@ -26,7 +26,7 @@ def trained_like(size, base=1e4, **fields):
 
 
 def as_published(clex, step=0.01):
-    """ln inv_freq at 1..max_factor by the original equations, float64, uniform steps."""
+    """Return ln inv_freq at 1..max_factor by the original equations, float64, uniform steps."""
     i = np.arange(0, clex.dims, 2)
     d = clex.dims
     act = ACTS[clex.config.act]
@@ -133,7 +133,7 @@ def test_few_steps_are_as_good_as_hundreds(act, size, base, param_factor):
 
 
 def test_other_reals_lie_between_whole_scales():
-    """A fixed scale of 2.5 is solved on demand, as exactly."""
+    """A fixed scale of 2.5 is solved on demand, with the same accuracy."""
     clex = trained_like(0.3, max_factor=16)
     i = np.arange(0, DIMS, 2)
     up, down = (np.array(w, np.float64) for w in (clex.up_proj, clex.down_proj))
@@ -148,7 +148,7 @@ def test_other_reals_lie_between_whole_scales():
 
 @pytest.mark.parametrize("name", [n for n in GOLDEN_NAMES if n.startswith("clex")])
 def test_frequencies_equal_those_of_the_published_code(name, converted):
-    """Within 3e-5 relative; the published float32 solve is itself that inexact."""
+    """Within 3e-5 relative, the error of the published float32 solve."""
     config = json.loads((GOLDEN / name / "config.json").read_text())
     golden = mx.load(str(GOLDEN / name / "golden.safetensors"))["frequencies"]
     tensors = mx.load(str(next(converted(name).glob("model*.safetensors"))))

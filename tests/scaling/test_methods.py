@@ -65,7 +65,7 @@ def test_scale_never_falls_with_length(name):
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_keys_move_at_most_once_in_256_tokens(name):
-    """Every move rounds the cached keys once more; in bfloat16 that adds up."""
+    """Each rotation to a new scale rounds the cached keys; in bfloat16 the errors add up."""
     scaling = build(name)
     steps = [n for n in range(2, 12 * LENGTH) if scaling.scale_at(n) != scaling.scale_at(n - 1)]
 
@@ -74,7 +74,7 @@ def test_keys_move_at_most_once_in_256_tokens(name):
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_trained_frequencies_equal_those_of_inference(name):
-    """Training would otherwise tune another function than generation uses."""
+    """Otherwise training would fit other frequencies than generation uses."""
     scaling = build(name)
     for index, tensor in enumerate(scaling.learned):
         shape = scaling[tensor].shape
@@ -119,7 +119,7 @@ def test_weights_survive_a_checkpoint(name):
     ],
 )
 def test_baselines_equal_those_of_mlx_lm(name, theirs, scale):
-    """Ours must be the same method, gains included, or comparisons mean nothing."""
+    """Each method must equal mlx-lm's, gains included, or comparisons are meaningless."""
     x = mx.random.normal((1, 2, 33, DIMS), key=mx.random.key(0))
     fields = {"factor": scale} if name != "none" else {}
     scaling = build_scaling({"type": name, **fields}, **SHAPE)
@@ -130,7 +130,7 @@ def test_baselines_equal_those_of_mlx_lm(name, theirs, scale):
 
 @pytest.mark.parametrize("length", [LENGTH, 8192, 5 * LENGTH])
 def test_dynamic_equals_that_of_mlx_lm_at_whole_steps(length):
-    """Between its steps ours is that of the next one; at a step they are the same."""
+    """At a step both are equal; between steps mlx_clex uses the next step."""
     scaling = build("dynamic")
     growth = scaling.config.factor * length / LENGTH - (scaling.config.factor - 1)
     theirs = (BASE * growth ** (DIMS / (DIMS - 2))) ** -(np.arange(0, DIMS, 2) / DIMS)
@@ -148,7 +148,7 @@ def test_dynamic_equals_that_of_mlx_lm_at_whole_steps(length):
     ],
 )
 def test_baselines_equal_those_of_transformers(name, entry):
-    """Against the frequencies and gains transformers computes for the same entry."""
+    """Frequencies and gains must equal those of transformers for the same entry."""
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -257,7 +257,7 @@ def test_odd_or_too_few_dimensions_are_refused(dims):
 
 
 def test_grouped_key_heads_are_refused_by_gene_param():
-    """It has frequencies for every query head, and a key has only one rotation."""
+    """gene-param has frequencies for every query head, but a grouped key has one rotation."""
     with pytest.raises(InputError, match=r"as many key heads.*2 and 4.*Use gene"):
         build_scaling({"type": "gene-param"}, **SHAPE, key_heads=2)
 
@@ -281,7 +281,7 @@ def test_weights_that_do_not_fit_are_named(weights, words):
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_fixed_scales_are_checked(name):
-    """--scale must name the range when it is left."""
+    """A scale out of range must be refused with the range."""
     scaling = build(name)
     for bad in (0.5, float("nan"), float("inf"), -1.0):
         with pytest.raises(InputError, match="scale"):

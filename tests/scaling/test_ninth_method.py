@@ -1,4 +1,4 @@
-"""A new method is one file and one line: everything else asks the table."""
+"""A new method needs one file and one line; all other code uses the table."""
 
 import ast
 import subprocess
@@ -76,7 +76,7 @@ COMMANDS = [
 
 
 def test_a_ninth_method_runs_in_every_command(tmp_path):
-    """Eight files keyed tables by the names of the methods, or sniffed at their settings."""
+    """Eight files had tables with names of methods, or checked for settings of a method."""
     stock_folder(tmp_path, GOLDEN / "clex_llama", vocab_size=512, max_position_embeddings=64)
     (tmp_path / "ninth.py").write_text(METHOD)
     (tmp_path / "texts").mkdir()
@@ -103,7 +103,7 @@ def test_a_ninth_method_runs_in_every_command(tmp_path):
 
 @pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_only_the_table_knows_the_methods(path):
-    """A comparison, a key or a default by a method's name misses the next method."""
+    """Code that compares a method's name would not work for a new method."""
     names = SCALINGS.keys() - {"none"}
     for node in ast.walk(ast.parse(path.read_text())):
         texts = []

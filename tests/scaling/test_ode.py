@@ -32,14 +32,14 @@ def test_halving_the_step_divides_the_error_by_sixteen(problem):
 
 
 def test_cubics_in_time_are_integrated_exactly():
-    """Order four means no error at all below degree four."""
+    """A rule of order four has no error below degree four."""
     end = rk4_step(lambda t, y: 4 * t**3 - 3 * t**2 + 2 * t - 1, 0.0, 0.0, 2.0)
 
     assert end == pytest.approx(2**4 - 2**3 + 2**2 - 2, abs=1e-12)
 
 
 def test_it_is_the_three_eighths_rule():
-    """One step on y' = t^4 tells the rules of order four apart.
+    """One step on y' = t^4 distinguishes the rules of order four.
 
     The 3/8 rule gives (0 + 3/81 + 3 * 16/81 + 1) / 8 = 11/54, the classic rule 5/24.
     """

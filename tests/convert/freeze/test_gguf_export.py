@@ -1,4 +1,4 @@
-"""llama.cpp reads what is written for it, and says the same as our model at that scale."""
+"""llama.cpp reads the exported file and gives the same answers as mlx_clex at that scale."""
 
 import json
 import os
@@ -42,7 +42,7 @@ class LlamaCpp:
         self.server = xllamacpp.Server(options)
 
     def log_probabilities(self, ids: list[int], vocabulary: int) -> np.ndarray:
-        """Of every token, after these; NaN where it tells none."""
+        """Return the log probability of every token after these; NaN where it gives none."""
         step, *_ = self._complete(ids, n_predict=4, n_probs=vocabulary)["logprobs"]["content"]
         found = np.full(vocabulary, np.nan)
         for token in step["top_logprobs"]:
@@ -75,12 +75,12 @@ def greedy(model: nn.Module, ids: list[int], count: int) -> list[int]:
 
 
 def largest_difference(model: nn.Module, theirs: LlamaCpp, length: int) -> float:
-    """Of log probabilities after random tokens."""
+    """Return the largest difference of log probabilities after random tokens."""
     vocabulary = model.args.vocab_size
     while True:
         ids = np.random.default_rng(length).integers(259, vocabulary, length).tolist()
         expected = np.array(nn.log_softmax(model(mx.array([ids]))[0, -1].astype(mx.float32)))
-        if expected.argmax() > 258:  # of half a letter's bytes llama.cpp tells nothing
+        if expected.argmax() > 258:  # llama.cpp gives none for an incomplete UTF-8 character
             break
         length -= 1
     difference: float = np.abs(theirs.log_probabilities(ids, vocabulary) - expected).max()
@@ -126,7 +126,7 @@ def byte_level_folder(tmp_path: Path, cuts: list[pre_tokenizers.PreTokenizer]) -
 
 @pytest.mark.parametrize("name", CUTS)
 def test_llama_cpp_cuts_text_as_our_tokenizer_does(tmp_path, name):
-    """Under another name of a tokenizer it makes other tokens, of numbers above all."""
+    """With a wrong tokenizer name llama.cpp makes other tokens, above all for numbers."""
     source = byte_level_folder(tmp_path, CUTS[name])
     entry = {"type": "ntk", "factor": 4}
     convert(source, tmp_path / "out", scaling=entry, freeze=4, freeze_for="llama.cpp")
@@ -143,7 +143,7 @@ def test_llama_cpp_cuts_text_as_our_tokenizer_does(tmp_path, name):
 
 
 def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
-    """In one line, and nothing is left behind."""
+    """The refusal is one line, and no file is left behind."""
     llama, target = GOLDEN / "clex_llama", tmp_path / "out"
     chunks = byte_level_folder(tmp_path, [pre_tokenizers.Whitespace()])
     clex = {"type": "clex"}
@@ -151,7 +151,7 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
         (GOLDEN / "clex_phi", {}, "not for phi"),
         (GOLDEN / "gene_param_llama", {"freeze": 8}, "every head and layer"),
         (llama, {"quantize": True}, "leave out -q"),
-        (chunks, {"scaling": clex}, "how this tokenizer cuts text"),
+        (chunks, {"scaling": clex}, "does not know llama.cpp's name for this tokenizer"),
     ]
     for source, options, words in cases:
         with pytest.raises(InputError, match=words):
@@ -167,7 +167,7 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["clex_llama", "clex_llama_gqa_log_scale", "gene_llama"])
 def test_llama_cpp_gives_our_logits(tmp_path, name):
-    """Rows of queries and keys in its order, factors the right way round, the gain in place."""
+    """Rows of queries and keys, frequency factors and gain must follow llama.cpp's conventions."""
     convert(GOLDEN / name, tmp_path / "ours", dtype="float32")
     convert(tmp_path / "ours", tmp_path / "held", freeze=SCALE, dtype="float32")
     model, tokenizer = mlx_lm.load(str(tmp_path / "held"))
@@ -188,7 +188,7 @@ def test_llama_cpp_gives_our_logits(tmp_path, name):
 
 
 def test_llama_cpp_says_the_same_of_a_real_model(tmp_path):
-    """Past the trained length, where only the frozen frequencies make sense of the text."""
+    """Past the trained length only the frozen frequencies give the right answer."""
     source = Path(os.environ.get("MLX_CLEX_SMOLLM2", ROOT / "build" / "smollm2" / FILE))
     if not source.is_file():
         pytest.skip(f"{FILE} is not there: run examples/fetch_smollm2.py build/smollm2")

@@ -1,4 +1,4 @@
-"""A frozen checkpoint answers in stock programs as ours does at that scale."""
+"""A frozen checkpoint gives the same logits in stock programs as mlx_clex at that scale."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ LLAMAS = ["clex_llama", "clex_llama_gqa_log_scale", "gene_llama"]
 
 
 def unfrozen_logits(source: Path, tmp_path: Path, scale: float = SCALE, **options: Any) -> Any:
-    """Ours at the fixed scale, in float32."""
+    """Return the logits of mlx_clex at the fixed scale, in float32."""
     convert(source, tmp_path / "unfrozen", dtype="float32", **options)
     model, _ = mlx_clex.load(tmp_path / "unfrozen", scale=scale)
     return np.array(model(mx.array(IDS)))
@@ -38,7 +38,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", LLAMAS)
 def test_stock_mlx_lm_gives_our_logits(tmp_path, name):
-    """No mlx_clex and no remote code: a frozen folder is for programs without us."""
+    """A frozen folder must run without mlx_clex and without remote code."""
     convert(GOLDEN / name, tmp_path / "frozen", freeze=SCALE, dtype="float32")
 
     model, _ = mlx_lm.load(str(tmp_path / "frozen"))
@@ -78,7 +78,7 @@ def test_a_converted_folder_can_be_frozen_too(tmp_path):
 
 
 def test_frozen_and_quantised(tmp_path):
-    """-q and --freeze for mlx-lm go together."""
+    """-q and --freeze for mlx-lm can be combined."""
     convert(GOLDEN / "clex_llama", tmp_path / "out", freeze=2, quantize=True)
 
     model, _ = mlx_lm.load(str(tmp_path / "out"))
@@ -129,7 +129,7 @@ def test_every_method_finds_its_simplest_words(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["clex_phi", "clex_mixtral"])
 def test_families_that_would_ignore_it_are_refused(tmp_path, name):
-    """mlx-lm's Phi and Mixtral drop rope_scaling without a word."""
+    """mlx-lm's Phi and Mixtral ignore rope_scaling silently."""
     with pytest.raises(InputError, match="ignores rope_scaling"):
         convert(GOLDEN / name, tmp_path / "frozen", freeze=SCALE)
 
@@ -138,7 +138,7 @@ def test_families_that_would_ignore_it_are_refused(tmp_path, name):
 
 @pytest.mark.parametrize("program", ["mlx-lm", "transformers"])
 def test_what_no_stock_program_has_is_refused(tmp_path, program):
-    """Frequencies a head, and gains a position, have no words there."""
+    """Stock programs have no frequencies per head and no gains per position."""
     with pytest.raises(InputError, match="every head and layer"):
         convert(GOLDEN / "gene_param_llama", tmp_path / "a", freeze=8, freeze_for=program)
 
@@ -147,7 +147,7 @@ def test_what_no_stock_program_has_is_refused(tmp_path, program):
     config = config_of(source)
     config["rope_scaling"]["log_scale"] = True
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="every position's query"):
+    with pytest.raises(InputError, match="every position its own gain"):
         convert(source, tmp_path / "a", freeze=8, freeze_for=program)
 
 

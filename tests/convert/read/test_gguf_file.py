@@ -1,4 +1,4 @@
-"""Reading .gguf files: blocks, order of rows, config, tokenizer, damage."""
+"""Reading .gguf files: blocks, order of rows, config, tokenizer, damaged files."""
 
 import contextlib
 import json
@@ -51,14 +51,14 @@ NAMES = {
 
 
 def permute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of the rows of a query or key projection."""
+    """Return the rows of a query or key projection in llama.cpp's order."""
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, -1)
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
 @pytest.fixture
 def tiny(tmp_path):
-    """(a .gguf of a tiny LLaMA with Q8_0 matrices, its weights under HF names)."""
+    """Return a .gguf file of a tiny LLaMA with Q8_0 matrices, and its weights under HF names."""
     rng = np.random.default_rng(0)
     weights = {"model.embed_tokens": (256 + 4, WIDTH), "model.norm": (WIDTH,)}
     for layer in range(LAYERS):
@@ -101,7 +101,7 @@ def gguf_name(name: str) -> str:
 
 
 def add_tokenizer(writer: Any) -> None:
-    """Bytes, three special tokens, one merge."""
+    """Add a tokenizer: bytes, three special tokens, one merge."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     tokens = [*("<a>", "<b>", "<c>"), *bytes_to_unicode().values(), "he"]
@@ -116,7 +116,7 @@ def add_tokenizer(writer: Any) -> None:
 
 
 def test_weights_arrive_in_hugging_faces_order(tiny, tmp_path):
-    """With llama.cpp's order of rows a model talks nonsense, but fluently."""
+    """With llama.cpp's order of rows the model gives wrong answers in fluent text."""
     file, expected = tiny
     convert(file, tmp_path / "out", dtype="float32")
 
@@ -143,7 +143,7 @@ def test_a_gguf_file_becomes_a_model_with_its_tokenizer(tiny, tmp_path):
 
 
 def test_a_sentencepiece_vocabulary_keeps_its_ids(tmp_path):
-    """A .gguf file has the pieces and scores, but neither merges nor normaliser."""
+    """A .gguf file has pieces and scores, but no merges and no normaliser."""
     model = sentencepiece.SentencePieceProcessor(
         model_file=str(GOLDEN / "clex_llama" / "tokenizer.model")
     )
@@ -175,7 +175,7 @@ KINDS = [kind for kind in gguf.quants._type_traits if kind.name not in FLOATS]
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_every_type_of_the_package_is_read(kind, monkeypatch):
-    """Files of IQ and three-bit types were refused; rows decoded apart are the same rows."""
+    """Files of IQ and three-bit types were refused. Decoding row by row must not change them."""
     elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
     raw = np.random.default_rng(int(kind)).integers(0, 256, (8, 4 * nbytes), np.uint8)
     # Scales of moderate size, wherever a block keeps them.
@@ -191,12 +191,12 @@ def test_every_type_of_the_package_is_read(kind, monkeypatch):
 
 
 def test_a_file_that_grows_says_so(tiny, tmp_path, capsys):
-    """A quantised file of 0.4 GB became 1.1 GB without a word on how to keep it small."""
+    """A quantised file of 0.4 GB became 1.1 GB without advice on how to keep it small."""
     file, _ = tiny
     convert(file, tmp_path / "out")
-    assert "8.6 bits a weight and becomes" in capsys.readouterr().err
+    assert "8.6 bits per weight. The result is" in capsys.readouterr().err
     convert(file, tmp_path / "small", quantize=True, q_group_size=32)
-    assert "bits a weight" not in capsys.readouterr().err
+    assert "bits per weight" not in capsys.readouterr().err
 
 
 def test_without_the_package_the_extra_is_named(tiny, tmp_path, monkeypatch):
@@ -229,7 +229,7 @@ def test_damage_anywhere_is_one_line_and_cheap(tiny, tmp_path):
 
 @pytest.mark.parametrize("keep", [0, 3, 20, 500, 0.5, 0.99])
 def test_a_cut_file_is_refused(tiny, tmp_path, keep):
-    """A download that broke off."""
+    """An interrupted download leaves a cut file."""
     file, _ = tiny
     data = file.read_bytes()
     file.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
@@ -249,7 +249,7 @@ def test_a_cut_file_is_refused(tiny, tmp_path, keep):
     ],
 )
 def test_what_is_not_served_is_named(tmp_path, architecture, change, part):
-    """A half-understood model would convert and answer nonsense."""
+    """A model that is read only in part would convert and give wrong answers."""
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", architecture)
     writer.add_embedding_length(64)
     writer.add_head_count(4)

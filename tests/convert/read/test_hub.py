@@ -1,4 +1,4 @@
-"""Checkpoints from the hub and back to it, against a server on this machine.
+"""Download from the hub and upload to it, against a server on this machine.
 
 The hub's address is read when huggingface_hub is imported, so each command runs in a
 process of its own.
@@ -96,7 +96,7 @@ def convert(hub, tmp_path_factory):
 
 @pytest.fixture
 def repo(hub, tmp_path):
-    """A repository of the test's own: a golden checkpoint, with strangers' code beside."""
+    """Return a new repository with a golden checkpoint and third-party code."""
     folder = tmp_path / "served"
     shutil.copytree(GOLDEN / "clex_llama_gqa_log_scale", folder)
     (folder / "modeling_llama.py").write_text("raise SystemExit('ran')")
@@ -110,7 +110,7 @@ def repo(hub, tmp_path):
 
 
 def test_only_what_is_needed_is_downloaded(hub, convert, repo, tmp_path):
-    """Neither Python of strangers nor the same weights in a second format."""
+    """Python files and weights in a second format must not be downloaded."""
     status, printed = convert(
         "--hf-path", repo, "--revision", "main", "--mlx-path", tmp_path / "out"
     )
@@ -125,7 +125,7 @@ def test_only_what_is_needed_is_downloaded(hub, convert, repo, tmp_path):
 
 
 def test_a_dry_run_downloads_no_weights(hub, convert, repo, tmp_path):
-    """Asking what would happen must not cost ninety gigabytes."""
+    """--dry-run must not download 90 GB of weights."""
     status, printed = convert("--hf-path", repo, "--mlx-path", tmp_path / "out", "--dry-run")
 
     assert status == 0, printed
@@ -136,7 +136,7 @@ def test_a_dry_run_downloads_no_weights(hub, convert, repo, tmp_path):
 
 
 def test_what_was_fetched_serves_without_a_network(hub, convert, repo, tmp_path):
-    """In the train, a checkpoint in the hub's cache must be enough."""
+    """Without a network, a checkpoint in the hub's cache must be enough."""
     assert convert("--hf-path", repo, "--mlx-path", tmp_path / "out")[0] == 0
     hub.down = True
     try:
@@ -148,7 +148,7 @@ def test_what_was_fetched_serves_without_a_network(hub, convert, repo, tmp_path)
 
 
 def test_a_download_resumes_where_it_was_cut(hub, convert, repo, tmp_path):
-    """Ninety gigabytes must not start again from zero."""
+    """An interrupted download of 90 GB must not start from zero."""
     folder = hub.repos[repo]
     file = folder / "model-00001-of-00002.safetensors"
     shutil.copy(file, tmp_path / "small")
@@ -173,7 +173,7 @@ def test_a_download_resumes_where_it_was_cut(hub, convert, repo, tmp_path):
 
 
 def test_a_shard_missing_on_the_hub_is_named(hub, convert, repo, tmp_path):
-    """Found out from the list of files, before anything large is fetched."""
+    """The list of files shows it, before anything large is downloaded."""
     (hub.repos[repo] / "model-00002-of-00002.safetensors").unlink()
 
     status, printed = convert("--hf-path", repo, "--mlx-path", tmp_path / "out")
@@ -196,7 +196,7 @@ def test_what_the_hub_has_not_is_named(convert, repo, tmp_path):
 
 
 def test_an_upload_keeps_our_card(hub, convert, tmp_path):
-    """mlx-lm's own upload would put its card in place of the table of scales."""
+    """mlx-lm's upload would replace the card with the table of scales."""
     status, printed = convert(
         *("--hf-path", GOLDEN / "clex_llama_gqa_log_scale", "--mlx-path", tmp_path / "out"),
         *("--upload-repo", "me/mine"),
@@ -212,7 +212,7 @@ def test_an_upload_keeps_our_card(hub, convert, tmp_path):
 
 
 def test_an_upload_without_a_login_is_refused_at_once(convert, tmp_path):
-    """Not after the hours of conversion."""
+    """It must be refused before the conversion, which can take hours."""
     status, printed = convert(
         *("--hf-path", GOLDEN / "clex_phi", "--mlx-path", tmp_path / "out"),
         *("--upload-repo", "me/mine"),
@@ -225,7 +225,7 @@ def test_an_upload_without_a_login_is_refused_at_once(convert, tmp_path):
 
 
 def test_load_converts_a_hub_id_once_a_commit(convert, repo, tmp_path):
-    """The Python door to the same thing."""
+    """The Python function `load` must convert like the command."""
     for _ in range(2):
         status, printed = convert("load", repo, tmp_path / "cache")
         assert status == 0, printed

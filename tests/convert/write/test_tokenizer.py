@@ -94,7 +94,7 @@ CHAT = [
     ],
 )
 def test_published_chat_models_get_their_familys_format(tmp_path, folder, expected):
-    """Their tokenizers bring no template; a wrong one makes a chat model babble."""
+    """Their tokenizers have no template; a wrong template gives bad answers."""
     shutil.copytree(GOLDEN / "clex_llama_gqa_log_scale", tmp_path / folder)
     convert(tmp_path / folder, tmp_path / "out")
 
@@ -104,7 +104,7 @@ def test_published_chat_models_get_their_familys_format(tmp_path, folder, expect
 
 
 def test_a_template_of_the_tokenizer_is_kept(tmp_path):
-    """Ours is only for tokenizers without one."""
+    """The built-in templates are only for tokenizers without one."""
     source = copy_golden("clex_llama_gqa_log_scale", tmp_path / "CLEX-7B-Chat-16K")
     (source / "chat_template.jinja").write_text("theirs")
 
