@@ -150,7 +150,7 @@ def load_scaling(path_or_hub_id: str | Path, adapter_path: str | Path | None = N
             f"{path_or_hub_id} was not converted with mlx_clex, so it has no scaling. Convert "
             "it with --scaling NAME first."
         )
-    if message := check_frequencies(scaling, order=True):
+    if message := check_frequencies(scaling, strict=True):
         warnings.warn(message, stacklevel=2)
     return scaling
 

@@ -151,7 +151,7 @@ def test_bad_input_is_one_line(converted, text, tmp_path, capsys):
     for argv, match in [
         ((folder, other), "tokenise the text differently"),
         ((folder, folder, "--windows", 0), "--windows must be at least 1"),
-        ((folder, folder, "--length", 300), "beyond the reach"),
+        ((folder, folder, "--length", 300), "this model reaches"),
         ((folder, folder, "--length", 1), "at least 2 tokens"),
         ((folder, folder, "--scale-b", 99), "within 1..8"),
         ((folder, folder, "--adapter-path-a", tmp_path / "x"), "no adapter_config.json"),

@@ -9,6 +9,7 @@ import pytest
 
 from mlx_clex import load, make_prompt_cache, passkey
 from mlx_clex.commands.run_command import run_command
+from mlx_clex.evaluation import tasks
 from mlx_clex.evaluation.results import read_results
 from mlx_clex.passkey import TASKS, Reader
 
@@ -42,7 +43,7 @@ def rng(seed=0):
 
 def test_the_passkey_prompt_is_that_of_the_paper():
     """The filler is cut by characters, as published; here at depth 0.25 of 200."""
-    text, key = passkey.hide_passkey(rng(), 0.25)
+    text, key = tasks.hide_passkey(rng(), 0.25)
     garbage = " ".join([GRASS] * 9)
     assert text(200) == (
         "There is an important info hidden inside a lot of irrelevant text. Find it and memorize "
@@ -55,7 +56,7 @@ def test_the_passkey_prompt_is_that_of_the_paper():
 
 def test_the_number_prompt_is_that_of_infinitebench():
     """The prompt has ten digits, and each sentence group is a line."""
-    text, key = passkey.hide_number(rng(), 0.5)
+    text, key = tasks.hide_number(rng(), 0.5)
     assert text(4) == (
         "There is an important info hidden inside a lot of irrelevant text. Find it. I will quiz "
         f"you about the important information there.\n\n{GRASS}\n{GRASS}\n"
@@ -68,7 +69,7 @@ def test_the_number_prompt_is_that_of_infinitebench():
 
 def test_the_value_prompt_is_that_of_infinitebench():
     """The prompt has a JSON object with the pair at its depth."""
-    text, value = passkey.hide_value(rng(), 0.5)
+    text, value = tasks.hide_value(rng(), 0.5)
     prompt = text(6)
     head, data, question = re.fullmatch(
         r"(.*?)\n\nJSON data:\n(.*?)\n\nKey: (.*)", prompt, re.DOTALL
@@ -88,7 +89,7 @@ def test_a_prompt_has_as_much_filler_as_fits(tokenizer, task, length):
     """Prompts were up to a piece of filler too short."""
     hide = {"passkey": "hide_passkey", "number": "hide_number", "kv": "hide_value"}[task]
     prompt, fact = TASKS[task].draw(rng(length), tokenizer, length, 0.3)
-    text, same = getattr(passkey, hide)(rng(length), 0.3)
+    text, same = getattr(tasks, hide)(rng(length), 0.3)
     assert same == fact
     if task == "passkey":
         assert length - 2 <= len(prompt) <= length
@@ -300,7 +301,7 @@ def test_the_shortest_default_length_is_the_trained_length(folders, truthful, ca
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        (("--lengths", "1025"), "1025 tokens are beyond the reach"),
+        (("--lengths", "1025"), "1025 tokens, and this model reaches"),
         (("--lengths", "100"), "too short for --task passkey"),
         (("--lengths", "-5"), "--lengths must be at least 2 tokens, got -5"),
         (("--trials", "0"), "--trials must be at least 1"),
@@ -308,9 +309,8 @@ def test_the_shortest_default_length_is_the_trained_length(folders, truthful, ca
         (("--seed", "-1"), "--seed"),
         (("--scale", "99"), "within 1..16"),
         (("--kv-bits", "7"), "--kv-bits"),
-        (("--max-kv-size", "9"), "--max-kv-size"),
         (("--adapter-path", "nowhere"), "adapter_config.json"),
-        (("--model", "nowhere/at/all"), "neither a folder"),
+        (("--model", "nowhere/at/all"), "no folder or file"),
         (("--model", "a", "b", "--adapter-path", "c"), "a single --model"),
     ],
 )
@@ -326,7 +326,7 @@ def test_every_model_is_looked_for_before_the_first_is_measured(folders, tmp_pat
     """A mistyped name was reported only after the models before it were measured."""
     argv = ("--model", folders("clex"), "nowhere/at/all", "--lengths", 500, "--trials", 1)
     assert call(*argv, "--output", tmp_path / "out") == 2
-    assert "neither a folder" in capsys.readouterr().err
+    assert "no folder or file" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

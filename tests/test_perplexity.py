@@ -291,7 +291,7 @@ def test_a_terminal_shows_progress(converted, text):
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        (("--lengths", "300"), "beyond the reach"),
+        (("--lengths", "300"), "this model reaches"),
         (("--lengths", "1"), "at least 2 tokens, got 1"),
         (("--windows", "0"), "--windows"),
         (("--split", "valid", "--data", "nowhere"), "neither a folder"),

@@ -293,4 +293,4 @@ def _bounded_reader(package: Any) -> Any:
 
 
 def _broken(path: Path, reason: str) -> InputError:
-    return InputError(f"{path} is corrupt or cut off: {reason}. Download or copy it again.")
+    return InputError(f"{path} is corrupt or truncated: {reason}. Download or copy it again.")

@@ -112,7 +112,7 @@ def _check_records(path: Path, state: dict[Any, Any]) -> None:
     missing = Counter(storage.nbytes() for storage in storages.values()) - records
     if missing:
         raise InputError(
-            f"{path} is corrupt or cut off: no record has the {min(missing)} bytes of one of its "
+            f"{path} is corrupt or truncated: no record has the {min(missing)} bytes of one of its "
             "tensors. Download or copy it again."
         )
 
@@ -154,4 +154,4 @@ def _load(path: Path) -> dict[Any, Any]:
 def _corrupt(path: Path, error: Exception) -> InputError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0].rstrip(".")[:200] if lines else type(error).__name__
-    return InputError(f"{path} is corrupt or cut off: {reason}. Download or copy it again.")
+    return InputError(f"{path} is corrupt or truncated: {reason}. Download or copy it again.")
