@@ -97,7 +97,9 @@ def decide_outcome(
     model.load_weights(list(rest.items()), strict=False)
     config = cast_and_quantize(model, config, options, notes)
     method = (config.get("rope_scaling") or {"type": "none"})["type"]
-    reach = (scaling and scaling.reach) or config["max_position_embeddings"]
+    # A scaling without learned tensors is an empty module, and so false.
+    own = scaling.reach if scaling is not None else None
+    reach = own or config["max_position_embeddings"]
     if options.freeze is not None:
         if scaling is None:
             raise InputError("--freeze: the checkpoint has no mlx_clex scaling; add --scaling.")

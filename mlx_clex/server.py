@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=scale_policy,
         default="prompt",
         metavar="prompt|NUMBER",
-        help="prompt (default): each request has the scale of its whole prompt, then growing "
-        "with the answer. NUMBER: fixed for good.",
+        help="prompt (default): each request has the scale of its whole prompt, which then "
+        "grows with the answer. NUMBER: a fixed scale.",
     )
 
     parser.add_argument(

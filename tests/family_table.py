@@ -15,7 +15,7 @@ keys unrotated.
 - **scaled**: the layers whose rope is replaced. Layers with a sliding window, a recurrent
   state or no positions keep what they have.
 - **keys**: whether cached keys move to a new scale when the text grows. Where they stay, the
-  model can only be held at one scale.
+  model needs a fixed scale.
 - **log_scale**: whether queries can be multiplied. In latent attention (DeepSeek and similar
   models) the rope sees only a part of each query, so `log_scale` is refused there.
 - A model whose rope is stretched already (llama3, longrope, yarn, linear) is served from that

@@ -135,7 +135,7 @@ def _scaled_text(source: str, scaling: Scaling, method: str, model: str) -> list
 
 
 def _frozen_text(source: str, scaling: Scaling, method: str, scale: float) -> list[str]:
-    length = int(scale * scaling.trained_length)
+    length = round(scale * scaling.trained_length)  # as in its config
     return [
         f"Made from {source} by mlx_clex, with {method} position scaling fixed at scale "
         f"{scale:g}. Stock programs run it without mlx_clex.",

@@ -29,7 +29,10 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
         "scale.",
     )
     parser.add_argument(
-        "--max-kv-size", type=int, default=None, help="Refused: it would drop the long context."
+        "--max-kv-size",
+        type=int,
+        default=None,
+        help="Refused: it would drop old text from the cache.",
     )
     parser.add_argument("--pipeline", action="store_true", help="Refused: for one machine only.")
 

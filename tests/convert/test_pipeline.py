@@ -170,8 +170,11 @@ def test_every_scaling_can_be_switched_on(base, tmp_path, name):
     """A scaling without an entry in the converter could not be used at all."""
     convert(base, tmp_path / "out", scaling={"type": name, "factor": 4})
 
-    model, _ = mlx_clex.load(tmp_path / "out")
+    model, tokenizer = mlx_clex.load(tmp_path / "out")
     assert model(mx.array([[1, 2, 3]])).shape == (1, 3, 512)
+    # It was the trained length for every scaling without learned tensors.
+    assert model.reach == (None if name == "dynamic" else 256)
+    assert tokenizer.model_max_length == (model.reach or 64)
 
 
 def test_a_plain_checkpoint_stays_plain(base, tmp_path):

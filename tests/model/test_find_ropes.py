@@ -325,7 +325,8 @@ def test_any_rope_is_a_base(name, entry, rope, method):
 def test_a_rope_that_follows_the_length_is_no_base():
     """No list of frequencies describes mlx-lm's dynamic rope; the error says where it differs."""
     entry = {"rope_scaling": {"rope_type": "dynamic", "factor": 6.0}}
-    with pytest.raises(InputError, match=r"DynamicNTKScalingRoPE.*frequencies at position 1000 differ"):
+    message = r"DynamicNTKScalingRoPE.*frequencies at position 1000 differ"
+    with pytest.raises(InputError, match=message):
         attach(tiny("internlm3", **entry), CLEX, trained_length=L0)
 
 
