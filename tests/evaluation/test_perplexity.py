@@ -72,7 +72,10 @@ def test_chunked_losses_equal_those_of_unrotated_caches(name, monkeypatch):
     text = mx.array(IDS[:250].astype(np.int32))[None]
     logits = mx.concatenate([oracle(text[:, n : n + 24]) for n in range(0, 250, 24)], axis=1)
     theirs = cross_entropy(logits[0, :-1], IDS[1:250])
-    assert np.abs(read(model, IDS[:250], 24) - theirs).max() < 1e-3
+    # CLEX's random network turns up to 80 radians per token: at position 250 float32 rounds
+    # angles by 1e-3. The other methods agree within 4e-6.
+    tolerance = 4e-3 if name == "clex" else 1e-5
+    assert np.abs(read(model, IDS[:250], 24) - theirs).max() < tolerance
 
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
