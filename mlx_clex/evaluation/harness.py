@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any
-from unittest import mock
 
 import datasets
 import lm_eval
@@ -314,25 +313,25 @@ def _failures(name: str) -> Iterator[None]:
                 f"copy its cache to {datasets.config.HF_DATASETS_CACHE}."
             ) from error
 
-    with mock.patch.object(datasets, "load_dataset", load_dataset):
-        try:
-            yield
-        except InputError:
-            raise
-        except ImportError as error:
-            raise InputError(
-                f"{name} needs a package that is missing: {_first_line(error)}"
-            ) from error
-        except LookupError as error:
-            if "nltk" not in str(error):
-                raise InputError(f"{name} does not load: it lacks {error}") from error
-            raise InputError(
-                f"{name} needs NLTK's punkt_tab, which was not found. On a machine with network "
-                "access run python -m nltk.downloader punkt_tab, then copy the folder nltk_data to "
-                "your home folder."
-            ) from error
-        except (AssertionError, ValueError, OSError) as error:
-            raise InputError(f"{name} does not load: {_first_line(error)}") from error
+    datasets.load_dataset = load_dataset
+    try:
+        yield
+    except InputError:
+        raise
+    except ImportError as error:
+        raise InputError(f"{name} needs a package that is missing: {_first_line(error)}") from error
+    except LookupError as error:
+        if "nltk" not in str(error):
+            raise InputError(f"{name} does not load: it lacks {error}") from error
+        raise InputError(
+            f"{name} needs NLTK's punkt_tab, which was not found. On a machine with network "
+            "access run python -m nltk.downloader punkt_tab, then copy the folder nltk_data to "
+            "your home folder."
+        ) from error
+    except (AssertionError, ValueError, OSError) as error:
+        raise InputError(f"{name} does not load: {_first_line(error)}") from error
+    finally:
+        datasets.load_dataset = real
 
 
 def run_tasks(
