@@ -148,7 +148,7 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
     chunks = byte_level_folder(tmp_path, [pre_tokenizers.Whitespace()])
     clex = {"type": "clex"}
     cases: list[tuple[Path, dict[str, Any], str]] = [
-        (GOLDEN / "clex_phi", {}, "not for phi"),
+        (GOLDEN / "clex_phi", {}, "this one is phi"),
         (GOLDEN / "gene_param_llama", {"freeze": 8}, "every head and layer"),
         (llama, {"quantize": True}, "leave out -q"),
         (chunks, {"scaling": clex}, "does not know llama.cpp's name for this tokenizer"),
