@@ -163,7 +163,7 @@ def serving(*options):
     with launched(*command, *options) as process:
 
         def ask(path="/v1/completions", method="POST", **body):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=240)
             headers = {"Content-Type": "application/json"}
             connection.request(method, path, json.dumps(body) if body else None, headers)
             answer = connection.getresponse()
@@ -179,7 +179,7 @@ def serving(*options):
         ask.port = port
         yield ask
         os.killpg(process.pid, signal.SIGINT)
-        assert process.communicate(timeout=60)[1].count("Traceback") == 1, "mlx.launch's own"
+        assert process.communicate(timeout=240)[1].count("Traceback") == 1, "mlx.launch's own"
 
 
 def answers_of(folder):
@@ -231,7 +231,7 @@ def test_a_server_of_two_processes_answers_as_one(options, folders):
 def hang_up(port, **body):
     """Send a request, and leave when the answer begins."""
     data = json.dumps(body)
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=240) as connection:
         head = "POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(data)}\r\n\r\n"
         connection.sendall((head + data).encode())
