@@ -143,7 +143,7 @@ BROKEN = {
     ),
     "no weights": ("clex_phi", remove("model.safetensors"), "has no weights"),
     "no config": ("clex_phi", remove("config.json"), "no config.json"),
-    "config no JSON": ("clex_phi", overwrite("config.json", b"{"), "no readable JSON"),
+    "config no JSON": ("clex_phi", overwrite("config.json", b"{"), "not readable JSON"),
     "config no object": ("clex_phi", overwrite("config.json", b"[]"), "is not a JSON object"),
     "no model_type": ("clex_phi", without("model_type"), "no model_type"),
     "unknown family": ("clex_phi", config(model_type="nope"), "'nope'"),
