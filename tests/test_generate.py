@@ -157,8 +157,9 @@ def test_only_the_answer_without_verbose(cli, model):
     assert err == ""
 
 
-def test_a_long_prefill_shows_its_progress(cli, model):
+def test_a_long_prefill_shows_its_progress(cli, model, monkeypatch):
     """On stderr, so that stdout stays the text."""
+    monkeypatch.setattr(generate, "_LONG_PROMPT", 16)
     _, out, err = cli(
         "--model", model, "--prompt", SENTENCE * 4, "--prefill-step-size", "16", "-m", "4"
     )

@@ -126,14 +126,14 @@ def test_perplexity_equals_that_of_transformers(protocol, option, text, tmp_path
 
 def test_the_table_has_a_scale_for_each_length(converted, text, capsys):
     """The default lengths are 1, 2 and 4 x the trained length; the protocol is named."""
-    assert call("--model", converted("gene_llama"), "--data", text, "--windows", 2) == 0
+    assert call("--model", converted("gene_llama"), "--data", text, "--windows", 5) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"Protocol whole: {text} (train), 4322 tokens."
     assert lines[1].split()[:5] == ["model", "tokens", "scale", "windows", "perplexity"]
     assert [line.split()[:4] for line in lines[2:]] == [
-        ["gene_llama", "64", "8", "2"],
-        ["gene_llama", "128", "8", "2"],
-        ["gene_llama", "256", "8", "2"],
+        ["gene_llama", "64", "8", "5"],
+        ["gene_llama", "128", "8", "5"],
+        ["gene_llama", "256", "8", "5"],
     ]
     assert all(line.split()[6] == ".." for line in lines[2:])
 
@@ -258,7 +258,7 @@ def test_the_default_is_the_bundled_models(text, tmp_path, converted, capsys, mo
     convert(stock, models["clex"], scaling={"type": "clex", "max_factor": 16})
     convert(stock, models["gene"], scaling={"type": "gene", "factor": 16})
     monkeypatch.setattr(perplexity, "MODELS", models)
-    monkeypatch.setattr(perplexity, "held_out_text", lambda: TEXT)
+    monkeypatch.setattr("mlx_clex.evaluation.corpus.held_out_text", lambda: TEXT)
     monkeypatch.chdir(tmp_path)
     found = rows(capsys, "--windows", "1")
     assert list(dict.fromkeys(label for label, _ in found)) == [

@@ -183,7 +183,7 @@ def test_the_scaling_of_adapters(tmp_path, converted):
     [
         ((), "PICTURE"),
         (("extrapolation", "nowhere"), "nowhere.json cannot be read"),
-        (("extrapolation", "passkeys"), "of the kind passkey, not perplexity"),
+        (("extrapolation", "passkeys"), "has results of passkey. Give results of perplexity"),
         (("extrapolation", "passkeys", "--output", "a.pdf"), ".png or .svg file, not 'a.pdf'"),
         (("passkey", "text.txt"), "text.txt.json cannot be read"),
         (("passkey", "no"), "no.json is not a result file"),
