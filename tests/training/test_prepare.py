@@ -116,7 +116,7 @@ def test_bad_options_are_one_line(base, texts, tmp_path, more, match, capsys):
 @pytest.mark.parametrize(
     ("model", "train", "more", "match"),
     [
-        ("clex_llama", None, "", "has no data: give a folder with train.jsonl"),
+        ("clex_llama", None, "", "has no data. Give a folder with train.jsonl"),
         ("clex_llama", '{"text": "a few words"}', "", "texts (train) has "),
         ("clex_llama", '{"text": "a"}\n{"text": ', "", "train.jsonl, line 2 is not JSON"),
         ("clex_llama", '{"words": "a"}', "", "train.jsonl, line 1 cannot be used"),
