@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ from mlx_clex.model.scaled_model import attach
 from mlx_clex.convert import convert
 from mlx_clex.loading import load
 from mlx_clex.scaling import SCALINGS
+
+# A shell that runs the tests in the background makes them ignore SIGINT, and with them every
+# program they start and stop by it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
