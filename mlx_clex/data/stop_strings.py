@@ -12,7 +12,7 @@ from collections.abc import Sequence
 class StopStrings:
     """Pass a text on piece by piece, up to the stop string that is complete first.
 
-    Of two stop strings that end at the same character, the longer one counts. The result
+    Where two stop strings end at the same character, the longer one counts. The result
     is the same however the text is divided into pieces.
     """
 

@@ -257,7 +257,7 @@ def _exports(model: Any, config: dict[str, Any]) -> Iterator[Row]:
 
 
 def _without_scaling(model: nn.Module, config: dict[str, Any]) -> Iterator[Row]:
-    """Yield rows about a model without a scaling of ours: what it is and what can be attached."""
+    """Yield rows about a model without our scaling: what it is and what can be attached."""
     length = config_value(model, "max_position_embeddings")
     entry = config.get("rope_scaling")
     yield "trained length", f"{length} tokens" if length else "not in config.json"
