@@ -328,7 +328,7 @@ def test_large_sums_of_finite_weights_load(tmp_path, converted):
 
 
 def test_suspicious_frequencies_are_told_at_load(folder):
-    """A network that speeds pairs up made garbage without a word."""
+    """A network that speeds pairs up produced garbage, and no line said so."""
     change_tensor(folder, "scaling.down_proj", lambda w: w * 0 + 0.2)
     with pytest.warns(UserWarning, match=r"pair 0 turns .*above pi it aliases"):
         load(folder)

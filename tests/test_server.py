@@ -173,7 +173,7 @@ def test_answers_with_a_seed_differ_and_come_again(server):
 
 
 def test_log_probabilities(server):
-    """Of each token, the same in a stream, the likeliest first."""
+    """A stream lists the same likeliest tokens, in the same order."""
     done = complete(server, prompt=SENTENCE, max_tokens=6, logprobs=3).choices[0].logprobs
     assert len(done.tokens) == len(done.token_logprobs) == 6
     for token, own, top in zip(done.tokens, done.token_logprobs, done.top_logprobs, strict=True):
@@ -229,7 +229,7 @@ def test_a_client_that_hangs_up_frees_its_place(server, alone):
 def test_adapters_of_the_server_and_of_a_request(model, wide, tmp_path):
     """Each answers as `generate` with it does, whatever was served before by another.
 
-    Adapters that a request named for the default model were left out without a word.
+    Adapters that a request named for the default model were silently ignored.
     """
     first = random_adapters(model, tmp_path / "first", 1)
     second = random_adapters(model, tmp_path / "second", 2)

@@ -32,7 +32,7 @@ def test_perplexity_by_length(tmp_path, figures, named, legend):
 
 
 def test_the_title_names_the_text_and_the_models(tmp_path, figures):
-    """Of many models it says how many there are."""
+    """The title of a picture of many models gives their number."""
     draw(results("perplexity"), tmp_path / "a.png")
     draw(results("perplexity", many()), tmp_path / "b.png")
     titles = [figure.get_suptitle() for figure in figures]

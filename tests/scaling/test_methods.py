@@ -305,7 +305,7 @@ def test_defaults_live_in_the_dataclass(name):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", [name for name in SCALINGS if SCALINGS[name].learned])
 def test_learned_tensors_that_are_not_finite_are_refused_by_name(name, value):
-    """NaN in a checkpoint's scaling tensors loaded and made every logit NaN without a word."""
+    """NaN in a checkpoint's scaling tensors was loaded, and every logit was NaN."""
     scaling = build(name)
     weights = {key: mx.zeros(shape) for key, shape in scaling.weight_shapes().items()}
     damaged = list(weights)[-1]

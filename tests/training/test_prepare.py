@@ -147,7 +147,7 @@ def test_a_scaling_with_nothing_to_learn_has_no_rate(converted, texts, tmp_path,
 
 
 def test_a_scaling_is_tested_only_without_adapters(converted, tmp_path, capsys):
-    """--scaling was left out without a word where nothing is trained."""
+    """--scaling was silently ignored where nothing is trained."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "test.jsonl").write_text(json.dumps({"text": WORDS * 40}) + "\n")
     argv = ["--test", "--model", str(converted("gene_llama")), "--data", str(tmp_path / "texts")]
