@@ -30,7 +30,7 @@ from mlx_clex.checkpoint.names import CONVERTED, Renaming, rename
 from mlx_clex.errors import InputError
 from mlx_clex.model_file import Model, ModelArgs
 from mlx_clex.scaling import PREFIX, SCALINGS, Scaling
-from mlx_clex.scaling.base import parse_config
+from mlx_clex.scaling.config import parse_config
 
 from .freeze.stock_rope import check_names, frozen_config
 from .options import DTYPES, Options

@@ -27,7 +27,7 @@ from .commands.run_command import run_command
 from .errors import InputError, generating
 from .loading import load, resolve
 from .model.scaled_model import make_prompt_cache, scaled
-from .serving.prompt import prompt_text
+from .serving.prompt import encode_text, prompt_text, without_bos
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,9 +123,9 @@ def _encode(tokenizer: Any, text: str, *, templated: bool) -> list[int]:
         )
         # `generate` adds the query and the rest of the template.
         begin = rendered[: rendered.index("<query>")]
-        tokens = tokenizer.encode(begin + text, add_special_tokens=False)
+        tokens = encode_text(tokenizer, begin + without_bos(tokenizer, text), begins=False)
     else:
-        tokens = tokenizer.encode(text)
+        tokens = encode_text(tokenizer, text, begins=True)
     if not text or not tokens:
         raise InputError("The text is empty: give one with --prompt or --prompt-file.")
     return tokens

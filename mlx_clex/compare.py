@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     if length is None:
         raise InputError(f"The trained length of {args.a} is unknown. Give --length.")
     for model in (a, b):
-        check_lengths(model, corpus, [length])
+        check_lengths(model, corpus, [length], "--length")
     settings = {
         **{
             f"weights_{which}": _digest(args, which, model) for which, model in (("a", a), ("b", b))

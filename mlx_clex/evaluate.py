@@ -172,7 +172,8 @@ def _json_object(args: argparse.Namespace, key: str) -> dict[str, Any]:
 
 def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
     # Imported here: it takes seconds and needs the extra `evaluate`.
-    from .evaluation.harness import PlannedLM, load_tasks, run_tasks
+    from .evaluation.harness import PlannedLM, run_tasks
+    from .evaluation.harness_tasks import load_tasks
 
     folder = resolve(args.model)
     tasks = load_tasks(args.tasks, {**_tokenizer_of(folder, args), **metadata}, args.include_path)

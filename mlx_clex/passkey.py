@@ -11,7 +11,6 @@ Not covered: chat templates (the model continues the prompt), and sampling.
 import argparse
 import functools
 import sys
-from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
@@ -19,21 +18,24 @@ import numpy as np
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 from tqdm import tqdm
 
-from .bundled import MODELS, PREFIX
-from .checkpoint.fingerprint import fingerprint, short
 from .commands.options import check_cache_options, scale_policy
 from .commands.run_command import run_command
 from .errors import InputError
+from .evaluation.candidates import (
+    Candidate,
+    Loader,
+    default_lengths,
+    labels_of,
+    only_bundled,
+)
 from .evaluation.reader import Reader
 from .evaluation.results import Results, open_results
 from .evaluation.tasks import TASKS
-from .loading import load, resolve
+from .loading import resolve
 from .model.scaled_model import scaled
 from .pictures.draw import picture
 
 _KEYS = ("task", "label", "length", "depth")
-_TRAINED_LENGTHS = (1, 2, 4)  # default of --lengths, in trained lengths
-_BUNDLED_LENGTHS = (1, 2, 4, 8, 16)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,11 +117,18 @@ def run(args: argparse.Namespace) -> None:
     """
     _check(args)
     # Find all models before the first is measured, which may take hours.
-    folders = {label: resolve(source) for label, source in _sources(args).items()}
+    models = labels_of(args.model, args.adapter_path)
+    for path in models.values():
+        resolve(path)
+    loader = Loader(
+        scale=args.scale if isinstance(args.scale, float) else None,
+        adapter_path=args.adapter_path,
+        trust_remote_code=args.trust_remote_code,
+    )
     results = open_results(args.output, kind="passkey", settings=_settings(args), keys=_KEYS)
     try:
-        for label, folder in folders.items():
-            _measure(args, results, label, folder)
+        for label, path in models.items():
+            _measure(args, results, loader, loader.candidate(label, path))
     finally:
         picture(results)
 
@@ -127,14 +136,12 @@ def run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     """Refuse invalid options before anything is loaded, and set the default of --task."""
     if args.task is None:
-        args.task = "words" if _only_bundled(args) else "passkey"
+        args.task = "words" if only_bundled(args.model) else "passkey"
     if not args.model and args.task != "words":
         raise InputError(
             f"No model for --task {args.task}. Give --model, or use --task words with the bundled "
             "models."
         )
-    if args.adapter_path and len(args.model or MODELS) > 1:
-        raise InputError("--adapter-path needs a single --model.")
     check_cache_options(args)
     for option in ("trials", "prefill_step_size"):
         if getattr(args, option) < 1:
@@ -148,10 +155,6 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(f"--depths must be within 0..1, got {depth:g}.")
 
 
-def _only_bundled(args: argparse.Namespace) -> bool:
-    return set(args.model or ()) <= set(MODELS.values())
-
-
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return everything that affects the figures and is not in the rows."""
     cache = ("kv_bits", "kv_group_size", "quantized_kv_start") if args.kv_bits else ()
@@ -160,28 +163,13 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in ("seed", "scale", *cache, *parts)}
 
 
-def _sources(args: argparse.Namespace) -> dict[str, str]:
-    """Return the models to load, by label."""
-    if not args.model:
-        return dict(MODELS)
-    names = [Path(source).name.removeprefix(PREFIX) or source for source in args.model]
-    if len(set(names)) < len(names):
-        names = args.model
-    if args.adapter_path:
-        names = [f"{names[0]} + {Path(args.adapter_path).name}"]
-    return dict(zip(names, args.model, strict=True))
-
-
-def _measure(args: argparse.Namespace, results: Results, label: str, folder: Path) -> None:
+def _measure(
+    args: argparse.Namespace, results: Results, loader: Loader, candidate: Candidate
+) -> None:
     """Measure all cells of one model and print its table."""
-    model, tokenizer = load(
-        folder,
-        scale=args.scale if isinstance(args.scale, float) else None,
-        adapter_path=args.adapter_path,
-        trust_remote_code=args.trust_remote_code,
-    )
-    trained = scaled(model).trained_length
-    lengths = _lengths(args, model, trained, label)
+    model, tokenizer = loader.load(candidate.path)
+    label = candidate.label
+    lengths = _lengths(args, model, label)
     depths = sorted({round(float(depth), 4) for depth in args.depths})
     reader = Reader(
         model,
@@ -195,10 +183,10 @@ def _measure(args: argparse.Namespace, results: Results, label: str, folder: Pat
     row = {
         "task": args.task,
         "label": label,
-        "trained_length": trained,
-        "model": short(fingerprint(model, folder, args.adapter_path)),
+        "trained_length": candidate.trained_length,
+        "model": candidate.model,
     }
-    results.check_model(label, row["model"])
+    results.check_model(label, candidate.model)
     # Deepest first: its filler before the fact is a prefix that all other depths share.
     cells = [
         {**row, "length": length, "depth": depth} for length in lengths for depth in depths[::-1]
@@ -211,18 +199,12 @@ def _measure(args: argparse.Namespace, results: Results, label: str, folder: Pat
     _print_table(args.task, label, results, model, lengths, depths)
 
 
-def _lengths(
-    args: argparse.Namespace, model: nn.Module, trained: int | None, label: str
-) -> list[int]:
+def _lengths(args: argparse.Namespace, model: nn.Module, label: str) -> list[int]:
     """Return the lengths to measure, shortest first."""
-    view = scaled(model)
     if not args.lengths:
-        if trained is None:
-            raise InputError(f"The trained length of {label} is unknown. Give --lengths.")
-        times = _BUNDLED_LENGTHS if _only_bundled(args) else _TRAINED_LENGTHS
-        return [n * trained for n in times if view.limit is None or n * trained <= view.limit]
+        return default_lengths(model, label, bundled=only_bundled(args.model))
     lengths = sorted(set(args.lengths))
-    view.check_length(lengths[-1], "The longest of --lengths")
+    scaled(model).check_length(lengths[-1], "The longest of --lengths")
     return lengths
 
 

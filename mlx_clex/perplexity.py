@@ -10,35 +10,36 @@ Not covered: models with different tokenizers (bits per byte would compare them)
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
-import mlx.nn as nn
 from tqdm import tqdm
 
-from .bundled import MODELS, PREFIX
-from .checkpoint.fingerprint import fingerprint, short
+from .bundled import MODELS
 from .commands.help import point_elsewhere
 from .commands.run_command import run_command
 from .data.corpus import Corpus
 from .errors import InputError
+from .evaluation.candidates import (
+    Candidate,
+    Loader,
+    default_lengths,
+    labels_of,
+    only_bundled,
+    replacement,
+)
 from .evaluation.corpus import corpus_of
-from .evaluation.perplexity import Protocol, Score, check_lengths, score, windows_of
-from .evaluation.results import Results, open_results
-from .loading import load, resolve
-from .model.scaled_model import attach, scaled
+from .evaluation.measure import AIMED_TOKENS, SMALLEST_WINDOWS, Measuring, measure
+from .evaluation.perplexity import Protocol, check_lengths
+from .evaluation.results import open_results
+from .model.scaled_model import scaled
 from .pictures.draw import picture
 from .scaling import SCALINGS
 
 _KEYS = ("label", "length")
-_TIMES = (1, 2, 4)  # default of --lengths, in trained lengths
-_BUNDLED_TIMES = (1, 2, 4, 8, 16)
 _BUNDLED_SCALINGS = ("none", "ntk", "yarn")  # measured on the bundled base by default
 _BUNDLED_OUTPUT = "perplexity"
-_WINDOWS = 8  # smallest default of --windows
-_TOKENS = 16_384  # tokens of all windows that the default of --windows aims at
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,8 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--windows",
         "--num-samples",
         type=int,
-        help=f"Largest number of windows of each length. Default: {_WINDOWS}, or {_TOKENS} / "
-        "length if that is more.",
+        help=f"Largest number of windows of each length. Default: {SMALLEST_WINDOWS}, or "
+        f"{AIMED_TOKENS} / length if that is more.",
     )
     parser.add_argument(
         "--protocol",
@@ -155,78 +156,39 @@ def run(args: argparse.Namespace) -> None:
         InputError: an option, the text, a length or a model cannot be used.
     """
     _check(args)
-    loader = _Loader(args)
-    corpus, lengths, lines = _checked_lines(args, loader)
+    loader = Loader(
+        scale=args.scale,
+        adapter_path=args.adapter_path,
+        trust_remote_code=args.trust_remote_code,
+    )
+    corpus, lengths, lines = _checked(args, loader)
+    measuring = Measuring(**{f.name: getattr(args, f.name) for f in fields(Measuring)})
     results = open_results(
         args.output or (None if args.model else _BUNDLED_OUTPUT),
         kind="perplexity",
-        settings=_settings(args, corpus, lengths[-1], lines),
+        settings=_settings(measuring, corpus, lengths[-1], lines),
         keys=_KEYS,
     )
     for line in lines:
         results.check_model(line.label, line.model)
     try:
-        rows = _measure(args, loader, results, corpus, lengths, lines)
+        rows = measure(
+            measuring,
+            loader,
+            results,
+            corpus,
+            lengths,
+            lines,
+            show=_silence if args.json else tqdm.write,
+        )
     finally:
         picture(results)
     if args.json:
         print(json.dumps({"protocol": args.protocol, "results": rows}))
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A model to load."""
-
-    name: str  # for the table
-    path: str  # a folder, a .gguf file or a Hugging Face id
-    scalings: Sequence[str] = ()  # replacements of its scaling; empty keeps its own
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of the picture: a model with its own or a replaced scaling."""
-
-    label: str
-    path: str
-    entry: Mapping[str, Any] | None  # rope_scaling that replaces its own; None keeps its own
-    model: str  # short fingerprint of the model
-    trained_length: int | None  # tokens
-    reach: int | None  # tokens
-
-
-class _Loader:
-    """Load models and keep the last one in memory."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.path = ""
-        self.loaded: tuple[Any, ...] = ()
-
-    def load(self, path: str) -> tuple[nn.Module, Any]:
-        """Return (model, tokenizer)."""
-        if path != self.path:
-            self.path, self.loaded = "", ()  # free the last model first
-            self.loaded = load(
-                path,
-                scale=self.args.scale,
-                adapter_path=self.args.adapter_path,
-                trust_remote_code=self.args.trust_remote_code,
-            )
-            self.path = path
-        return self.loaded[0], self.loaded[1]
-
-    def with_scaling(self, path: str, entry: Mapping[str, Any] | None) -> nn.Module:
-        """Return the model with the scaling `entry`; None keeps its current scaling."""
-        model, _ = self.load(path)
-        if entry is not None:
-            attach(model, entry, trained_length=scaled(model).trained_length)
-        return model
-
-
 def _check(args: argparse.Namespace) -> None:
     """Refuse invalid options before anything is loaded."""
-    if args.adapter_path and len(args.model or MODELS) > 1:
-        raise InputError("--adapter-path needs a single --model.")
     if args.windows is not None and args.windows < 1:
         raise InputError(f"--windows must be at least 1, got {args.windows}.")
     for option, of in (("chunk", "chunked"), ("stride", "sliding")):
@@ -245,239 +207,72 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--scale and --scalings exclude each other. Use --factor with --scalings.")
 
 
-def _candidates(args: argparse.Namespace) -> list[Candidate]:
-    """Return the models to load."""
-    scalings = tuple(dict.fromkeys(args.scalings or ()))
-    if not args.model:
-        base, *tuned = (Candidate(name, model) for name, model in MODELS.items())
-        if scalings:
-            return [replace(base, scalings=scalings)]
-        return [replace(base, scalings=_BUNDLED_SCALINGS), *tuned]
-    paths = list(dict.fromkeys(args.model))
-    names = [Path(path).name.removeprefix(PREFIX) or path for path in paths]
-    if len(set(names)) < len(names):
-        names = paths
-    if args.adapter_path:
-        names = [f"{names[0]} + {Path(args.adapter_path).name}"]
-    return [Candidate(name, path, scalings) for name, path in zip(names, paths, strict=True)]
-
-
-def _checked_lines(
-    args: argparse.Namespace, loader: _Loader
-) -> tuple[Corpus, list[int], list[Line]]:
+def _checked(args: argparse.Namespace, loader: Loader) -> tuple[Corpus, list[int], list[Candidate]]:
     """Load and check each model once; return the text, the lengths and the lines."""
     corpus: Corpus | None = None
     lengths: list[int] = []
-    lines: list[Line] = []
-    for source in _candidates(args):
-        model, tokenizer = loader.load(source.path)
+    lines: list[Candidate] = []
+    for label, path, scalings in _models(args):
+        model, tokenizer = loader.load(path)
         own = corpus_of(args.data, args.split, tokenizer)
         if corpus is None:
-            corpus, lengths = own, _lengths(args, model, source.name)
+            corpus = own
+            lengths = sorted(set(args.lengths or ())) or default_lengths(
+                model, label, bundled=only_bundled(args.model)
+            )
         elif own.digest != corpus.digest:
             raise InputError(
-                f"{source.name} and {lines[0].label} tokenise the text differently, so their "
+                f"{label} and {lines[0].label} tokenise the text differently, so their "
                 "perplexities cannot be compared. Measure them in separate runs."
             )
         if args.protocol == "chunked" and not (args.chunk or scaled(model).trained_length):
-            raise InputError(f"The trained length of {source.name} is unknown. Give --chunk.")
-        for name in source.scalings or (None,):
-            lines.append(_line(args, loader, source, name, lengths[-1]))
+            raise InputError(f"The trained length of {label} is unknown. Give --chunk.")
+        for name in scalings or (None,):
+            lines.append(_line(args, loader, label, path, name, lengths[-1]))
             check_lengths(model, corpus, lengths)
     assert corpus is not None, "there is at least one model"
     return corpus, lengths, lines
 
 
+def _models(args: argparse.Namespace) -> Iterator[tuple[str, str, Sequence[str]]]:
+    """Yield (label, path, replacements of its scaling) of each model."""
+    scalings = tuple(dict.fromkeys(args.scalings or ()))
+    for label, path in labels_of(args.model, args.adapter_path).items():
+        if args.model or path == MODELS["base"]:
+            yield label, path, scalings or (() if args.model else _BUNDLED_SCALINGS)
+        elif not scalings:  # they are for the bundled base only
+            yield label, path, ()
+
+
 def _line(
-    args: argparse.Namespace, loader: _Loader, source: Candidate, name: str | None, longest: int
-) -> Line:
+    args: argparse.Namespace, loader: Loader, label: str, path: str, name: str | None, longest: int
+) -> Candidate:
     """Return the line of a model with its own scaling, or with the scaling `name` attached."""
-    label, entry = source.name, None
-    trained = scaled(loader.load(source.path)[0]).trained_length
+    entry = None
     if name is not None:
-        factor = args.factor
-        if factor is None:
-            factor = max(1.0, longest / (trained or longest))
-        options = SCALINGS[name].options_for(factor)
-        entry = {"type": name, **options}
-        label += f" + {' '.join([name, *(f'{value:g}' for value in options.values())])}"
+        trained = scaled(loader.load(path)[0]).trained_length
+        added, entry = replacement(name, args.factor or max(1.0, longest / (trained or longest)))
+        label += f" + {added}"
     if args.scale is not None:
         label += f" at scale {args.scale:g}"
-    model = loader.with_scaling(source.path, entry)
-    return Line(
-        label,
-        source.path,
-        entry,
-        short(fingerprint(model, resolve(source.path), args.adapter_path)),
-        trained,
-        scaled(model).reach,
-    )
-
-
-def _lengths(args: argparse.Namespace, model: nn.Module, name: str) -> list[int]:
-    """Return the lengths to measure, shortest first."""
-    if args.lengths:
-        return sorted(set(args.lengths))
-    trained = scaled(model).trained_length
-    if trained is None:
-        raise InputError(f"The trained length of {name} is unknown. Give --lengths.")
-    times = _TIMES if args.model else _BUNDLED_TIMES
-    limit = scaled(model).limit
-    return [n * trained for n in times if limit is None or n * trained <= limit]
+    return loader.candidate(label, path, entry)
 
 
 def _settings(
-    args: argparse.Namespace, corpus: Corpus, longest: int, lines: Sequence[Line]
+    measuring: Measuring, corpus: Corpus, longest: int, lines: Sequence[Candidate]
 ) -> dict[str, Any]:
     """Return everything that affects the figures and is not in the rows."""
-    cache = ("kv_bits", "kv_group_size") if args.kv_bits else ()
-    names = ("protocol", "stride", "windows", *cache)
-    chunks = {_chunk(args, line) for line in lines}
-    return {
+    chunks = {measuring.chunk_of(line) for line in lines}
+    settings = {
         "tokens": corpus.digest,
         # Number of texts that are read; 0: all texts joined.
         "texts": int((corpus.ends - corpus.starts >= longest).sum()),
-        **{name: getattr(args, name) for name in names},
+        **asdict(measuring),
         "chunk": chunks.pop() if len(chunks) == 1 else None,  # None: each model's trained length
     }
-
-
-def _chunk(args: argparse.Namespace, line: Line) -> int | None:
-    return args.chunk or line.trained_length if args.protocol == "chunked" else None
-
-
-def _protocol(args: argparse.Namespace, line: Line, length: int) -> Protocol:
-    if args.protocol == "chunked":
-        return Protocol(chunk=_chunk(args, line))
-    if args.protocol == "sliding":
-        return Protocol(stride=args.stride or max(1, length // 4))
-    return Protocol()
-
-
-def _windows(args: argparse.Namespace, length: int) -> int:
-    return args.windows or max(_WINDOWS, _TOKENS // length)
-
-
-def _measure(
-    args: argparse.Namespace,
-    loader: _Loader,
-    results: Results,
-    corpus: Corpus,
-    lengths: list[int],
-    lines: list[Line],
-) -> list[dict[str, Any]]:
-    """Measure and print the rows that the results lack; return all rows."""
-    show = _silence if args.json else tqdm.write
-    width = max(len(line.label) for line in lines)
-    show(f"Protocol {args.protocol}: {corpus.name}, {len(corpus.tokens)} tokens.")
-    if (corpus.ends - corpus.starts).max() < lengths[-1]:
-        show(f"No text has {lengths[-1]} tokens, so all texts are joined end to end.")
-    if any(line.entry for line in lines):
-        show("MODEL + SCALING: inference-time scaling only; the weights are unchanged.")
-    show(
-        f"{'model':{width}} {'tokens':>8} {'scale':>7} {'windows':>8} {'perplexity':>11}   "
-        "95 % interval"
-    )
-    rows = []
-    with tqdm(
-        total=_tokens_to_read(args, results, corpus, lengths, lines),
-        unit="tok",
-        unit_scale=True,
-        leave=False,
-        disable=None,
-    ) as bar:
-        for line in lines:
-            for length in lengths:
-                if not results.find(label=line.label, length=length):
-                    bar.set_description(f"{line.label}, {length} tokens")
-                    model = loader.with_scaling(line.path, line.entry)
-                    found = _score(args, model, corpus, line, length, lengths[-1], bar.update)
-                    results.add(_row(model, line, length, found, corpus.name))
-                row = results.find(label=line.label, length=length)
-                assert row is not None
-                rows.append(row)
-                show(_text(row, width))
-    if len(lines) > 1:
-        show("\nPerplexity by length, in tokens:")
-        show(f"{'':{width}}" + "".join(f" {length:>9}" for length in lengths))
-        for line in lines:
-            mine = [row["perplexity"] for row in rows if row["label"] == line.label]
-            show(f"{line.label:{width}}" + "".join(f" {_number(value, 9)}" for value in mine))
-    return rows
-
-
-def _tokens_to_read(
-    args: argparse.Namespace,
-    results: Results,
-    corpus: Corpus,
-    lengths: list[int],
-    lines: list[Line],
-) -> int:
-    total = 0
-    for line in lines:
-        for length in lengths:
-            if not results.find(label=line.label, length=length):
-                stride = _protocol(args, line, length).stride
-                windows = _windows(args, length)
-                places = windows_of(corpus, length, windows, stride, lengths[-1])
-                total += len(places) * (length - 1)  # the last token is not read
-    return total
-
-
-def _score(
-    args: argparse.Namespace,
-    model: nn.Module,
-    corpus: Corpus,
-    line: Line,
-    length: int,
-    longest: int,
-    on_read: Callable[[int], Any],
-) -> Score:
-    return score(
-        model,
-        corpus,
-        length,
-        _windows(args, length),
-        _protocol(args, line, length),
-        longest,
-        kv_bits=args.kv_bits,
-        kv_group_size=args.kv_group_size,
-        on_read=on_read,
-    )
-
-
-def _row(model: nn.Module, line: Line, length: int, found: Score, text: str) -> dict[str, Any]:
-    low, high = found.interval or (None, None)
-    return {
-        "label": line.label,
-        "text": text,
-        "inference_time": line.entry is not None,
-        "trained_length": line.trained_length,
-        "reach": line.reach,
-        "length": length,
-        "scale": scaled(model).scale_at(length),
-        "windows": len(found.losses),
-        "tokens": found.tokens,
-        "perplexity": found.perplexity,
-        "low": low,
-        "high": high,
-        "model": line.model,
-    }
-
-
-def _text(row: Mapping[str, Any], width: int) -> str:
-    interval = "" if row["low"] is None else f"{row['low']:.4g} .. {row['high']:.4g}"
-    return (
-        f"{row['label']:{width}} {row['length']:>8} {row['scale']:>7g} {row['windows']:>8} "
-        f"{_number(row['perplexity'], 11)}   {interval}"
-    ).rstrip()
-
-
-def _number(value: float | None, width: int) -> str:
-    # Three digits are enough for a perplexity that large.
-    return (
-        f"{'nan' if value is None else f'{value:.4f}' if value < 1e4 else f'{value:.3g}':>{width}}"
-    )
+    if not measuring.kv_bits:
+        del settings["kv_bits"], settings["kv_group_size"]
+    return settings
 
 
 def _silence(text: str) -> None:

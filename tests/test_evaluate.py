@@ -19,7 +19,7 @@ from mlx_lm.evaluate import MLXLM
 from mlx_clex import evaluate, load
 from mlx_clex.commands.run_command import run_command
 from mlx_clex.errors import RunError
-from mlx_clex.evaluation import harness
+from mlx_clex.evaluation import harness_tasks
 from mlx_clex.evaluation.harness import PlannedLM
 from mlx_clex.evaluation.reader import Reader
 from mlx_clex.evaluation.results import read_results
@@ -58,7 +58,7 @@ DOCUMENT = ("context", "question", "answers")
 @pytest.fixture
 def local(tmp_path, monkeypatch):
     """Write task files of the three benchmarks with local documents; return their folder."""
-    monkeypatch.setattr(harness.datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(harness_tasks.datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     # RULER requires a sentence splitter, which a haystack of repeated sentences never calls.
     (tmp_path / "nltk_data" / "tokenizers" / "punkt_tab").mkdir(parents=True)
     monkeypatch.setattr("nltk.data.path", [str(tmp_path / "nltk_data")])
@@ -426,7 +426,7 @@ def test_it_is_the_harness_class_of_mlx_lm(folders):
     assert mine.tok_encode("A") == mine.tokenizer.encode("A", add_special_tokens=False)
 
 
-class Few(harness.TaskManager):
+class Few(harness_tasks.TaskManager):
     """A task manager without the harness's 14,000 task files, which take long to index."""
 
     def __init__(self, include_path=None, include_defaults=False, metadata=None):
@@ -435,7 +435,7 @@ class Few(harness.TaskManager):
 
 def test_broken_files_are_named(folders, local, monkeypatch, capsys):
     """A broken local file was reported as a dataset missing on the hub, or an unknown task."""
-    monkeypatch.setattr(harness, "TaskManager", Few)
+    monkeypatch.setattr(harness_tasks, "TaskManager", Few)
     base = ("--model", folders("clex"), "--include-path", local, "--tasks")
     with (local / "local_hotpotqa.jsonl").open("a") as file:
         file.write('{"context": \n')
@@ -474,7 +474,7 @@ def test_broken_files_are_named(folders, local, monkeypatch, capsys):
 )
 def test_bad_input_is_one_line(folders, local, replies, monkeypatch, capsys, more, words):
     """The exit status is 2, and the error names what is missing."""
-    monkeypatch.setattr(harness, "TaskManager", Few)
+    monkeypatch.setattr(harness_tasks, "TaskManager", Few)
     base = ("--model", folders("clex"), "--tasks", "local_hotpotqa", "--include-path", local)
     assert call(*base, *more) == 2
     err = capsys.readouterr().err.strip().splitlines()

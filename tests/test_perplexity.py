@@ -19,7 +19,9 @@ import transformers
 from mlx_clex.convert import convert
 
 from mlx_clex import attach, load, perplexity
+from mlx_clex.bundled import MODELS
 from mlx_clex.commands.run_command import run_command
+from mlx_clex.evaluation import measure
 from mlx_clex.evaluation import perplexity as evaluation
 from mlx_clex.evaluation.results import read_results
 
@@ -212,19 +214,19 @@ def test_an_interrupted_run_keeps_its_rows(converted, text, tmp_path, capsys, mo
     """Ctrl-C in the second row gives exit status 130; a third run measures nothing."""
     argv = ("--model", converted("clex_llama"), "--data", text, "--windows", 1)
     argv += ("--lengths", 40, 80, "--output", tmp_path / "out")
-    plain = perplexity.score
+    plain = measure.score
 
     def interrupted(model, corpus, length, *args, **kwargs):
         if length == 80:
             raise KeyboardInterrupt
         return plain(model, corpus, length, *args, **kwargs)
 
-    monkeypatch.setattr(perplexity, "score", interrupted)
+    monkeypatch.setattr(measure, "score", interrupted)
     assert call(*argv) == 130
     assert [row["length"] for row in read_results(tmp_path / "out").rows] == [40]
-    monkeypatch.setattr(perplexity, "score", plain)
+    monkeypatch.setattr(measure, "score", plain)
     assert call(*argv) == 0
-    monkeypatch.delattr(perplexity, "score")
+    monkeypatch.delattr(measure, "score")
     capsys.readouterr()
     assert call(*argv) == 0, "a finished run measured a row again"
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]] == ["40", "80"]
@@ -257,7 +259,8 @@ def test_the_default_is_the_bundled_models(text, tmp_path, converted, capsys, mo
     convert(stock, models["base"])
     convert(stock, models["clex"], scaling={"type": "clex", "max_factor": 16})
     convert(stock, models["gene"], scaling={"type": "gene", "factor": 16})
-    monkeypatch.setattr(perplexity, "MODELS", models)
+    for name, path in models.items():
+        monkeypatch.setitem(MODELS, name, path)
     monkeypatch.setattr("mlx_clex.evaluation.corpus.held_out_text", lambda: TEXT)
     monkeypatch.chdir(tmp_path)
     found = rows(capsys, "--windows", "1")

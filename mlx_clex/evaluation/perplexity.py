@@ -271,8 +271,16 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
     return total / counted if counted else math.nan
 
 
-def check_lengths(model: nn.Module, corpus: Corpus, lengths: Sequence[int]) -> None:
+def check_lengths(
+    model: nn.Module, corpus: Corpus, lengths: Sequence[int], option: str = "--lengths"
+) -> None:
     """Refuse lengths that `score` cannot measure.
+
+    Args:
+        model: the model to measure.
+        corpus: the text.
+        lengths: lengths of the windows, tokens.
+        option: the name of the option that gave them, for messages.
 
     Raises:
         InputError: a length is below 2, beyond the model's reach or larger than the corpus.
@@ -280,8 +288,8 @@ def check_lengths(model: nn.Module, corpus: Corpus, lengths: Sequence[int]) -> N
     there = len(corpus.tokens)
     for length in lengths:
         if length < 2:
-            raise InputError(f"A length must be at least 2 tokens, got {length}.")
-        scaled(model).check_length(length, "A sequence of --lengths")
+            raise InputError(f"{option} must be at least 2 tokens, got {length}.")
+        scaled(model).check_length(length, f"A sequence of {option}")
         if length > there:
             fitting = ", ".join(str(n) for n in lengths if n <= there)
             raise InputError(

@@ -9,23 +9,18 @@ Not covered: rotation, caches, and the length of a pass.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, Self, get_args, get_type_hints
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from ..errors import InputError
+from .config import parse_config
 from .procedure import Procedure
 
 PREFIX = "scaling."  # prefix of the names of learned tensors in a checkpoint
-
-
-def option(default: Any, text: str) -> Any:
-    """Return a dataclass field of a `Config`: its default, and a sentence for --help."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,39 +362,3 @@ class _Solved:
         self.weights: tuple[mx.array, ...] = ()
         self.tables: dict[tuple[float, int], tuple[mx.array, mx.array]] = {}
         self.state: Any = None  # data that a solver keeps between scales
-
-
-def parse_config(config_class: type, rope_scaling: Mapping[str, Any]) -> Any:
-    """Return the `Config` for a `rope_scaling` entry.
-
-    Raises:
-        InputError: an unknown key, or a value of the wrong type or range.
-    """
-    types = get_type_hints(config_class)
-    known = [field.name for field in fields(config_class)]
-    given = {k: v for k, v in rope_scaling.items() if k not in ("type", "rope_type")}
-    for key in given:
-        if key not in known:
-            name = rope_scaling.get("type", rope_scaling.get("rope_type"))
-            raise InputError(
-                f"rope_scaling has the key {key!r}, which type {name!r} does not have. "
-                f"It has: {', '.join(known) or 'no keys'}."
-            )
-    return config_class(**{k: _cast(k, v, types[k]) for k, v in given.items()})
-
-
-def _cast(key: str, value: Any, wanted: Any) -> Any:
-    if isinstance(wanted, UnionType):
-        if value is None:
-            return None
-        (wanted,) = (t for t in get_args(wanted) if t is not NoneType)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    number = number and math.isfinite(value)
-    if wanted is float and number:
-        return float(value)
-    if wanted is int and number and value == int(value):
-        return int(value)
-    if wanted not in (int, float) and isinstance(value, wanted):
-        return value
-    kind = {float: "a number", int: "a whole number", bool: "true or false"}
-    raise InputError(f"rope_scaling.{key} must be {kind.get(wanted, 'a string')}, got {value!r}.")

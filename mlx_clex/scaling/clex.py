@@ -32,7 +32,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import InputError
-from .base import Scaling, option
+from .base import Scaling
+from .config import option
 from .ode import Rhs, solve, solve_with_error
 from .procedure import PLAIN_SHARE, RELEASE, SKIPS, UNIFORM, Procedure
 

@@ -5,19 +5,16 @@ from typing import ClassVar
 
 import numpy as np
 
-from ..errors import InputError
-from .base import Scaling, option
+from .base import Scaling
+from .config import option
+from .factor import FactorConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class DynamicConfig:
+class DynamicConfig(FactorConfig):
     """How fast the base grows."""
 
     factor: float = option(4.0, "Growth of the base per trained length; 1 is NTK's own.")
-
-    def __post_init__(self) -> None:
-        if not self.factor >= 1:
-            raise InputError(f"rope_scaling.factor must be >= 1, got {self.factor}.")
 
 
 class Dynamic(Scaling):

@@ -1,10 +1,11 @@
-"""The common part of methods with one constant factor."""
+"""The common part of methods whose reach is a factor times the trained length."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import InputError
-from .base import Scaling, option
+from .base import Scaling
+from .config import option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,15 +19,10 @@ class FactorConfig:
             raise InputError(f"rope_scaling.factor must be >= 1, got {self.factor}.")
 
 
-class FactorScaling(Scaling):
-    """A scaling whose scale is its configured factor, whatever the length."""
+class FactorReach(Scaling):
+    """A scaling that reaches `factor` times the trained length."""
 
     Config: ClassVar[type] = FactorConfig
-    static: ClassVar[bool] = True
-
-    def scale_at(self, length: int) -> float:
-        """The factor."""
-        return self.config.factor
 
     @classmethod
     def options_for(cls, factor: float) -> dict[str, float]:
@@ -45,5 +41,15 @@ class FactorScaling(Scaling):
 
     @property
     def largest_scale(self) -> float:
+        """The factor."""
+        return self.config.factor
+
+
+class FactorScaling(FactorReach):
+    """A scaling whose scale is its configured factor, whatever the length."""
+
+    static: ClassVar[bool] = True
+
+    def scale_at(self, length: int) -> float:
         """The factor."""
         return self.config.factor

@@ -8,12 +8,13 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import InputError
-from .base import Scaling, option
+from .config import option
+from .factor import FactorConfig, FactorReach
 from .procedure import GENE, Procedure
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneConfig:
+class GeneConfig(FactorConfig):
     """The reach, the first stretched pair, and the fine-tuning of the model."""
 
     factor: float = option(16.0, "Longest length / trained length.")
@@ -27,8 +28,7 @@ class GeneConfig:
     log_scale: bool = option(False, "Raise attention with the logarithm of the position.")
 
     def __post_init__(self) -> None:
-        if not self.factor >= 1:
-            raise InputError(f"rope_scaling.factor must be >= 1, got {self.factor}.")
+        super().__post_init__()
         if not self.num_rotations > 0:
             raise InputError(f"rope_scaling.num_rotations must be > 0, got {self.num_rotations}.")
         if self.training_seq_len is not None and self.training_seq_len < 2:
@@ -38,7 +38,7 @@ class GeneConfig:
             )
 
 
-class GeneScaling(Scaling):
+class GeneScaling(FactorReach):
     """The common part of `gene` and `gene-param`: everything but the periods."""
 
     Config: ClassVar[type] = GeneConfig
@@ -60,11 +60,6 @@ class GeneScaling(Scaling):
                 f"{trained_at / self.trained_length:g}: raise factor or lower training_seq_len."
             )
 
-    @classmethod
-    def options_for(cls, factor: float) -> dict[str, float]:
-        """Return `factor` unchanged."""
-        return {"factor": factor}
-
     def scale_at(self, length: int) -> float:
         """Return max(factor, ceil(length / L0)): constant up to L0 * factor, then growing.
 
@@ -75,24 +70,9 @@ class GeneScaling(Scaling):
         return max(self.config.factor, float(-(-length // self.trained_length)))
 
     @property
-    def reach(self) -> int | None:
-        """L0 * factor. Longer sequences run, and the scale follows them."""
-        return int(self.trained_length * self.config.factor)
-
-    @property
-    def reach_reason(self) -> str:
-        """What `reach` follows from, in words."""
-        return f"trained length {self.trained_length} x factor {self.config.factor:g}"
-
-    @property
     def grows(self) -> bool:
         """Whether the scale follows sequences longer than `reach`."""
         return self.config.gene_random_scale
-
-    @property
-    def largest_scale(self) -> float:
-        """The factor."""
-        return self.config.factor
 
     @property
     def procedure(self) -> Procedure:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import InputError
-from .base import option
+from .config import option
 from .factor import FactorConfig, FactorScaling
 
 

@@ -192,7 +192,7 @@ def _training(
     if lengths and valid is None:
         raise InputError(f"--eval-lengths needs validation data; {options.data} has none.")
     if valid is not None:
-        check_lengths(model, valid, lengths)
+        check_lengths(model, valid, lengths, "--eval-lengths")
     schedule = learning_rate_schedule(
         options.learning_rate,
         updates=-(-options.iters // options.grad_accumulation_steps),

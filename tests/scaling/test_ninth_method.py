@@ -28,7 +28,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_clex.scaling import SCALINGS
-from mlx_clex.scaling.base import Scaling, option
+from mlx_clex.scaling.base import Scaling
+from mlx_clex.scaling.config import option
 from mlx_clex.scaling.procedure import SKIPS, UNIFORM, Procedure
 
 

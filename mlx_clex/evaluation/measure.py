@@ -1,0 +1,176 @@
+"""Measure the perplexities that a table lacks, and print it.
+
+Not covered: which models and lengths are measured (`candidates.py`), and the files of results.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.nn as nn
+from tqdm import tqdm
+
+from ..data.corpus import Corpus
+from ..model.scaled_model import scaled
+from .candidates import Candidate, Loader
+from .perplexity import Protocol, Score, score, windows_of
+from .results import Results
+
+SMALLEST_WINDOWS = 8  # smallest default number of windows
+AIMED_TOKENS = 16_384  # tokens of all windows that the default number of windows aims at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """How the perplexities of a table are measured."""
+
+    protocol: str = "whole"  # whole, chunked or sliding
+    chunk: int | None = None  # tokens, for chunked; None: the trained length of each model
+    stride: int | None = None  # tokens, for sliding; None: a quarter of the length
+    windows: int | None = None  # largest number of windows of each length; None: by length
+    kv_bits: int | None = None  # bits of the KV cache; None: not quantised
+    kv_group_size: int = 64  # values of the KV cache that share a quantisation scale
+
+    def chunk_of(self, line: Candidate) -> int | None:
+        """Return the tokens of a chunk, or None for other protocols."""
+        return self.chunk or line.trained_length if self.protocol == "chunked" else None
+
+    def protocol_of(self, line: Candidate, length: int) -> Protocol:
+        """Return the protocol of one cell."""
+        if self.protocol == "chunked":
+            return Protocol(chunk=self.chunk_of(line))
+        if self.protocol == "sliding":
+            return Protocol(stride=self.stride or max(1, length // 4))
+        return Protocol()
+
+    def windows_of(self, length: int) -> int:
+        """Return the largest number of windows of one length."""
+        return self.windows or max(SMALLEST_WINDOWS, AIMED_TOKENS // length)
+
+    def score(
+        self,
+        model: nn.Module,
+        corpus: Corpus,
+        line: Candidate,
+        length: int,
+        longest: int,
+        on_read: Callable[[int], Any],
+    ) -> Score:
+        """Measure one cell; see `perplexity.score`."""
+        return score(
+            model,
+            corpus,
+            length,
+            self.windows_of(length),
+            self.protocol_of(line, length),
+            longest,
+            kv_bits=self.kv_bits,
+            kv_group_size=self.kv_group_size,
+            on_read=on_read,
+        )
+
+
+def measure(
+    measuring: Measuring,
+    loader: Loader,
+    results: Results,
+    corpus: Corpus,
+    lengths: Sequence[int],
+    lines: Sequence[Candidate],
+    *,
+    show: Callable[[str], Any],
+) -> list[dict[str, Any]]:
+    """Measure the rows that the results lack, print the table and return all rows.
+
+    Args:
+        measuring: how each cell is measured.
+        loader: loads the models; the last one stays in memory.
+        results: where each row is stored as soon as it is measured.
+        corpus: the text.
+        lengths: lengths of the windows, tokens, shortest first.
+        lines: the models.
+        show: prints a line.
+    """
+    width = max(len(line.label) for line in lines)
+    show(f"Protocol {measuring.protocol}: {corpus.name}, {len(corpus.tokens)} tokens.")
+    if (corpus.ends - corpus.starts).max() < lengths[-1]:
+        show(f"No text has {lengths[-1]} tokens, so all texts are joined end to end.")
+    if any(line.entry for line in lines):
+        show("MODEL + SCALING: inference-time scaling only; the weights are unchanged.")
+    show(
+        f"{'model':{width}} {'tokens':>8} {'scale':>7} {'windows':>8} {'perplexity':>11}   "
+        "95 % interval"
+    )
+    cells = [(line, length) for line in lines for length in lengths]
+    missing = [
+        (line, length)
+        for line, length in cells
+        if not results.find(label=line.label, length=length)
+    ]
+    with tqdm(
+        total=sum(_tokens_to_read(measuring, corpus, *cell, lengths[-1]) for cell in missing),
+        unit="tok",
+        unit_scale=True,
+        leave=False,
+        disable=None,
+    ) as bar:
+        rows = []
+        for line, length in cells:
+            row = results.find(label=line.label, length=length)
+            if row is None:
+                bar.set_description(f"{line.label}, {length} tokens")
+                model = loader.with_scaling(line.path, line.entry)
+                found = measuring.score(model, corpus, line, length, lengths[-1], bar.update)
+                row = _row(model, line, length, found, corpus.name)
+                results.add(row)
+            rows.append(row)
+            show(_text(row, width))
+    if len(lines) > 1:
+        show("\nPerplexity by length, in tokens:")
+        show(f"{'':{width}}" + "".join(f" {length:>9}" for length in lengths))
+        for line in lines:
+            mine = [row["perplexity"] for row in rows if row["label"] == line.label]
+            show(f"{line.label:{width}}" + "".join(f" {_number(value, 9)}" for value in mine))
+    return rows
+
+
+def _tokens_to_read(
+    measuring: Measuring, corpus: Corpus, line: Candidate, length: int, longest: int
+) -> int:
+    stride = measuring.protocol_of(line, length).stride
+    places = windows_of(corpus, length, measuring.windows_of(length), stride, longest)
+    return len(places) * (length - 1)  # the last token is not read
+
+
+def _row(model: nn.Module, line: Candidate, length: int, found: Score, text: str) -> dict[str, Any]:
+    low, high = found.interval or (None, None)
+    return {
+        "label": line.label,
+        "text": text,
+        "inference_time": line.entry is not None,
+        "trained_length": line.trained_length,
+        "reach": line.reach,
+        "length": length,
+        "scale": scaled(model).scale_at(length),
+        "windows": len(found.losses),
+        "tokens": found.tokens,
+        "perplexity": found.perplexity,
+        "low": low,
+        "high": high,
+        "model": line.model,
+    }
+
+
+def _text(row: Mapping[str, Any], width: int) -> str:
+    interval = "" if row["low"] is None else f"{row['low']:.4g} .. {row['high']:.4g}"
+    return (
+        f"{row['label']:{width}} {row['length']:>8} {row['scale']:>7g} {row['windows']:>8} "
+        f"{_number(row['perplexity'], 11)}   {interval}"
+    ).rstrip()
+
+
+def _number(value: float | None, width: int) -> str:
+    # Three digits are enough for a perplexity that large.
+    return (
+        f"{'nan' if value is None else f'{value:.4f}' if value < 1e4 else f'{value:.3g}':>{width}}"
+    )
