@@ -30,7 +30,7 @@ from mlx_lm.models import llama
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_clex.model.head import hidden_states
+from mlx_clex.model.chunked_loss import hidden_states
 from mlx_clex.scaling import build_scaling
 from mlx_clex.training import step as step_module
 from mlx_clex.training.draws import Draws, procedure_for

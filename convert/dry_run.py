@@ -10,7 +10,7 @@ from pathlib import Path
 from mlx_clex.checkpoint.safetensors_file import TensorInfo, info_of
 from mlx_clex.scaling import PREFIX
 
-from .outcome import Outcome
+from .decide import Outcome
 from .read.source import Checkpoint
 
 

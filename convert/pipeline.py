@@ -15,10 +15,10 @@ from mlx_clex.checkpoint.safetensors_file import TensorInfo
 from mlx_clex.errors import InputError, say
 
 from .check import check_config, check_model, check_tokenizer
+from .decide import Outcome, decide_outcome
 from .dry_run import describe, describe_download
 from .freeze import gguf_export
 from .options import Options
-from .outcome import Outcome, decide_outcome
 from .read import gguf_file, torch_bin
 from .read.source import Checkpoint
 from .resolve import find, is_local

@@ -30,8 +30,8 @@ from .evaluation.candidates import (
     replacement,
 )
 from .evaluation.corpus import corpus_of
-from .evaluation.measure import AIMED_TOKENS, SMALLEST_WINDOWS, Measuring, measure
 from .evaluation.perplexity import Protocol, check_lengths
+from .evaluation.perplexity_table import AIMED_TOKENS, SMALLEST_WINDOWS, Measuring, measure
 from .evaluation.results import open_results
 from .model.scaled_model import scaled
 from .pictures.draw import picture

@@ -21,8 +21,8 @@ from mlx_clex.convert import convert
 from mlx_clex import attach, load, perplexity
 from mlx_clex.bundled import MODELS
 from mlx_clex.commands.run_command import run_command
-from mlx_clex.evaluation import measure
 from mlx_clex.evaluation import perplexity as evaluation
+from mlx_clex.evaluation import perplexity_table
 from mlx_clex.evaluation.results import read_results
 
 from .checkpoints import torch_cache
@@ -214,19 +214,19 @@ def test_an_interrupted_run_keeps_its_rows(converted, text, tmp_path, capsys, mo
     """Ctrl-C in the second row gives exit status 130; a third run measures nothing."""
     argv = ("--model", converted("clex_llama"), "--data", text, "--windows", 1)
     argv += ("--lengths", 40, 80, "--output", tmp_path / "out")
-    plain = measure.score
+    plain = perplexity_table.score
 
     def interrupted(model, corpus, length, *args, **kwargs):
         if length == 80:
             raise KeyboardInterrupt
         return plain(model, corpus, length, *args, **kwargs)
 
-    monkeypatch.setattr(measure, "score", interrupted)
+    monkeypatch.setattr(perplexity_table, "score", interrupted)
     assert call(*argv) == 130
     assert [row["length"] for row in read_results(tmp_path / "out").rows] == [40]
-    monkeypatch.setattr(measure, "score", plain)
+    monkeypatch.setattr(perplexity_table, "score", plain)
     assert call(*argv) == 0
-    monkeypatch.delattr(measure, "score")
+    monkeypatch.delattr(perplexity_table, "score")
     capsys.readouterr()
     assert call(*argv) == 0, "a finished run measured a row again"
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:]] == ["40", "80"]

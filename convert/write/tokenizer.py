@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mlx_clex.checkpoint.chat_templates import template_for
+from mlx_clex.checkpoint.released_templates import template_for
 from mlx_clex.errors import InputError
 
 from ..read import gguf_tokenizer

@@ -25,8 +25,8 @@ from ..checkpoint.files import new_folder
 from ..checkpoint.lock import locked
 from ..errors import InputError, say
 from ..loading import expect_long_texts
+from .gene_turns import for_training
 from .hub_data import Entries, documents, fingerprint_of, is_hub_id, load_hub_data, name_of
-from .turns import for_training
 
 SPLITS = ("train", "valid", "test")
 _TEXT = (".txt", ".md")

@@ -8,7 +8,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import InputError
-from ..model.head import chunk_length
+from ..model.chunked_loss import chunk_length
 from .perplexity import log_sum_exp, logits_of_text
 
 

@@ -24,7 +24,7 @@ from mlx_lm.generate import maybe_quantize_kv_cache
 from ..data.batch import Batch
 from ..data.corpus import Corpus
 from ..errors import InputError, generating
-from ..model.head import chunk_length, hidden_states, logits_of, summed_loss
+from ..model.chunked_loss import chunk_length, hidden_states, logits_of, summed_loss
 from ..model.plans import planned_caches
 from ..model.scaled_model import make_prompt_cache, scaled
 

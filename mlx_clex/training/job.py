@@ -15,10 +15,10 @@ from ..data.corpus import Corpus
 from ..evaluation.perplexity import mean_loss
 from ..scaling import PREFIX
 from ..scaling.procedure import FIXED, SAMPLINGS, SCALE_DRAWS
-from .bars import with_bar
 from .batches import Batches
 from .loop import Run
 from .options import TrainingOptions
+from .progress_bars import with_bar
 from .ranks import Ranks
 
 

@@ -28,10 +28,10 @@ from ..data.corpus import Corpus
 from ..errors import InputError, RunError
 from ..evaluation.perplexity import mean_loss, score, windows_of
 from ..scaling import PREFIX
-from .bars import Pace, with_bar
 from .batches import Batches
 from .draws import Draws
 from .log import LOG, Log
+from .progress_bars import Pace, with_bar
 from .ranks import Ranks
 from .saves import ADAPTERS, CURRENT, OPTIMIZER, STATE, Checkpoints, read_json
 from .step import Result, TrainingStep

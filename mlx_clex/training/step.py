@@ -19,7 +19,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ..data.batch import Batch
-from ..model.head import chunk_length, loss_for_gradient
+from ..model.chunked_loss import chunk_length, loss_for_gradient
 from ..model.rotary import Pass, Rope
 from ..model.scaled_model import given_pass
 from ..scaling import Scaling

@@ -10,7 +10,7 @@ import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 from sentencepiece import SentencePieceProcessor
 
-from mlx_clex.checkpoint.chat_templates import GENE
+from mlx_clex.checkpoint.released_templates import GENE
 from mlx_clex.data.corpus import Corpus, find_files, load_corpora
 from mlx_clex.errors import InputError
 from mlx_clex.training.batches import Batches

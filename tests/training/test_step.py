@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gpt_neox, phi
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_clex.model.head import loss_for_gradient, summed_loss, token_losses
+from mlx_clex.model.chunked_loss import loss_for_gradient, summed_loss, token_losses
 from mlx_clex.model.scaled_model import attach, given_pass
 from mlx_clex.training.draws import Draw
 from mlx_clex.training.step import Batch, TrainingStep, checkpointed_layers
@@ -142,7 +142,7 @@ def test_a_chunk_is_of_all_rows_together(monkeypatch):
         shapes.append(logits.shape)
         return token_losses(logits, targets)
 
-    monkeypatch.setattr("mlx_clex.model.head.token_losses", seen)
+    monkeypatch.setattr("mlx_clex.model.chunked_loss.token_losses", seen)
     model = heads()["untied"]
     tokens, targets, weights = (mx.array(a) for a in batch_of())
     mx.eval(loss_for_gradient(model, tokens, targets, weights, 10))

@@ -9,7 +9,7 @@ import sentencepiece
 from mlx_clex.convert import convert
 
 import mlx_clex
-from mlx_clex.checkpoint.chat_templates import template_for
+from mlx_clex.checkpoint.released_templates import template_for
 
 from ...checkpoints import copy_golden
 from ...conftest import GOLDEN, GOLDEN_NAMES

@@ -26,7 +26,7 @@ from mlx_clex.checkpoint.config import (
     set_tied,
 )
 from mlx_clex.checkpoint.folder import SHIM
-from mlx_clex.checkpoint.names import CONVERTED, Renaming, rename
+from mlx_clex.checkpoint.tensor_names import CONVERTED, Renaming, rename
 from mlx_clex.errors import InputError
 from mlx_clex.model_file import Model, ModelArgs
 from mlx_clex.scaling import PREFIX, SCALINGS, Scaling

@@ -12,7 +12,7 @@ GeNE's data does not have.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..checkpoint.chat_templates import GENE
+from ..checkpoint.released_templates import GENE
 
 
 def for_training(tokenizer: Any) -> Any:
