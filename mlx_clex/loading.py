@@ -8,7 +8,6 @@ Not covered: conversion itself (`mlx_clex.convert`).
 """
 
 import functools
-import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,8 +117,6 @@ def load(
     if scaling is not None and (message := check_frequencies(scaling, scale)):
         warnings.warn(message, stacklevel=2)
     check_finite(model)
-    # Its only complaint is that transformers does not know our rope_scaling types.
-    logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
     tokenizer_options = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
     tokenizer = open_tokenizer(folder, config, tokenizer_options)
     expect_long_texts(tokenizer)

@@ -1,5 +1,6 @@
 """Opens the tokenizer of a folder, and checks that its ids are the model's."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ def open_tokenizer(
                 f"config.json or generation_config.json has eos_token_id {ends!r}; it must be an "
                 f"id below vocab_size ({vocabulary}), or a list of them."
             )
+    # Its only complaint is that transformers does not know our rope_scaling types.
+    logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
     try:
         tokenizer = load_tokenizer(folder, dict(options or {}), eos_token_ids=ends)
         highest = max(_ids_of(tokenizer), default=0)

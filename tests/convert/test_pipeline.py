@@ -1,6 +1,8 @@
 """What the converter writes: tensors, config, card."""
 
 import json
+import subprocess
+import sys
 
 import mlx.core as mx
 import mlx_lm
@@ -273,3 +275,14 @@ def test_the_table_of_scales_is_what_the_scaling_answers(name):
         assert scaling.scale_at(first) == scaling.scale_at(last) == scale
     for _, last, scale in rows[:-1]:
         assert scaling.scale_at(last + 1) > scale
+
+
+def test_a_conversion_prints_no_line_of_other_packages(tmp_path):
+    """The check of the written tokenizer printed transformers' warning about rope_type clex."""
+    command = [sys.executable, "-m", "mlx_clex", "convert", "--hf-path", GOLDEN / "clex_llama"]
+    done = subprocess.run(
+        [*map(str, command), "--mlx-path", str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()]
+    assert all(line.startswith(("[mlx_clex]", "Reading:", "Writing:")) for line in lines), lines
