@@ -1,9 +1,10 @@
-"""Rewrite .gguf files of the llama family as safetensors.
+"""Rewrite .gguf files as safetensors.
 
 The package `gguf` maps the file into memory and decodes one tensor at a time. Quantised weights
 become float16, floats keep their type; names and the order of rows become Hugging Face's.
 
-Not covered: architectures other than `llama`, experts, and the tokenizer (`gguf_tokenizer.py`).
+Not covered: what differs by architecture (`gguf_families.py`), experts, and the tokenizer
+(`gguf_tokenizer.py`).
 """
 
 import re
@@ -17,21 +18,8 @@ import numpy as np
 from mlx_clex.checkpoint.safetensors_file import TensorInfo, write
 from mlx_clex.errors import InputError, one_line
 
-# GGUF name -> Hugging Face name, for the llama architecture.
-TABLE: dict[str, str] = {
-    r"token_embd\.weight": "model.embed_tokens.weight",
-    r"output_norm\.weight": "model.norm.weight",
-    r"output\.weight": "lm_head.weight",
-    r"blk\.(\d+)\.attn_norm\.weight": "model.layers.{}.input_layernorm.weight",
-    r"blk\.(\d+)\.ffn_norm\.weight": "model.layers.{}.post_attention_layernorm.weight",
-    r"blk\.(\d+)\.attn_q\.weight": "model.layers.{}.self_attn.q_proj.weight",
-    r"blk\.(\d+)\.attn_k\.weight": "model.layers.{}.self_attn.k_proj.weight",
-    r"blk\.(\d+)\.attn_v\.weight": "model.layers.{}.self_attn.v_proj.weight",
-    r"blk\.(\d+)\.attn_output\.weight": "model.layers.{}.self_attn.o_proj.weight",
-    r"blk\.(\d+)\.ffn_gate\.weight": "model.layers.{}.mlp.gate_proj.weight",
-    r"blk\.(\d+)\.ffn_up\.weight": "model.layers.{}.mlp.up_proj.weight",
-    r"blk\.(\d+)\.ffn_down\.weight": "model.layers.{}.mlp.down_proj.weight",
-}
+from .gguf_families import FAMILIES, Family, llama3_rope
+
 _FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # kept as stored
 _CHUNK = 1 << 22  # elements decoded at once: float32 work arrays of 16 MB
 _LONGEST_ARRAY = 1 << 23  # elements of a metadata array; the largest vocabularies have 300,000
@@ -44,6 +32,33 @@ class GgufFile(NamedTuple):
     path: Path
     metadata: dict[str, Any]
     tensors: list[Any]  # gguf.ReaderTensor
+
+    @property
+    def family(self) -> Family:
+        """The architecture.
+
+        Raises:
+            InputError: it is not read.
+        """
+        name = self.metadata.get("general.architecture")
+        if not isinstance(name, str) or name not in FAMILIES:
+            raise InputError(
+                f"{self.path} has the architecture {name!r}. .gguf files are read of: "
+                f"{', '.join(FAMILIES)}. Use the model's safetensors."
+            )
+        return FAMILIES[name]
+
+    def key(self, name: str, default: Any = None) -> Any:
+        """Return a value of the architecture's metadata.
+
+        Raises:
+            InputError: it is missing and has no default.
+        """
+        name = f"{self.metadata['general.architecture']}.{name}"
+        value = self.metadata.get(name, default)
+        if value is None:
+            raise InputError(f"{self.path} has no {name} in its metadata.")
+        return value
 
 
 def import_gguf(reason: str) -> Any:
@@ -104,35 +119,17 @@ def config_of(gguf: GgufFile) -> dict[str, Any]:
 
 
 def _config_of(gguf: GgufFile) -> dict[str, Any]:
-    metadata = gguf.metadata
-    architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise InputError(
-            f"{gguf.path} has the architecture {architecture!r}; mlx_clex reads only llama from "
-            ".gguf files. Use the model's safetensors."
-        )
-
-    def key(name: str, default: Any = None) -> Any:
-        value = metadata.get(f"llama.{name}", default)
-        if value is None:
-            raise InputError(f"{gguf.path} has no llama.{name} in its metadata.")
-        return value
-
-    names = {tensor.name for tensor in gguf.tensors}
+    family, key, metadata = gguf.family, gguf.key, gguf.metadata
+    tensors = {tensor.name: tensor for tensor in gguf.tensors}
     if key("expert_count", 0):
         raise InputError(f"{gguf.path} is a mixture of experts; use its safetensors.")
-    if "rope_freqs.weight" in names:
-        raise InputError(
-            f"{gguf.path} has its own rotary frequencies (rope_freqs.weight), to which no other "
-            "scaling can be added. Use a model without them."
-        )
     heads, width = key("attention.head_count"), key("embedding_length")
     head_dim = key("attention.key_length", width // heads)
     if key("rope.dimension_count", head_dim) != head_dim:
         raise InputError(f"{gguf.path} rotates only part of a head; use its safetensors.")
     config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
+        "model_type": family.model_type,
+        "architectures": [family.model_class],
         "hidden_size": width,
         "num_hidden_layers": key("block_count"),
         "intermediate_size": key("feed_forward_length"),
@@ -143,29 +140,47 @@ def _config_of(gguf: GgufFile) -> dict[str, Any]:
         "max_position_embeddings": key("context_length"),
         "rope_theta": key("rope.freq_base", 10_000.0),
         "vocab_size": len(metadata.get("tokenizer.ggml.tokens", ())) or key("vocab_size"),
-        "tie_word_embeddings": "output.weight" not in names,
+        "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
         "torch_dtype": "float16",
     }
-    kind = metadata.get("llama.rope.scaling.type", _ROPES[0])
+    if (window := key("attention.sliding_window", 0)) > 0:
+        config["sliding_window"] = window
+    config |= family.constants(config)
+    if rope := _rope_of(gguf, config["rope_theta"], tensors.get("rope_freqs.weight")):
+        config["rope_scaling"] = rope
+    return config
+
+
+def _rope_of(gguf: GgufFile, theta: float, divisors: Any) -> dict[str, Any] | None:
+    """Return the file's rope_scaling entry, or None for a plain rope."""
+    if divisors is not None:
+        entry = llama3_rope(decode(divisors.data, divisors.tensor_type).astype(np.float64), theta)
+        if entry is None:
+            raise InputError(
+                f"{gguf.path} has rotary frequencies (rope_freqs.weight) that are not those of "
+                "Llama 3. Use the model's safetensors."
+            )
+        return entry
+    kind = gguf.key("rope.scaling.type", _ROPES[0])
     if kind not in _ROPES:
         raise InputError(f"{gguf.path} has rope scaling {kind!r}. Allowed: {', '.join(_ROPES)}.")
-    if kind != _ROPES[0]:
-        config["rope_scaling"] = {"type": kind, "factor": key("rope.scaling.factor")}
-        original = metadata.get("llama.rope.scaling.original_context_length")
-        if original:
-            config["rope_scaling"]["original_max_position_embeddings"] = original
-    return config
+    if kind == _ROPES[0]:
+        return None
+    entry = {"type": kind, "factor": gguf.key("rope.scaling.factor")}
+    if original := gguf.key("rope.scaling.original_context_length", 0):
+        entry["original_max_position_embeddings"] = original
+    return entry
 
 
 def header(gguf: GgufFile) -> dict[str, TensorInfo]:
     """Return the names and shapes that `spool` writes.
 
     Raises:
-        InputError: a tensor that the llama architecture does not have.
+        InputError: a tensor that the architecture does not have.
     """
-    return {_rename(gguf, tensor): _info(tensor) for tensor in gguf.tensors}
+    return {_rename(gguf, tensor): _info(tensor) for tensor in _weights(gguf)}
 
 
 def bits_per_weight(gguf: GgufFile) -> float:
@@ -182,21 +197,28 @@ def spool(gguf: GgufFile, target: Path, advance: Callable[[int], object] = lambd
         target: the new file.
         advance: called after each tensor with its size in bytes.
     """
-    heads = gguf.metadata["llama.attention.head_count"]
-    key_heads = gguf.metadata.get("llama.attention.head_count_kv", heads)
+    family, heads = gguf.family, gguf.key("attention.head_count")
+    key_heads = gguf.key("attention.head_count_kv", heads)
 
     def data(tensor: Any) -> Callable[[], memoryview]:
         def read_tensor() -> memoryview:
             array = decode(tensor.data, tensor.tensor_type)
-            if ".attn_q." in tensor.name:
+            if family.paired and ".attn_q." in tensor.name:
                 array = unpermute(array, heads)
-            elif ".attn_k." in tensor.name:
+            elif family.paired and ".attn_k." in tensor.name:
                 array = unpermute(array, key_heads)
+            elif family.norm_shift and tensor.name.endswith("norm.weight"):
+                if array.dtype == np.uint16:
+                    raise InputError(
+                        f"{gguf.path}: {tensor.name} is bfloat16. Allowed: F32, F16. Use the "
+                        "model's safetensors."
+                    )
+                array = array - array.dtype.type(family.norm_shift)
             return np.ascontiguousarray(array).data.cast("B")
 
         return read_tensor
 
-    entries = [(_rename(gguf, t), _info(t), data(t)) for t in gguf.tensors]
+    entries = [(_rename(gguf, t), _info(t), data(t)) for t in _weights(gguf)]
     write(target, entries, "pt", advance)
 
 
@@ -242,12 +264,20 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
+def _weights(gguf: GgufFile) -> list[Any]:
+    """Return the tensors that become weights; the config has the others."""
+    return [tensor for tensor in gguf.tensors if tensor.name != "rope_freqs.weight"]
+
+
 def _rename(gguf: GgufFile, tensor: Any) -> str:
-    for pattern, name in TABLE.items():
-        match = re.fullmatch(pattern, tensor.name)
-        if match:
-            return name.format(*match.groups())
-    raise InputError(f"{gguf.path} has the tensor {tensor.name}, which llama does not have.")
+    name, _, kind = tensor.name.rpartition(".")
+    if kind in ("weight", "bias"):
+        for pattern, theirs in gguf.family.table.items():
+            if match := re.fullmatch(pattern, name):
+                return f"{theirs.format(*match.groups())}.{kind}"
+    raise InputError(
+        f"{gguf.path} has the tensor {tensor.name}, which {gguf.family.model_type} does not have."
+    )
 
 
 def _info(tensor: Any) -> TensorInfo:

@@ -54,7 +54,7 @@ def write(gguf: GgufFile, folder: Path) -> dict[str, Any]:
         if f"tokenizer.ggml.{theirs}" in metadata
     }
     try:
-        backend, _ = _converter()("llama", given)
+        backend, _ = _converter()(metadata["general.architecture"], given)
     except Exception as error:  # tokenizers raises the bare class
         raise InputError(
             f"{gguf.path}: cannot build a tokenizer of kind {kind!r}: {error}"

@@ -100,14 +100,15 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{NAMES[rest]}.weight"
 
 
-def add_tokenizer(writer: Any) -> None:
-    """Add a tokenizer: bytes, three special tokens, one merge."""
+def add_tokenizer(writer: Any, more: int = 0) -> None:
+    """Add a tokenizer: bytes, three special tokens, one merge, and more tokens."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     tokens = [*("<a>", "<b>", "<c>"), *bytes_to_unicode().values(), "he"]
+    tokens += [f"word{index}" for index in range(more)]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_types([3] * 3 + [1] * 257)
+    writer.add_token_types([3] * 3 + [1] * (257 + more))
     writer.add_token_merges(["h e"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
@@ -150,6 +151,7 @@ def test_a_sentencepiece_vocabulary_keeps_its_ids(tmp_path):
     pieces = range(model.get_piece_size())
     kinds = [2 if model.is_unknown(i) else 3 if model.is_control(i) else 1 for i in pieces]
     metadata = {
+        "general.architecture": "llama",
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": [model.id_to_piece(i) for i in pieces],
         "tokenizer.ggml.scores": [model.get_score(i) for i in pieces],
