@@ -13,7 +13,7 @@ from typing import Any
 from mlx_lm.utils import load_config, load_model, save_config
 
 from mlx_clex.checkpoint.tokenizer import open_tokenizer
-from mlx_clex.errors import InputError, one_line
+from mlx_clex.errors import InputError, reading, shown
 from mlx_clex.model_file import Model, ModelArgs
 
 _DTYPE = re.compile(r"(torch\.)?(auto|(b?float|u?int)\d+\w*)")
@@ -27,12 +27,15 @@ def check_config(config: Mapping[str, Any]) -> None:
     """
     tied = config.get("tie_word_embeddings")
     if not isinstance(tied, bool | None):
-        raise InputError(f"config.json has tie_word_embeddings {tied!r}; it must be true or false.")
+        raise InputError(
+            f"config.json has tie_word_embeddings {shown(tied)}; it must be true or false."
+        )
     for key in ("torch_dtype", "dtype"):
         dtype = config.get(key)
         if dtype is not None and not (isinstance(dtype, str) and _DTYPE.fullmatch(dtype)):
             raise InputError(
-                f'config.json has {key} {dtype!r}; it must be a type of numbers such as "bfloat16".'
+                f"config.json has {key} {shown(dtype)}; it must be a type of numbers such as "
+                '"bfloat16".'
             )
 
 
@@ -61,18 +64,10 @@ def check_model(folder: Path) -> None:
     Raises:
         InputError: it does not load.
     """
-    try:
+    with reading("The converted checkpoint does not load. Check config.json of the source"):
         load_model(
             folder,
             lazy=True,
             model_config={"model_file": None},
             get_model_classes=lambda config: (Model, ModelArgs),
         )
-    except InputError:
-        raise
-    except Exception as error:
-        # mlx-lm's classes raise anything.
-        raise InputError(
-            f"The converted checkpoint does not load: {one_line(error)}. Check config.json of the "
-            "source."
-        ) from error

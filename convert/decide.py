@@ -26,8 +26,10 @@ from mlx_clex.checkpoint.config import (
     set_tied,
 )
 from mlx_clex.checkpoint.folder import SHIM
+from mlx_clex.checkpoint.safetensors_file import info_of
+from mlx_clex.checkpoint.sizes import Held
 from mlx_clex.checkpoint.tensor_names import CONVERTED, Renaming, rename
-from mlx_clex.errors import InputError
+from mlx_clex.errors import InputError, reading, shown
 from mlx_clex.model_file import Model, ModelArgs
 from mlx_clex.scaling import PREFIX, SCALINGS, Scaling
 from mlx_clex.scaling.config import parse_config
@@ -85,7 +87,7 @@ def decide_outcome(
             f"The checkpoint already has trained weights of a scaling ({', '.join(ours)}). "
             "--scaling would discard them: leave it out."
         )
-    model = _build_model(config)
+    model = _build_model(config, Held.of(info_of(array) for array in weights.values()))
     scaling: Scaling | None = getattr(model, "scaling", None)
     if scaling is not None and (ours or options.scaling is None):
         scaling.take_weights(ours)
@@ -211,26 +213,18 @@ def _scaling_weights(weights: Mapping[str, mx.array], renaming: Renaming) -> dic
     return {name: array.astype(mx.float32) for name, array in found.items()}
 
 
-def _build_model(config: dict[str, Any]) -> Any:
-    try:
-        return Model(ModelArgs.from_dict(config))
-    except InputError:
-        raise
-    except Exception as error:
-        # mlx-lm's classes check little; what they raise depends on what is wrong.
-        raise InputError(
-            f"config.json does not describe a model that mlx-lm can build "
-            f"({config['model_type']}): {error}."
-        ) from error
+def _build_model(config: dict[str, Any], held: Held) -> Any:
+    family = shown(config["model_type"])
+    with reading(f"config.json does not describe a model that mlx-lm can build ({family})"):
+        return Model(ModelArgs.from_dict(config), held=held)
 
 
 def _sanitize(model: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    try:
-        return dict(model.sanitize(weights)) if hasattr(model, "sanitize") else weights
-    except KeyError as error:
-        raise InputError(f"The checkpoint lacks the tensor {error.args[0]}.") from error
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise InputError(f"The tensors do not fit together: {error}.") from error
+    with reading("The tensors do not fit together"):
+        try:
+            return dict(model.sanitize(weights)) if hasattr(model, "sanitize") else weights
+        except KeyError as error:
+            raise InputError(f"The checkpoint lacks the tensor {error.args[0]}.") from error
 
 
 def _compare(expected: Mapping[str, Any], given: Mapping[str, mx.array]) -> None:

@@ -1,13 +1,17 @@
-"""The two errors that commands report in one line, and notes for the user.
+"""The two errors that commands report in one line, where they come from, and notes for the user.
 
 Not covered: tracebacks of bugs in mlx_clex, which are shown in full.
 """
 
+import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _LONGEST = 400  # characters of another library's message
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE)
+_SHOWN = 80  # characters of a value
 
 
 class InputError(ValueError):
@@ -31,6 +35,40 @@ def one_line(error: BaseException) -> str:
     """Return the message of an exception in one line, cut if it is very long."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
+
+
+def shown(value: Any) -> str:
+    """Return a value from a file as Python writes it, cut if it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of 5,000 digits, or lists within lists
+        return f"a {type(value).__name__} too long to show"
+    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn whatever a stranger's file causes inside into one InputError.
+
+    The libraries that read checkpoints raise anything on damaged or hostile files: RecursionError
+    for nested JSON, KeyError for a missing setting, and, in tokenizers, a panic that is no
+    Exception.
+
+    Args:
+        what: start of the message, such as "The folder x does not load".
+
+    Raises:
+        InputError: with the message of the exception.
+        OSError: the disk is full, or the like, which no file causes.
+    """
+    try:
+        yield
+    except (InputError, RunError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+            raise
+        raise InputError(f"{what}: {one_line(error).rstrip('.')}.") from error
 
 
 @contextmanager

@@ -26,13 +26,14 @@ from .checkpoint.folder import (
     SHIM,
     check_hub_id,
     files_of,
+    held_by,
     needs_conversion,
     read_config,
     tied_override,
 )
 from .checkpoint.lock import locked
 from .checkpoint.tokenizer import open_tokenizer
-from .errors import InputError, one_line, say
+from .errors import InputError, reading, say
 from .model.finite import check_finite
 from .model.scaled_model import scaled
 from .model.sharding import share_out, wait_for_all
@@ -168,23 +169,21 @@ def _load_model(
         # The copy in the folder is not run.
         overrides["model_file"] = None
 
+    make = functools.partial(Model, scale=scale, held=held_by(folder))
+
     class Args(ModelArgs):
         @classmethod
         def from_dict(cls, config: Mapping[str, Any]) -> ModelArgs:
             return ModelArgs.from_dict({**config, "model_file": SHIM} if ours else config)
 
-    try:
+    with reading(f"{folder} does not load"):
         model, config = load_model(
             folder,
             lazy=lazy,
             model_config=overrides,
-            get_model_classes=lambda config: (functools.partial(Model, scale=scale), Args),
+            get_model_classes=lambda config: (make, Args),
             trust_remote_code=trust_remote_code,
         )
-    except InputError:
-        raise
-    except Exception as error:  # model files raise any exception on unknown settings
-        raise InputError(f"{folder} does not load: {one_line(error)}") from error
     if note := unread_keys(normalise_config(read_config(folder))):
         say(note)
     if adapter_path is not None:

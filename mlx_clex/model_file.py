@@ -13,6 +13,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.utils import _get_classes as get_stock_classes
 
 from .checkpoint.config import BASE_ROPE, is_ours, normalise_config
+from .checkpoint.sizes import Held, build_within
 from .errors import InputError
 from .model.scaled_model import attach
 from .scaling import SCALINGS
@@ -33,7 +34,9 @@ class ModelArgs:
         return cls(normalise_config(dict(config)))
 
 
-def Model(args: ModelArgs, scale: float | None = None) -> nn.Module:  # noqa: N802 - mlx-lm's name
+def Model(  # noqa: N802 - mlx-lm's name
+    args: ModelArgs, scale: float | None = None, held: Held | None = None
+) -> nn.Module:
     """Return the stock model of the family with the config's scaling attached.
 
     mlx-lm handles a config without rope_scaling, and types that only mlx-lm has (llama3,
@@ -42,9 +45,11 @@ def Model(args: ModelArgs, scale: float | None = None) -> nn.Module:  # noqa: N8
     Args:
         args: the config.
         scale: a fixed scale; None: the scale follows the length of the text.
+        held: what the weight files hold; None: not known, and not checked.
 
     Raises:
-        InputError: the config has an unknown value or one out of range.
+        InputError: the config has an unknown value or one out of range, or describes a larger
+            model than the files can hold.
     """
     config = args.config
     rope_scaling = config.get("rope_scaling")
@@ -62,7 +67,11 @@ def Model(args: ModelArgs, scale: float | None = None) -> nn.Module:  # noqa: N8
         ) from error
     # The stock class must get the base rope, not a scaling of mlx_clex.
     stock_config = {**config, "rope_scaling": config.get(BASE_ROPE)} if ours else config
-    model = model_class(args_class.from_dict(stock_config))
+
+    def build() -> nn.Module:
+        return model_class(args_class.from_dict(stock_config))
+
+    model = build() if held is None else build_within(held, build)
     if rope_scaling is None or not ours:
         return model
     length = config.get("max_position_embeddings")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_clex.checkpoint.files import read_json
-from mlx_clex.checkpoint.folder import files_of
+from mlx_clex.checkpoint.folder import files_of, read_config
 from mlx_clex.errors import InputError
 
 CONFIG_FILES = ("config.json", "generation_config.json", "README.md")
@@ -122,9 +122,7 @@ def read_folder(folder: Path, repo: str | None = None) -> Checkpoint:
         return Checkpoint(folder, kind, files, repo)
     if "config.json" not in names:
         raise InputError(f"{folder} has weights but no config.json, which describes the model.")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise InputError(f"{folder / 'config.json'} is not a JSON object.")
+    config = read_config(folder)
     if "model_type" not in config:
         raise InputError(f"{folder / 'config.json'} has no model_type, such as llama.")
     return Checkpoint(folder, kind, files, repo, config)

@@ -10,11 +10,12 @@ stay unchanged.
 
 import functools
 import math
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..scaling import SCALINGS
 from ..scaling.none import NoScaling
 
@@ -24,17 +25,24 @@ BASE_ROPE = "mlx_clex_base_rope"  # the rope_scaling that the source brings, und
 _YARN_TYPES = ("yarn", "deepseek_yarn", "telechat3-yarn")  # that mlx-lm runs as YaRN
 _PLAIN = "default"  # transformers' name of a rope without scaling
 
-# The largest values that any model has, with room to spare.
+# The largest sizes that any model has, with room to spare, by patterns of the families' keys. What
+# the weight files of one model can hold is the bound of `sizes.py`.
 _SIZES = {
-    "num_hidden_layers": 10_000,
-    "hidden_size": 1 << 20,
-    "intermediate_size": 1 << 22,
-    "num_attention_heads": 1 << 16,
-    "num_key_value_heads": 1 << 16,
-    "head_dim": 1 << 16,
-    "num_local_experts": 1 << 16,
-    "vocab_size": 1 << 24,
+    r"(n|num)_\w*(layer|block)s?": 10_000,
+    r"(n|num)_\w*(head|group|expert)s?|head_dim": 1 << 16,
+    r"hidden_size|hidden_dim|d_model|n_embd": 1 << 20,
+    r"\w*intermediate_size|\w+_rank|\w+_dim": 1 << 22,
+    r"\w*vocab_size": 1 << 24,
 }
+_REQUIRED = (  # that are whole numbers in every family
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+_LONGEST = 1 << 40  # tokens
 _LENGTH_KEYS = ("max_position_embeddings", "max_sequence_length", "n_positions")
 # Settings of the model that transformers 5 keeps inside rope_parameters.
 _MODEL_KEYS = ("rope_theta", "partial_rotary_factor")
@@ -139,7 +147,7 @@ def _merged_scaling(config: dict[str, Any]) -> dict[str, Any]:
             continue
         if not isinstance(value, dict):
             raise InputError(
-                f"config.json has {key} = {value!r}. It must be null or an object such as "
+                f"config.json has {key} = {shown(value)}. It must be null or an object such as "
                 '{"type": "clex", "max_factor": 16}.'
             )
         if key == "rope_parameters" and any(isinstance(v, dict) for v in value.values()):
@@ -150,10 +158,10 @@ def _merged_scaling(config: dict[str, Any]) -> dict[str, Any]:
         merged.update(value, type=value.get("type") or alias or merged.get("type"))
     name = merged.pop("type", None)
     if name is not None and not isinstance(name, str):
-        raise InputError(f"rope_scaling.type must be a name, got {name!r}.")
+        raise InputError(f"rope_scaling.type must be a name, got {shown(name)}.")
     if name is None and set(merged) - set(_MODEL_KEYS):
         raise InputError(
-            f"config.json has rope_scaling {merged!r} without a type. "
+            f"config.json has rope_scaling {shown(merged)} without a type. "
             f'Add "type", one of: {", ".join(SCALINGS)}.'
         )
     return {"type": name, **merged} if name else merged
@@ -188,7 +196,8 @@ def _set_base(config: dict[str, Any]) -> None:
     number = isinstance(base, int | float) and not isinstance(base, bool)
     if not number or not 1 < base < float("inf"):
         raise InputError(
-            f"config.json has rope_theta = {base!r}. It must be a number above 1, such as 10000."
+            f"config.json has rope_theta = {shown(base)}. It must be a number above 1, such as "
+            "10000."
         )
     config["rope_theta"] = float(base)
 
@@ -230,22 +239,25 @@ def _set_length(config: dict[str, Any], scaling: dict[str, Any]) -> None:
     if length is None:
         return
     whole = isinstance(length, int | float) and not isinstance(length, bool)
-    if not whole or not 1 <= length < float("inf") or length % 1:
+    if not whole or not 1 <= length <= _LONGEST or length % 1:
         raise InputError(
-            f"config.json has max_position_embeddings = {length!r}. It must be the "
-            "trained length in tokens, a whole number above 0."
+            f"config.json has max_position_embeddings = {shown(length)}. It must be the "
+            f"trained length in tokens, a whole number within 1..{_LONGEST}."
         )
     config["max_position_embeddings"] = int(length)
 
 
-def _check_sizes(config: dict[str, Any]) -> None:
+def _check_sizes(config: Mapping[str, Any]) -> None:
     """Refuse sizes so large that building the model would not finish."""
-    for key, most in _SIZES.items():
-        value = config.get(key)
-        if value is None or isinstance(value, list):
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_sizes(value)
+        most = next((n for name, n in _SIZES.items() if re.fullmatch(name, str(key))), None)
+        if most is None or value is None or isinstance(value, list | dict):
             continue
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or not 1 <= value <= most:
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if (key in _REQUIRED and not whole) or (isinstance(value, int | float) and value > most):
             raise InputError(
-                f"config.json has {key} = {value!r}. It must be a whole number within 1..{most}."
+                f"config.json has {key} = {shown(value)}. It must be a whole number within "
+                f"1..{most}."
             )

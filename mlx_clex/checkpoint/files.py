@@ -1,4 +1,4 @@
-"""Write files and folders atomically.
+"""Open files that may come from a stranger, and write files and folders atomically.
 
 Data is written beside the target under a name with `incomplete-PID`, flushed to disk and
 then renamed. A killed process leaves this temporary file or folder behind; the next writer
@@ -13,11 +13,15 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import InputError, one_line
 
-_LARGEST_JSON = 200_000_000  # bytes; the largest known tokenizer.json has 40 million
+# Largest files that are parsed, in bytes, some times the largest known: 40 million for a
+# tokenizer.json. Parsed, JSON takes up to twenty times its size.
+_LARGEST_TEXT = 100_000_000
+_LARGEST_CONFIG = 8_000_000
+_DEEPEST = 64  # lists and objects within each other
 
 
 @contextmanager
@@ -88,6 +92,32 @@ def write_json(target: Path, value: Any) -> None:
     write_text(target, json.dumps(value, indent=4) + "\n")
 
 
+def open_regular(path: Path, *, pipe: bool = False) -> BinaryIO:
+    """Open a file for reading. Reading a pipe, a device or a folder may never end.
+
+    Args:
+        path: the file.
+        pipe: allow a pipe too, such as a shell's `<(command)`.
+
+    Raises:
+        InputError: it is not a regular file.
+        OSError: it is missing, or cannot be read.
+    """
+    # Opening a pipe would wait for a writer.
+    handle = os.open(path, os.O_RDONLY | (0 if pipe else os.O_NONBLOCK))
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode) and not (pipe and stat.S_ISFIFO(mode)):
+        os.close(handle)
+        raise InputError(f"{path} is not a regular file. Give the path of a file, or copy it here.")
+    return os.fdopen(handle, "rb")
+
+
+def largest_size(name: str) -> int:
+    """Return the most bytes of a text or JSON file of a checkpoint, by its name."""
+    small = name.endswith(("config.json", "_map.json", ".jinja"))
+    return _LARGEST_CONFIG if small else _LARGEST_TEXT
+
+
 def read_json(path: Path) -> Any:
     """Return the content of an untrusted JSON file.
 
@@ -95,18 +125,35 @@ def read_json(path: Path) -> Any:
         InputError: the file is missing, not a regular file, too large or not JSON.
     """
     try:
-        # Reading a pipe or a device may never end.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise InputError(f"{path} is not a regular file. Copy the checkpoint again.")
-        if path.stat().st_size > _LARGEST_JSON:
-            raise InputError(f"{path} is larger than {_LARGEST_JSON} bytes. Copy it again.")
-        return json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            data = file.read(largest_size(path.name) + 1)
+        if len(data) > largest_size(path.name):
+            raise InputError(
+                f"{path} is larger than {largest_size(path.name)} bytes. Copy it again."
+            )
+        value = json.loads(data.decode("utf-8"))
+        if _depth(value) > _DEEPEST:
+            raise InputError(f"{path} has lists and objects nested more than {_DEEPEST} deep.")
+        return value
     except InputError:
         raise
     except FileNotFoundError as error:
         raise InputError(f"There is no file {path}.") from error
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON: {one_line(error)}") from error
+
+
+def _depth(value: Any) -> int:
+    """Return how deep lists and objects are nested, without recursion."""
+    depth, level = 0, [value]
+    while level := [inner for inner in level if isinstance(inner, dict | list)]:
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        depth += 1
+    return depth
 
 
 def delete_leftovers(target: Path) -> None:

@@ -4,6 +4,7 @@ Not covered: the meaning of the settings in config.json (`config.py`).
 """
 
 import difflib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,14 @@ from ..errors import InputError
 from ..scaling import SCALINGS
 from .config import SHIM, normalise_config, set_tied
 from .digest import samples_by_name
-from .files import read_json
+from .files import largest_size, read_json
+from .safetensors_file import read_header
+from .sizes import Held
 
+# Suffixes of files that mlx-lm, transformers or mlx_clex open, and of those that are parsed whole.
+_PARSED = (".json", ".jinja", ".model", ".tiktoken")
+_OPENED = (*_PARSED, ".txt", ".safetensors", ".bin", ".gguf", ".py")
+_TEMPLATES = "additional_chat_templates"  # a folder that transformers reads
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -52,35 +59,66 @@ def _nearest(name: str) -> str | None:
 def files_of(folder: Path) -> list[Path]:
     """Return the visible regular files of a checkpoint folder, sorted by name.
 
+    mlx-lm and transformers open files by their names, whatever these are. So every file that
+    they may open is checked here, before they do.
+
     Raises:
-        InputError: a file is a link that leads out of the folder.
+        InputError: a file is a link that leads out of the folder, a pipe, a device or a folder,
+            or a text of a size that no model has.
     """
-    files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
+    files = []
+    entries = [*folder.iterdir(), *(folder / _TEMPLATES).glob("*")]
+    for file in sorted(entry for entry in entries if not entry.name.startswith(".")):
+        if file.is_symlink():
+            _check_link(file, folder)
+        regular = file.is_file()
+        if not regular and file.suffix in _OPENED:
+            raise InputError(f"{file} is not a regular file. Copy the checkpoint again.")
+        if regular and file.suffix in _PARSED and file.stat().st_size > largest_size(file.name):
+            raise InputError(
+                f"{file} is larger than {largest_size(file.name)} bytes. Copy the checkpoint again."
+            )
+        if regular and file.parent == folder:
+            files.append(file)
+    return files
+
+
+def _check_link(file: Path, folder: Path) -> None:
     inside = folder.resolve()
     # In the hub's cache the files of a snapshot are links to blobs two folders up.
     allowed = (inside, inside.parent.parent / "blobs")
-    for file in files:
-        if file.is_symlink() and not any(file.resolve().is_relative_to(top) for top in allowed):
-            raise InputError(
-                f"{file} is a link that leads out of its folder. Replace it by a copy of the file."
-            )
-    return files
+    try:
+        target = file.resolve(strict=True)
+    except (OSError, RuntimeError):  # RuntimeError: links in a circle, before Python 3.13
+        raise InputError(f"{file} is a link to a file that is not there. Copy it again.") from None
+    if not any(target.is_relative_to(top) for top in allowed):
+        raise InputError(
+            f"{file} is a link that leads out of its folder. Replace it by a copy of the file."
+        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the content of a folder's config.json.
 
     Raises:
-        InputError: the file is missing or not a JSON object.
+        InputError: the file is missing, or it or generation_config.json is not a JSON object.
     """
-    if not (folder / "config.json").exists():
+    if not os.path.lexists(folder / "config.json"):
         raise InputError(
             f"{folder} has no config.json. Give the folder of a model, or a Hugging Face id."
         )
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise InputError(f"{folder / 'config.json'} is not a JSON object. Copy it again.")
+    # mlx-lm reads generation_config.json too.
+    for name in ("generation_config.json", "config.json"):
+        config = read_json(folder / name) if os.path.lexists(folder / name) else {}
+        if not isinstance(config, dict):
+            raise InputError(f"{folder / name} is not a JSON object. Copy it again.")
     return config
+
+
+def held_by(folder: Path) -> Held:
+    """Return what the .safetensors files of a folder hold, as their headers say."""
+    files = [f for f in files_of(folder) if f.suffix == ".safetensors"]
+    return Held.of(info for file in files for info in read_header(file).values())
 
 
 def tied_override(folder: Path) -> dict[str, bool]:

@@ -8,6 +8,7 @@ Not covered: reading the data, which `mx.load` does lazily.
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..errors import InputError
+from .files import open_regular
 
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
 _BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64}
@@ -32,7 +34,11 @@ _MLX_NAMES = {
     mx.uint64: "U64",
     mx.int64: "I64",
 }
-_MAX_HEADER = 100_000_000  # bytes; the format's own limit
+# Bounds of a header, many times those of any model: the text, and the brackets in it, since each
+# becomes an object.
+_MAX_HEADER = 32_000_000  # bytes
+_MAX_TENSORS = 100_000
+_MAX_AXES, _MAX_AXIS = 16, (1 << 31) - 1  # of a tensor; mlx stores the size of an axis in 32 bits
 
 
 class TensorInfo(NamedTuple):
@@ -65,13 +71,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         InputError: the file is truncated, not a safetensors file, or has a type that MLX
             lacks.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
             raise _broken(path, f"its header does not fit into {size} bytes")
         text = file.read(length)
+    if text.count(b"{") + text.count(b"[") > 3 * _MAX_TENSORS:
+        raise _broken(path, f"its header has more than {_MAX_TENSORS:,} tensors")
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
@@ -149,7 +157,7 @@ def _entry(path: Path, name: str, value: dict) -> tuple[TensorInfo, int, int]:
             "Convert the checkpoint to bfloat16 first."
         )
     whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-    if not whole or not isinstance(name, str):
+    if not whole or len(shape) > _MAX_AXES or max(shape, default=0) > _MAX_AXIS:
         raise ValueError("not a size")
     return TensorInfo(dtype, shape), begin, end
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_lm.utils import load_tokenizer
 
-from ..errors import InputError, one_line
+from ..errors import InputError, reading, shown
 
 
 def open_tokenizer(
@@ -34,17 +34,17 @@ def open_tokenizer(
     for end in ends if isinstance(ends, list) else [ends]:
         if end is not None and not _is_id(end, vocabulary):
             raise InputError(
-                f"config.json or generation_config.json has eos_token_id {ends!r}; it must be an "
-                f"id below vocab_size ({vocabulary}), or a list of them."
+                f"config.json or generation_config.json has eos_token_id {shown(ends)}; it must be "
+                f"an id below vocab_size ({vocabulary}), or a list of them."
             )
     # Its only complaint is that transformers does not know our rope_scaling types.
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
-    try:
+    with reading(f"{name} has no tokenizer that loads"):
         tokenizer = load_tokenizer(folder, dict(options or {}), eos_token_ids=ends)
         highest = max(_ids_of(tokenizer), default=0)
-    except Exception as error:
-        # A broken tokenizer file makes its libraries raise anything, down to RecursionError.
-        raise InputError(f"{name} has no tokenizer that loads: {one_line(error)}") from error
+        # Some broken files fail, or panic, only when a text is encoded or decoded.
+        ids = tokenizer.encode("A text.")
+        tokenizer.decode(ids)
     if isinstance(vocabulary, int) and highest >= vocabulary:
         raise InputError(
             f"{name} has a tokenizer with ids up to {highest}, but its model's vocab_size is "

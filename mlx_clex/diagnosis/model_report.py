@@ -1,8 +1,8 @@
 """Describe a model for `doctor`: rope, scaling, reach, memory, exports and problems.
 
-Everything comes out of config.json, the sizes of the files and the scaling's tensors. The model is
-built, but MLX is lazy: its weights are neither read nor made up, so a model of any size takes
-seconds.
+Everything comes out of config.json, the headers and sizes of the files and the scaling's tensors.
+The model is built, but MLX is lazy: its weights are neither read nor made up, so a model of any
+size takes seconds.
 
 Not covered: whether the weights match the config, which loading checks.
 """
@@ -21,7 +21,15 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from ..checkpoint.config import normalise_config, unread_keys
 from ..checkpoint.files import read_json
-from ..checkpoint.folder import SHIM, check_hub_id, files_of, needs_conversion, read_config
+from ..checkpoint.folder import (
+    SHIM,
+    check_hub_id,
+    files_of,
+    held_by,
+    needs_conversion,
+    read_config,
+)
+from ..checkpoint.sizes import Held
 from ..errors import InputError, one_line
 from ..model.find_ropes import Site, find_sites
 from ..model.plans import single_caches
@@ -51,9 +59,12 @@ def report(path_or_hub_id: str) -> list[Row]:
     Raises:
         InputError: the model is not found, or has no readable config.json.
     """
-    config, rows = _find(path_or_hub_id)
+    path = Path(path_or_hub_id).expanduser()
+    config, held, rows = _find(path_or_hub_id)
     try:
-        model = Model(ModelArgs.from_dict(config))
+        if held is None:
+            held = _held_by(path)
+        model = Model(ModelArgs.from_dict(config), held=held)
         config = normalise_config(config)
     except InputError as error:
         return [*rows, (_PROBLEM, str(error))]
@@ -63,7 +74,7 @@ def report(path_or_hub_id: str) -> list[Row]:
         rows.append((_PROBLEM, note))
     rows.append(("family", f"{config.get('model_type')} ({model_name(model)})"))
     if isinstance(model, ScaledModel):
-        rows += _curve(Path(path_or_hub_id).expanduser(), config, model.scaling)
+        rows += _curve(path, config, model.scaling)
         _stand_in(model)
         return [
             *rows,
@@ -74,17 +85,22 @@ def report(path_or_hub_id: str) -> list[Row]:
     return [*rows, *_without_scaling(model, config)]
 
 
-def _find(path_or_hub_id: str) -> tuple[dict[str, Any], list[Row]]:
-    """Return the config of a model and rows about its files."""
+def _find(path_or_hub_id: str) -> tuple[dict[str, Any], Held | None, list[Row]]:
+    """Return the config of a model, what its files can hold, and rows about them.
+
+    For a folder the second is None: its files may be broken, which is a problem to report.
+    """
     path = Path(path_or_hub_id).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        from ..convert.read.gguf_file import config_of, read
+        from ..convert.read.gguf_file import config_of, header, read
 
+        gguf = read(path)
         size = f"{_size(path.stat().st_size)}, .gguf: load converts it once"
-        return config_of(read(path)), [("model", str(path)), ("weights", size)]
+        rows = [("model", str(path)), ("weights", size)]
+        return config_of(gguf), Held.of(header(gguf).values()), rows
     if path.is_dir():
         config = read_config(path)
-        return config, [("model", str(path)), *_files(path, config)]
+        return config, None, [("model", str(path)), *_files(path, config)]
     path_or_hub_id = check_hub_id(path_or_hub_id)
     from huggingface_hub import hf_hub_download
 
@@ -94,9 +110,19 @@ def _find(path_or_hub_id: str) -> tuple[dict[str, Any], list[Row]]:
     file = listing.config or guarded(
         path_or_hub_id, None, lambda: Path(hf_hub_download(path_or_hub_id, "config.json"))
     )
-    size = _size(sum(listing.sizes.values()))
-    rows = [("model", f"{path_or_hub_id} (on the hub)"), ("download", size)]
-    return read_config(file.parent), rows
+    size = sum(listing.sizes.values())
+    rows = [("model", f"{path_or_hub_id} (on the hub)"), ("download", _size(size))]
+    return read_config(file.parent), Held.in_bytes(size), rows
+
+
+def _held_by(folder: Path) -> Held:
+    from ..convert.read.torch_pickle import read_tensors
+
+    files = files_of(folder)
+    bins = [file for file in files if file.suffix == ".bin"]
+    if bins and not any(file.suffix == ".safetensors" for file in files):
+        return Held.of(tensor.info for file in bins for tensor in read_tensors(file).values())
+    return held_by(folder)
 
 
 def _files(folder: Path, config: dict[str, Any]) -> Iterator[Row]:

@@ -46,6 +46,7 @@ _FEWEST_TRAINING_STEPS = 16
 _TOLERANCE = 1e-7  # of ln inv_freq at inference
 _MOST_STEPS = 1 << 14  # of a solve, unless max_factor needs more from the start
 
+_LARGEST_NETWORK = 64  # published networks have 1
 _LARGEST_FACTOR = 4096  # every scale up to it is solved at load, so a mistyped factor is refused
 
 # NumPy for the solve at load, MLX for training.
@@ -74,9 +75,10 @@ class ClexConfig:
             raise InputError(
                 f"rope_scaling.max_factor must be at most {_LARGEST_FACTOR}, got {self.max_factor}."
             )
-        if self.param_factor < 1:
+        if not 1 <= self.param_factor <= _LARGEST_NETWORK:
             raise InputError(
-                f"rope_scaling.param_factor must be at least 1, got {self.param_factor}."
+                f"rope_scaling.param_factor must be within 1..{_LARGEST_NETWORK}, got "
+                f"{self.param_factor}."
             )
         if self.act not in _ACTIVATIONS:
             raise InputError(

@@ -1,12 +1,13 @@
 """The fields of a method's `Config`, and their values from a rope_scaling entry."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import field, fields
 from types import NoneType, UnionType
 from typing import Any, get_args, get_type_hints
 
-from ..errors import InputError
+from ..errors import InputError, shown
+
+_LARGEST = 1e9  # of a number in rope_scaling: factors, lengths and bounds of any model
 
 
 def option(default: Any, text: str) -> Any:
@@ -39,7 +40,7 @@ def _cast(key: str, value: Any, wanted: Any) -> Any:
             return None
         (wanted,) = (t for t in get_args(wanted) if t is not NoneType)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    number = number and math.isfinite(value)
+    number = number and -_LARGEST <= value <= _LARGEST  # false for NaN
     if wanted is float and number:
         return float(value)
     if wanted is int and number and value == int(value):
@@ -47,4 +48,7 @@ def _cast(key: str, value: Any, wanted: Any) -> Any:
     if wanted not in (int, float) and isinstance(value, wanted):
         return value
     kind = {float: "a number", int: "a whole number", bool: "true or false"}
-    raise InputError(f"rope_scaling.{key} must be {kind.get(wanted, 'a string')}, got {value!r}.")
+    raise InputError(
+        f"rope_scaling.{key} must be {kind.get(wanted, 'a string')}"
+        f"{f' of at most {_LARGEST:g}' if wanted in (int, float) else ''}, got {shown(value)}."
+    )
