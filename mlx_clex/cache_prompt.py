@@ -27,7 +27,7 @@ from .commands.run_command import run_command
 from .errors import InputError, generating
 from .loading import load, resolve
 from .model.scaled_model import make_prompt_cache, scaled
-from .serving.prompt import encode_text, prompt_text, without_bos
+from .serving.prompt import encode_text, prompt_text, render_messages, without_bos
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,11 +118,14 @@ def run(args: argparse.Namespace) -> None:
 def _encode(tokenizer: Any, text: str, *, templated: bool) -> list[int]:
     """Return the tokens of the text; with a chat template, as an unfinished user message."""
     if templated and tokenizer.has_chat_template:
-        rendered = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "<query>"}], tokenize=False, add_generation_prompt=True
-        )
+        messages = [{"role": "user", "content": "<query>"}]
+        rendered = render_messages(tokenizer, messages, add_generation_prompt=True)
         # `generate` adds the query and the rest of the template.
-        begin = rendered[: rendered.index("<query>")]
+        begin, query, _ = rendered.partition("<query>")
+        if not query:
+            raise InputError(
+                "This model's chat template drops the message. Give --ignore-chat-template."
+            )
         tokens = encode_text(tokenizer, begin + without_bos(tokenizer, text), begins=False)
     else:
         tokens = encode_text(tokenizer, text, begins=True)

@@ -8,6 +8,7 @@ from typing import Any
 from mlx_lm.utils import load_tokenizer
 
 from ..errors import InputError, reading, shown
+from .rendering import guard
 
 
 def open_tokenizer(
@@ -45,6 +46,7 @@ def open_tokenizer(
         # Some broken files fail, or panic, only when a text is encoded or decoded.
         ids = tokenizer.encode("A text.")
         tokenizer.decode(ids)
+    guard(tokenizer)
     if isinstance(vocabulary, int) and highest >= vocabulary:
         raise InputError(
             f"{name} has a tokenizer with ids up to {highest}, but its model's vocab_size is "

@@ -12,7 +12,7 @@ from dataclasses import MISSING, Field, fields
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from ..errors import InputError
+from ..errors import InputError, shown
 from ..scaling import SCALINGS
 
 
@@ -61,8 +61,10 @@ def scaling_from(args: argparse.Namespace) -> dict[str, Any] | None:
         if given:
             raise InputError(f"{options} needs --scaling, one of {', '.join(SCALINGS)}.")
         return None
-    if args.scaling not in SCALINGS:  # from a YAML file
-        raise InputError(f"--scaling must be one of {', '.join(SCALINGS)}, got {args.scaling!r}.")
+    if not isinstance(args.scaling, str) or args.scaling not in SCALINGS:  # from a YAML file
+        raise InputError(
+            f"--scaling must be one of {', '.join(SCALINGS)}, got {shown(args.scaling)}."
+        )
     known = [field.name for field in fields(SCALINGS[args.scaling].Config)]
     for name in given:
         if name not in known:

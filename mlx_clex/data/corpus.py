@@ -21,9 +21,9 @@ import numpy as np
 from mlx_lm.tuner.datasets import create_dataset
 
 from ..checkpoint.digest import digest_of
-from ..checkpoint.files import new_folder
+from ..checkpoint.files import new_folder, open_regular
 from ..checkpoint.lock import locked
-from ..errors import InputError, say
+from ..errors import InputError, one_line, reading, say
 from ..loading import expect_long_texts
 from .gene_turns import for_training
 from .hub_data import Entries, documents, fingerprint_of, is_hub_id, load_hub_data, name_of
@@ -222,29 +222,29 @@ def _plain_text(file: Path, tokenizer: Any) -> Documents:
 def _json_lines(file: Path, tokenizer: Any, mask_prompt: bool) -> Documents:
     options = SimpleNamespace(mask_prompt=mask_prompt)
     dataset: Any = None
-    with file.open("rb") as lines:
+    with open_regular(file) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             where = f"{file}, line {number}"
-            try:
+            with reading(f"{where} is not JSON"):
                 record = json.loads(line)
-            except ValueError as error:  # not JSON, or not UTF-8
-                raise InputError(f"{where} is not JSON: {error}.") from error
             if not isinstance(record, dict):
                 raise InputError(f'{where} is not a JSON object such as {{"text": "..."}}.')
             try:
                 dataset = dataset or create_dataset([record], tokenizer, options)
                 ids, prompt = dataset.process(record)
+                if not all(type(token) is int for token in ids):
+                    raise TypeError("its text is not one text")
             except (KeyError, TypeError, ValueError, IndexError) as error:
-                keys = ", ".join(record) or "none"
+                keys = ", ".join(record)[:80] or "none"
                 raise InputError(
                     f"{where} cannot be used ({type(error).__name__}: {error}); its keys: {keys}. "
                     "Allowed: text, or messages, or prompt and completion, as in the first line."
                 ) from error
             except Exception as error:
                 # A chat template may raise any exception.
-                raise InputError(f"{where}: the chat template failed: {error}") from error
+                raise InputError(f"{where}: the chat template failed: {one_line(error)}") from error
             yield list(ids), prompt
 
 

@@ -17,7 +17,8 @@ import mlx.nn as nn
 from mlx_lm.generate import DEFAULT_PROMPT
 
 from ..bundled import DEFAULT, OPENING
-from ..errors import InputError, one_line, say
+from ..checkpoint.files import open_regular
+from ..errors import InputError, reading, say
 from ..model.scaled_model import scaled
 
 # Tokens of a pass below which a GPU computes fewer tokens a second.
@@ -144,7 +145,10 @@ def read_text(file: str | Path, option: str = "") -> str:
     """
     path = Path(file).expanduser()
     try:
-        data = path.read_bytes()
+        with open_regular(path, pipe=True) as source:
+            data = source.read()
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{option}{path} cannot be read: {reason}.") from error
@@ -204,12 +208,8 @@ def render_messages(tokenizer: Any, messages: list[dict[str, str]], **options: A
         InputError: the template does not take them. It is a stranger's program and may raise
             anything.
     """
-    try:
+    with reading("This model's chat template does not take the messages"):
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:
-        raise InputError(
-            f"This model's chat template does not take the messages: {one_line(error)}"
-        ) from error
 
 
 def template_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ..data.corpus import Corpus
 from ..errors import InputError
 
 PACKINGS = ("concat", "plain")
+_SMALL_BATCH = 256  # sequences that a batch may have even where the corpus has fewer
 _MULTIPLE = 32  # tokens; rows of `plain` are padded to it, so that few shapes are traced
 
 
@@ -58,6 +59,11 @@ class Batches:
                 raise InputError(
                     f"{corpus.name} has {len(corpus.tokens)} tokens, shorter than one sequence "
                     f"of {length} + 1: give more text, or a smaller --max-seq-length."
+                )
+            if batch_size > max(self._items, _SMALL_BATCH):
+                raise InputError(
+                    f"--batch-size {batch_size} is more than the {self._items} sequences of "
+                    f"{corpus.name}: give a smaller one, or more text."
                 )
         self._order = self._shuffled()
 

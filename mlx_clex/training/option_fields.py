@@ -18,8 +18,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 from mlx_lm.lora import yaml_loader
 
-from ..errors import InputError
+from ..checkpoint.files import open_regular
+from ..errors import InputError, reading, shown
 
+_LARGEST_CONFIG = 1_000_000  # bytes
+_LONGEST = 64  # numbers of a list
 # What a value must be, for messages.
 _KINDS = {
     int: "a whole number",
@@ -27,7 +30,7 @@ _KINDS = {
     bool: "true or false",
     str: "text (in quotes)",
     dict: "a block of `key: value` lines",
-    list: "a list of whole numbers, in a YAML file [4096, 8192]",
+    list: "a list of up to 64 whole numbers, in a YAML file [4096, 8192]",
 }
 
 
@@ -80,19 +83,19 @@ class Option:
         fits = isinstance(value, (int, float) if kind is float else kind)
         fits = fits and isinstance(value, bool) == (kind is bool)
         if kind is list:
-            fits = fits and all(type(part) is int for part in value)
+            fits = fits and all(type(part) is int for part in value) and len(value) <= _LONGEST
         if not fits:
-            raise InputError(f"{self.flag} must be {_KINDS[kind]}, got {value!r}.")
+            raise InputError(f"{self.flag} must be {_KINDS[kind]}, got {shown(value)}.")
         if spec.choices and value not in spec.choices:
             raise InputError(
-                f"{self.flag} must be one of {', '.join(spec.choices)}, got {value!r}."
+                f"{self.flag} must be one of {', '.join(spec.choices)}, got {shown(value)}."
             )
         enough = spec.least is None or value >= spec.least or (spec.or_all and value == -1)
         if not (enough and (spec.below is None or value < spec.below)):
             below = "" if spec.below is None else f" and below {spec.below}"
             or_all = ", or -1 for all" if spec.or_all else ""
             raise InputError(
-                f"{self.flag} must be at least {spec.least}{below}{or_all}, got {value}."
+                f"{self.flag} must be at least {spec.least}{below}{or_all}, got {shown(value)}."
             )
 
 
@@ -158,18 +161,18 @@ def with_config(args: argparse.Namespace, kind: type) -> argparse.Namespace:
     """
     if not args.config:
         return args
-    try:
-        text = Path(args.config).read_text(encoding="utf-8")
-        values = yaml.load(text, yaml_loader) or {}  # noqa: S506 - a SafeLoader
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"--config {args.config} cannot be read: {error}") from error
+    with reading(f"--config {args.config} cannot be read"):
+        with open_regular(Path(args.config)) as file:
+            text = file.read(_LARGEST_CONFIG)
+        values = yaml.load(text.decode("utf-8"), yaml_loader) or {}  # noqa: S506 - a SafeLoader
     if not isinstance(values, dict):
         raise InputError(f"--config {args.config} must be a list of `key: value` lines.")
     known = sorted((vars(args).keys() | {item.name for item in options_of(kind)}) - {"config"})
     for key in values:
         if key not in known:
             raise InputError(
-                f"--config {args.config} has the key {key!r}, which is none of: {', '.join(known)}."
+                f"--config {args.config} has the key {shown(key)}, which is none of: "
+                f"{', '.join(known)}."
             )
     given = {key: value for key, value in vars(args).items() if value is not None}
     return argparse.Namespace(**vars(args) | values | given)

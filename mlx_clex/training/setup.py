@@ -16,7 +16,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
 
-from ..errors import InputError
+from ..errors import InputError, reading, shown
 from ..scaling import PREFIX
 
 FINE_TUNE_TYPES = ("lora", "dora", "full", "scaling")
@@ -70,12 +70,11 @@ def choose_trained(
         for layer in last:
             layer.unfreeze()
     elif fine_tune_type != "scaling":
-        try:
+        _check_lora(model, lora_parameters)
+        with reading("lora_parameters cannot be used"):
             linear_to_lora_layers(
                 model, len(last), dict(lora_parameters), use_dora=fine_tune_type == "dora"
             )
-        except (KeyError, ValueError, TypeError) as error:
-            raise InputError(f"lora_parameters cannot be used: {error}.") from error
     if scaling and model.scaling.learned:
         model.scaling.unfreeze()
     before = set(dict(tree_flatten(model.trainable_parameters())))
@@ -88,6 +87,20 @@ def choose_trained(
             "no tensors of its own, or --scaling-learning-rate is 0. Use lora, dora or full."
         )
     return frozenset(after - before)
+
+
+def _check_lora(model: nn.Module, parameters: Mapping[str, Any]) -> None:
+    """Refuse a rank beyond the width of every layer, and values of the wrong type."""
+    flat: Any = tree_flatten(model.parameters())
+    widest = max((max(a.shape) for _, a in flat if a.ndim == 2), default=1)
+    for name, low, high in (("rank", 1, widest), ("scale", -1e6, 1e6), ("dropout", 0, 1)):
+        value = parameters.get(name, low)
+        whole = name != "rank" or isinstance(value, int)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and whole and low <= value <= high):
+            raise InputError(
+                f"lora_parameters must have a {name} within {low:g}..{high:g}, got {shown(value)}."
+            )
 
 
 def _unfreeze_norms_and_embeddings(model: nn.Module) -> None:
@@ -120,8 +133,11 @@ def build_optimizer(
         InputError: a setting that the optimizer does not have.
     """
     kind = _with_masters(OPTIMIZERS[name])
-    options = _OPTIONS.get(name, {}) | dict(options)
-    try:
+    with reading(f"optimizer_config of {name} cannot be used"):
+        options = _OPTIONS.get(name, {}) | dict(options)
+        # Most settings are read only at an update.
+        tried = {"weight": mx.ones((2, 2))}
+        mx.eval(kind(learning_rate=1e-3, **options).apply_gradients(tried, tried))
         return optim.MultiOptimizer(
             [
                 kind(learning_rate=_times(learning_rate, scaling_share), **options),
@@ -129,8 +145,6 @@ def build_optimizer(
             ],
             [lambda path, _: path.startswith(PREFIX)],
         )
-    except (TypeError, ValueError) as error:
-        raise InputError(f"optimizer_config of {name} cannot be used: {error}.") from error
 
 
 def _with_masters(kind: type[optim.Optimizer]) -> Any:
