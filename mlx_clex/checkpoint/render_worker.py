@@ -45,7 +45,7 @@ def main() -> None:
         except MemoryError:
             send(answers, FAILED, "it takes too much memory")
         except BaseException as error:  # a template raises anything
-            send(answers, FAILED, f"{type(error).__name__}: {error}"[:1000])
+            send(answers, FAILED, str(error)[:1000] or type(error).__name__)
 
 
 if __name__ == "__main__":

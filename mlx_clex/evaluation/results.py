@@ -16,10 +16,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import write_text
+from ..checkpoint.files import read_json, write_text
 from ..errors import InputError, RunError
 
 _PACKAGES = ("mlx-clex", "mlx", "mlx-lm")
+# Columns whose cells are numbers, numbers or null, and texts; others may be any of these.
+_NUMBERS = {"length", "depth", "trials", "correct", "accuracy", "windows", "first", "last"}
+_MAYBE_NUMBERS = {"perplexity", "low", "high", "reach", "trained_length", "scale", "kl", "flips"}
+_TEXTS = {"label", "task", "text"}
+_LONGEST, _LARGEST = 10_000, 1e100  # characters of a cell, and size of a number in one
 _PARTS = {"kind": str, "settings": dict, "keys": list, "versions": dict, "rows": list}
 
 
@@ -154,14 +159,15 @@ def read_results(path: str | Path, *kinds: str) -> Results:
     prefix = Path(str(path).removesuffix(".json")).expanduser()
     file = _path(prefix, ".json")
     try:
-        whole = json.loads(file.read_text(encoding="utf-8"))
+        file.stat()
+        whole_file = _is_result(whole := read_json(file))
     except OSError as error:
         raise InputError(
             f"{file} cannot be read ({error.strerror}). Give the --output of an earlier run."
         ) from error
-    except ValueError:
-        whole = None
-    if not _is_result(whole):
+    except (TypeError, ValueError):  # no JSON, a column's name that is a list, half a character
+        whole_file = False
+    if not whole_file:
         raise InputError(
             f"{file} is not a result file of mlx_clex. Give a file that --output wrote."
         )
@@ -193,6 +199,19 @@ def _is_result(whole: Any) -> bool:
         and all(isinstance(whole.get(name), kind) for name, kind in _PARTS.items())
         and all(isinstance(row, dict) for row in whole["rows"])
         and all(key in row for row in whole["rows"] for key in whole["keys"])
+        and all(_is_cell(name, cell) for row in whole["rows"] for name, cell in row.items())
+    )
+
+
+def _is_cell(name: str, cell: Any) -> bool:
+    """Return whether a cell can be in a column; tables and pictures compute with it."""
+    if isinstance(cell, str):
+        cell.encode()
+        return name not in _NUMBERS | _MAYBE_NUMBERS and len(cell) <= _LONGEST
+    if isinstance(cell, int | float) and not isinstance(cell, bool):
+        return name not in _TEXTS and abs(cell) <= _LARGEST
+    return name not in _NUMBERS | _TEXTS and (
+        cell is None or (isinstance(cell, bool) and name not in _MAYBE_NUMBERS)
     )
 
 

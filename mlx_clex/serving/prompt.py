@@ -147,8 +147,8 @@ def read_text(file: str | Path, option: str = "") -> str:
     try:
         with open_regular(path, pipe=True) as source:
             data = source.read()
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{option}{path} cannot be read: it is not a file.") from error
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{option}{path} cannot be read: {reason}.") from error

@@ -41,10 +41,10 @@ def test_text_is_that_of_transformers(tokenizer):
     ("template", "words"),
     [
         ("{{ raise_exception('not this') }}", "not this"),
-        ("{{ 1/0 }}", "ZeroDivisionError"),
-        ("{% if %}", "TemplateSyntaxError"),
+        ("{{ 1/0 }}", "division by zero"),
+        ("{% if %}", "Expected an expression"),
         ("{{ x.y.z }}", "'x' is undefined"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion depth"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ 'x' * 10**11 }}", "too much memory"),
         ("{{ 'x'|center(10**11) }}", "too much memory"),
