@@ -9,10 +9,13 @@ Not covered: a model that one process cannot hold.
 
 import argparse
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import mlx.core as mx
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
+from .checkpoint.lock import locked
 from .commands.run_command import check_seed, run_command
 from .commands.scaling_options import add_scaling_arguments, scaling_from
 from .model.sharding import one_voice
@@ -42,8 +45,14 @@ def run(args: argparse.Namespace) -> None:
         with ranks.starting():
             args = with_config(args, TrainingOptions)
             check_seed(args.seed)
-            job = prepare(TrainingOptions.of(args), scaling_from(args), ranks)
-        job.run()
+            options = TrainingOptions.of(args)
+        # One process for all: the others of a distributed run would wait for it.
+        folder = Path(options.adapter_path).expanduser()
+        writes = options.train and ranks.first and folder.name
+        with locked(folder) if writes else nullcontext():
+            with ranks.starting():
+                job = prepare(options, scaling_from(args), ranks)
+            job.run()
         if job.training:
             print(job.made())
 

@@ -32,7 +32,7 @@ from .evaluation.candidates import (
 from .evaluation.corpus import corpus_of
 from .evaluation.perplexity import Protocol, check_lengths
 from .evaluation.perplexity_table import AIMED_TOKENS, SMALLEST_WINDOWS, Measuring, measure
-from .evaluation.results import open_results
+from .evaluation.results import alone, open_results
 from .model.scaled_model import scaled
 from .pictures.draw import picture
 from .scaling import SCALINGS
@@ -163,26 +163,28 @@ def run(args: argparse.Namespace) -> None:
     )
     corpus, lengths, lines = _checked(args, loader)
     measuring = Measuring(**{f.name: getattr(args, f.name) for f in fields(Measuring)})
-    results = open_results(
-        args.output or (None if args.model else _BUNDLED_OUTPUT),
-        kind="perplexity",
-        settings=_settings(measuring, corpus, lengths[-1], lines),
-        keys=_KEYS,
-    )
-    for line in lines:
-        results.check_model(line.label, line.model)
-    try:
-        rows = measure(
-            measuring,
-            loader,
-            results,
-            corpus,
-            lengths,
-            lines,
-            show=_silence if args.json else tqdm.write,
+    output = args.output or (None if args.model else _BUNDLED_OUTPUT)
+    with alone(output):
+        results = open_results(
+            output,
+            kind="perplexity",
+            settings=_settings(measuring, corpus, lengths[-1], lines),
+            keys=_KEYS,
         )
-    finally:
-        picture(results)
+        for line in lines:
+            results.check_model(line.label, line.model)
+        try:
+            rows = measure(
+                measuring,
+                loader,
+                results,
+                corpus,
+                lengths,
+                lines,
+                show=_silence if args.json else tqdm.write,
+            )
+        finally:
+            picture(results)
     if args.json:
         print(json.dumps({"protocol": args.protocol, "results": rows}))
 

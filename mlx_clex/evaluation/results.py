@@ -3,20 +3,22 @@
 A command opens its results, looks up the rows that are already measured, and adds the
 others. Each added row is written to disk at once, so an interrupted run can continue.
 
-Not covered: pictures of results (`pictures/`), and two runs that write the same file.
+Not covered: pictures of results (`pictures/`).
 """
 
 import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import read_json, write_text
+from ..checkpoint.lock import locked
 from ..errors import InputError, RunError
 
 _PACKAGES = ("mlx-clex", "mlx", "mlx-lm")
@@ -106,6 +108,27 @@ class Results:
         table.writeheader()
         table.writerows(self.rows)
         write_text(_path(self.prefix, ".csv"), text.getvalue())
+
+
+@contextmanager
+def alone(prefix: str | Path | None) -> Iterator[None]:
+    """Let one process at a time add rows to the files of a prefix; the others wait.
+
+    Two that read the files and then write them would lose each other's rows.
+
+    Raises:
+        InputError: the folder of the files cannot be written.
+    """
+    with ExitStack() as stack:
+        if prefix is not None:
+            try:
+                path = Path(str(prefix).removesuffix(".json")).expanduser()
+                stack.enter_context(locked(_path(path, ".json")))
+            except OSError as error:
+                raise InputError(
+                    f"--output {prefix} cannot be written ({error.strerror}). Give another path."
+                ) from error
+        yield
 
 
 def open_results(
