@@ -28,7 +28,7 @@ from ._blas import use_openblas
 from .commands.run_command import run_command
 from .diagnosis.model_report import report
 from .errors import RunError
-from .model.rotary import cos_sin, rotate, rotate_by
+from .model.rotary import rotate, rotate_at
 from .model.scaled_model import attach, make_prompt_cache
 from .scaling import PREFIX
 
@@ -156,7 +156,7 @@ def plain_gradients() -> Outcome:
 
     def loss(scaling: Any) -> mx.array:
         inv_freq = scaling.differentiable_inv_freq(float(scale))
-        turned = rotate_by(unit, *cos_sin(positions, inv_freq))[0, 0]
+        turned = rotate_at(unit, inv_freq, positions)[0, 0]
         cos, sin = mx.split(turned, 2, axis=-1)
         total = cos * (cos_weight[:, :half] + cos_weight[:, half:])
         return (total + sin * (sin_weight[:, :half] + sin_weight[:, half:])).sum()

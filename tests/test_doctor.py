@@ -60,8 +60,10 @@ def test_keys_that_do_not_move_fail(monkeypatch, capsys):
 
 def test_wrong_gradients_fail(monkeypatch, capsys):
     """The self-test passed although the frequencies had no gradient."""
-    right = doctor.cos_sin
-    monkeypatch.setattr(doctor, "cos_sin", lambda p, freq: right(p, mx.stop_gradient(freq)))
+    right = doctor.rotate_at
+    monkeypatch.setattr(
+        doctor, "rotate_at", lambda x, freq, *rest: right(x, mx.stop_gradient(freq), *rest)
+    )
 
     assert doctor.self_test([doctor.plain_gradients]) == 1
     assert capsys.readouterr().out.startswith("FAIL")
