@@ -107,6 +107,9 @@ def _with_gradient(traditional: bool) -> Callable[..., mx.array]:
         slopes = _slopes(o1, o2, g1, g2, positions[:, None, :, None])
         shared = [axis for axis in (0, 1) if inv_freq.shape[axis] == 1]
         of_inv_freq = slopes.sum(axis=[*shared, 2], keepdims=True).squeeze(2)
+        # Nothing else waits for this gradient: at the end of the backward pass, it would find the
+        # rotated arrays and cotangents of every layer still in memory.
+        (back,) = mx.depends([back], [of_inv_freq])
         return back, of_inv_freq, *map(mx.zeros_like, (positions, cos, sin))
 
     return cast(Callable[..., mx.array], turn)
