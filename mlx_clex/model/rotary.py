@@ -189,7 +189,6 @@ def rotate_by(x: mx.array, cos: mx.array, sin: mx.array, *, traditional: bool = 
 
 
 _SIGNS = {-1: mx.array([-1.0, 1.0]), -2: mx.array([[-1.0], [1.0]])}  # of the sine, by `axis`
-mx.eval(_SIGNS)  # lazy arrays would belong to the streams of this thread
 
 
 @partial(mx.compile, shapeless=True)
