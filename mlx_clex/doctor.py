@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.resources
 import itertools
 import json
+import os
 import platform
 import statistics
 import sys
@@ -285,6 +286,10 @@ def run(args: argparse.Namespace) -> None:
     for name, value in rows:
         print(f"{name:<14} {value}")
     if args.self_test:
+        # On M5 and CUDA, MLX multiplies float32 in TF32, of three digits; it reads the variable at
+        # its first product, which is in the self-test. A value that is set stays.
+        tf32 = os.environ.setdefault("MLX_ENABLE_TF32", "0")
+        print(f"{'TF32':<14} MLX_ENABLE_TF32={tf32}")
         start = time.perf_counter()
         failed = self_test(CHECKS)
         print(f"{len(CHECKS)} checks in {time.perf_counter() - start:.0f} s, {failed} failed")
