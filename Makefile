@@ -2,7 +2,7 @@
 # Python, make and git.
 
 # The first Python that is new enough (see pyproject.toml); python3 on macOS is too old.
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 # On Linux the back end of MLX is an extra: cpu by default; for CUDA, `make BACKEND=cuda test`.

@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.resources
 import itertools
 import json
+import os
 import platform
 import statistics
 import sys
@@ -28,7 +29,7 @@ from ._blas import use_openblas
 from .commands.run_command import run_command
 from .diagnosis.model_report import report
 from .errors import RunError
-from .model.rotary import cos_sin, rotate, rotate_by
+from .model.rotary import rotate, rotate_at
 from .model.scaled_model import attach, make_prompt_cache
 from .scaling import PREFIX
 
@@ -156,7 +157,7 @@ def plain_gradients() -> Outcome:
 
     def loss(scaling: Any) -> mx.array:
         inv_freq = scaling.differentiable_inv_freq(float(scale))
-        turned = rotate_by(unit, *cos_sin(positions, inv_freq))[0, 0]
+        turned = rotate_at(unit, inv_freq, positions)[0, 0]
         cos, sin = mx.split(turned, 2, axis=-1)
         total = cos * (cos_weight[:, :half] + cos_weight[:, half:])
         return (total + sin * (sin_weight[:, :half] + sin_weight[:, half:])).sum()
@@ -285,6 +286,10 @@ def run(args: argparse.Namespace) -> None:
     for name, value in rows:
         print(f"{name:<14} {value}")
     if args.self_test:
+        # On M5 and CUDA, MLX multiplies float32 in TF32, of three digits; it reads the variable at
+        # its first product, which is in the self-test. A value that is set stays.
+        tf32 = os.environ.setdefault("MLX_ENABLE_TF32", "0")
+        print(f"{'TF32':<14} MLX_ENABLE_TF32={tf32}")
         start = time.perf_counter()
         failed = self_test(CHECKS)
         print(f"{len(CHECKS)} checks in {time.perf_counter() - start:.0f} s, {failed} failed")

@@ -88,4 +88,16 @@ def generating(where: Callable[[], str]) -> Iterator[None]:
         hint = " Try another --kv-group-size." if "[quantize]" in str(error) else ""
         raise InputError(f"mlx-lm does not accept an option: {error}{hint}") from error
     except RuntimeError as error:
-        raise RunError(f"MLX failed {where()}: {error}") from error
+        raise RunError(f"MLX failed {where()}: {error}{watchdog_advice(error)}") from error
+
+
+def watchdog_advice(error: BaseException, *, training: bool = False) -> str:
+    """Return what to do if macOS ended a computation on the GPU that took too long, else ""."""
+    if not any(text in str(error) for text in ("Timeout", "Impacting Interactivity")):
+        return ""
+    if training:
+        return (
+            " macOS ends GPU work that takes seconds while a display is on: turn the display off "
+            "(caffeinate -s keeps the Mac awake), lower --max-seq-length, and go on with --resume."
+        )
+    return " macOS ends GPU work that takes seconds: read smaller steps, --prefill-step-size 512."

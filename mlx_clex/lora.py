@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import mlx.core as mx
-from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from .checkpoint.lock import locked
 from .commands.run_command import check_seed, run_command
@@ -23,6 +22,7 @@ from .training.option_fields import add_options, with_config
 from .training.options import TrainingOptions
 from .training.prepare import prepare
 from .training.ranks import Ranks
+from .training.step import compute_in_depth
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
         InputError: options, data or a folder that cannot be used.
         RunError: the loss is no longer a number, or MLX failed.
     """
-    maybe_set_recommended_wired_limit()  # on Metal, as mlx_lm.lora
+    compute_in_depth()
     group = mx.distributed.init()
     ranks = Ranks(group)
     with one_voice(group):

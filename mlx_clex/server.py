@@ -20,7 +20,6 @@ import sys
 
 import mlx.core as mx
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
-from mlx_lm.server import maybe_set_recommended_wired_limit
 from mlx_lm.utils import _parse_size
 
 from .commands.options import check_cache_options, scale_policy
@@ -191,7 +190,6 @@ def run(args: argparse.Namespace) -> None:
     key = args.api_key or os.environ.get("MLX_CLEX_API_KEY")
     group = mx.distributed.init()
     check_processes(args, group.size())
-    maybe_set_recommended_wired_limit()
     logging.basicConfig(
         level=args.log_level if group.rank() == 0 else "ERROR",
         format="%(asctime)s - %(levelname)s - %(message)s",

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests that need a hub start their own server
+# On M5 and CUDA, MLX multiplies float32 in TF32, of three digits, unless told before it first does.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 import mlx_clex  # noqa: F401, I001 - first, so that OpenBLAS is found
 import mlx.core as mx

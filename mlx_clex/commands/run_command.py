@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import mlx.core as mx
+
 from ..errors import InputError, RunError, one_line, shown
 from .help import Formatter, group_options
 
@@ -58,6 +60,7 @@ def run_command(
     warnings.formatwarning = lambda message, *_, **__: f"[mlx_clex] {message}\n"
     try:
         check_seed(getattr(args, "seed", None))
+        _keep_weights_wired()
         run(args)
     except InputError as error:
         print(f"{prog}: error: {one_line(error)}", file=sys.stderr)
@@ -84,6 +87,13 @@ def check_seed(seed: int | None) -> None:
     # Of a YAML file; searching a range for anything but an int would take minutes.
     if seed is not None and not (type(seed) is int and seed in _SEEDS):
         raise InputError(f"--seed must be within 0..{_SEEDS[-1]}, got {shown(seed)}.")
+
+
+def _keep_weights_wired() -> None:
+    """On Metal, let MLX keep as much memory resident as the system recommends, as mlx-lm does."""
+    recommended = mx.device_info().get("max_recommended_working_set_size")
+    if isinstance(recommended, int) and mx.metal.is_available():
+        mx.set_wired_limit(recommended)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -137,6 +137,8 @@ def _failures(name: str) -> Iterator[None]:
 def _broken_file(folder: Path | None) -> str | None:
     """Return an error text for the first task file that is not YAML, or None."""
     for file in sorted(folder.rglob("*.yaml")) if folder else ():
+        if file.name.startswith("."):  # macOS writes ._NAME beside files on other file systems
+            continue
         try:
             yaml.compose(file.read_text(encoding="utf-8"))
         except (yaml.YAMLError, ValueError) as error:

@@ -3,7 +3,9 @@
 The planner decides the scale once per forward pass (`planner.py`) and stores the frequencies in a
 `Pass`, which every rope module of the model reads. `mx.fast.rope` is used for one frequency vector
 for all heads and rows, without a gradient for it. Cosine and sine tables are used for frequencies
-per head or row, given positions, and training.
+per head or row, given positions, and training. Their rotation has a gradient of its own, which
+keeps its result and nothing else, and never needs that of `mx.fast.rope`: on the GPU the kernel
+has none for frequencies.
 
 Angles are float32: position times frequency is off by up to 1.6e-3 radians at 32k tokens, 6e-3 at
 131k and 9e-2 at 1M, as in every float32 rotary embedding. Measured on a CPU; on Metal the fused
@@ -12,10 +14,10 @@ kernel uses fast sine and cosine, whose error is added.
 Not covered: the scale of a pass, and keys that are already cached.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -52,8 +54,81 @@ def rotate(
     """
     if fused and inv_freq.ndim == 1:
         return _rotate_fused(x, 1 / inv_freq, offset, traditional)
-    positions = positions_from(offset, x.shape[-2])
-    return rotate_by(x, *cos_sin(positions, inv_freq), traditional=traditional)
+    return rotate_at(x, inv_freq, positions_from(offset, x.shape[-2]), traditional=traditional)
+
+
+def rotate_at(
+    x: mx.array,
+    inv_freq: mx.array,
+    positions: mx.array,
+    tables: tuple[mx.array, mx.array] | None = None,
+    *,
+    traditional: bool = False,
+) -> mx.array:
+    """Rotate queries or keys at given positions, with a gradient for `x` and `inv_freq`.
+
+    Args:
+        x: (B, H, L, head_dim), head_dim >= D; dimensions past D stay unchanged.
+        inv_freq: radians per token, (D/2,), (H, D/2), or (B, H or 1, D/2).
+        positions: in tokens, whole or not, (L,) or (B, L); they have no gradient.
+        tables: their `cos_sin`, where it is already computed.
+        traditional: pair neighbouring dimensions instead of the two halves.
+
+    Returns:
+        An array like `x`, computed in float32.
+    """
+    # As (B, H or 1, D/2) and (B, L), so that the gradient has one case.
+    inv_freq = inv_freq.reshape(*(1,) * (3 - inv_freq.ndim), *inv_freq.shape)
+    positions = positions.reshape(-1, positions.shape[-1])
+    cos, sin = map(mx.stop_gradient, tables or cos_sin(positions, inv_freq))
+    return _TURNS[traditional](x, inv_freq, positions, cos, sin)
+
+
+def _with_gradient(traditional: bool) -> Callable[..., mx.array]:
+    """Return the rotation by tables as a function with a gradient of its own."""
+
+    @mx.custom_function
+    def turn(
+        x: mx.array, inv_freq: mx.array, positions: mx.array, cos: mx.array, sin: mx.array
+    ) -> mx.array:
+        return rotate_by(x, cos, sin, traditional=traditional)
+
+    @turn.vjp
+    def gradient(
+        primals: tuple[mx.array, ...], cotangent: mx.array, output: mx.array
+    ) -> tuple[mx.array, ...]:
+        _, inv_freq, positions, cos, sin = primals
+        # The tables are made again, after `cotangent`: kept until here, those of gene-param are as
+        # large as the keys.
+        (positions,) = mx.depends([positions], [cotangent])
+        back = rotate_by(cotangent, *cos_sin(positions, -inv_freq), traditional=traditional)
+        # An angle moves the rotated pair (o1, o2) along (-o2, o1).
+        (o1, o2), (g1, g2) = (_pairs(a, inv_freq, traditional) for a in (output, cotangent))
+        slopes = _slopes(o1, o2, g1, g2, positions[:, None, :, None])
+        shared = [axis for axis in (0, 1) if inv_freq.shape[axis] == 1]
+        of_inv_freq = slopes.sum(axis=[*shared, 2], keepdims=True).squeeze(2)
+        # Nothing else waits for this gradient: at the end of the backward pass, it would find the
+        # rotated arrays and cotangents of every layer still in memory.
+        (back,) = mx.depends([back], [of_inv_freq])
+        return back, of_inv_freq, *map(mx.zeros_like, (positions, cos, sin))
+
+    return cast(Callable[..., mx.array], turn)
+
+
+def _pairs(x: mx.array, inv_freq: mx.array, traditional: bool) -> tuple[mx.array, mx.array]:
+    """Return the first and the second dimension of every rotated pair, (B, H, L, D/2) each."""
+    half = inv_freq.shape[-1]
+    if traditional:
+        return x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+    return x[..., :half], x[..., half : 2 * half]
+
+
+@partial(mx.compile, shapeless=True)
+def _slopes(
+    o1: mx.array, o2: mx.array, g1: mx.array, g2: mx.array, positions: mx.array
+) -> mx.array:
+    o1, o2, g1, g2 = (a.astype(mx.float32) for a in (o1, o2, g1, g2))
+    return positions * (g2 * o1 - g1 * o2)
 
 
 def _rotate_fused(x: mx.array, periods: mx.array, offset: Offset, traditional: bool) -> mx.array:
@@ -89,32 +164,53 @@ def cos_sin(positions: mx.array, inv_freq: mx.array) -> tuple[mx.array, mx.array
         positions = positions[:, None]
     if inv_freq.ndim > 1:
         inv_freq = inv_freq[..., None, :]
-    angles = positions[..., None].astype(mx.float32) * inv_freq
+    return _cos_sin(positions[..., None].astype(mx.float32), inv_freq)
+
+
+@partial(mx.compile, shapeless=True)
+def _cos_sin(positions: mx.array, inv_freq: mx.array) -> tuple[mx.array, mx.array]:
+    angles = positions * inv_freq
     return mx.cos(angles), mx.sin(angles)
 
 
 def rotate_by(x: mx.array, cos: mx.array, sin: mx.array, *, traditional: bool = False) -> mx.array:
-    """Rotate `x`, (B, H, L, head_dim), by given tables; computed in float32."""
-    dims = 2 * cos.shape[-1]
-    rotated = x[..., :dims].astype(mx.float32)
-    if traditional:
-        first, second = rotated[..., 0::2], rotated[..., 1::2]
-    else:
-        first, second = rotated[..., : dims // 2], rotated[..., dims // 2 :]
-    turned = (first * cos - second * sin, first * sin + second * cos)
-    if traditional:
-        rotated = mx.stack(list(turned), axis=-1).reshape(rotated.shape)
-    else:
-        rotated = mx.concatenate(list(turned), axis=-1)
-    rotated = rotated.astype(x.dtype)
-    if dims == x.shape[-1]:
-        return rotated
-    return mx.concatenate([rotated, x[..., dims:]], axis=-1)
+    """Rotate `x`, (B, H, L, head_dim), by given tables; computed in float32.
+
+    The two of a pair are swapped by a view, so that one kernel reads and writes each entry once.
+    """
+    half = cos.shape[-1]
+    axis = -1 if traditional else -2  # the axis of the two of a pair
+    rotated = x if x.shape[-1] == 2 * half else x[..., : 2 * half]
+    pairs = mx.unflatten(rotated, -1, (half, 2) if traditional else (2, half))
+    swapped = pairs[..., ::-1] if traditional else pairs[..., ::-1, :]
+    cos, sin = mx.expand_dims(cos, axis), mx.expand_dims(sin, axis)
+    out = mx.flatten(_turned(pairs, swapped, cos, sin, _SIGNS[axis]), -2)
+    return out if rotated is x else mx.concatenate([out, x[..., 2 * half :]], axis=-1)
 
 
-def _multiplied(x: mx.array, dims: int, gain: float) -> mx.array:
-    """Multiply the first `dims` dimensions by `gain`, in float32."""
-    out = (x[..., :dims].astype(mx.float32) * gain).astype(x.dtype)
+_SIGNS = {-1: mx.array([-1.0, 1.0]), -2: mx.array([[-1.0], [1.0]])}  # of the sine, by `axis`
+
+
+@partial(mx.compile, shapeless=True)
+def _turned(
+    pairs: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array, signs: mx.array
+) -> mx.array:
+    turned = pairs.astype(mx.float32) * cos + swapped.astype(mx.float32) * (signs * sin)
+    return turned.astype(pairs.dtype)
+
+
+_TURNS = {traditional: _with_gradient(traditional) for traditional in (False, True)}
+
+
+@partial(mx.compile, shapeless=True)
+def _times(x: mx.array, gain: mx.array) -> mx.array:
+    """Multiply in float32: bfloat16 would round the gain to three digits."""
+    return (x.astype(mx.float32) * gain).astype(x.dtype)
+
+
+def _multiplied(x: mx.array, dims: int, gain: mx.array) -> mx.array:
+    """Multiply the first `dims` dimensions by `gain`."""
+    out = _times(x[..., :dims], gain)
     return out if dims == x.shape[-1] else mx.concatenate([out, x[..., dims:]], axis=-1)
 
 
@@ -154,13 +250,18 @@ class Pass:
     query_gain: Any = None
     # On queries: a function of positions (L,) or (B, L), in tokens.
     position_gain: Any = None
-    _tables: dict[int, tuple[mx.array, mx.array]] = field(default_factory=dict)
+    _tables: dict[int, tuple[mx.array, mx.array, mx.array]] = field(default_factory=dict)
+    _gains: mx.array | None = None  # on queries, computed in the first layer
+
+    @cached_property
+    def _gain_array(self) -> mx.array:
+        return mx.array(self.rotary_gain, mx.float32)
 
     def rotate(self, x: mx.array, offset: Offset, layer: int, traditional: bool) -> mx.array:
         """Rotate queries or keys of a layer; shapes are those of the function `rotate`."""
         if self.rotary_gain != 1.0:
             pairs = self.inv_freq[0] if self.periods is None else self.periods
-            x = _multiplied(x, 2 * pairs.shape[-1], self.rotary_gain)
+            x = _multiplied(x, 2 * pairs.shape[-1], self._gain_array)
         if self.periods is not None:
             return _rotate_fused(x, self.periods, offset, traditional)
         # Queries and keys share a table, and so do all layers with the same frequencies.
@@ -169,22 +270,25 @@ class Pass:
             positions = self.positions
             if positions is None:
                 positions = positions_from(offset, x.shape[-2])
-            self._tables[layer] = cos_sin(positions, self.inv_freq[layer])
-        return rotate_by(x, *self._tables[layer], traditional=traditional)
+            self._tables[layer] = (positions, *cos_sin(positions, self.inv_freq[layer]))
+        positions, cos, sin = self._tables[layer]
+        inv_freq = self.inv_freq[layer]
+        return rotate_at(x, inv_freq, positions, (cos, sin), traditional=traditional)
 
     def gain(self, queries: mx.array, offset: Offset) -> mx.array:
         """Multiply rotated queries, (B, H, L, head_dim), by the gain of the pass."""
-        gain = self.query_gain
-        if self.position_gain is not None:
-            positions = self.positions
-            if positions is None:
-                positions = positions_from(offset, queries.shape[-2])
-            gain = self.position_gain(positions)
-            gain = gain[..., None] if gain.ndim == 1 else gain[:, None, :, None]
-        if gain is None:
-            return queries
-        # In float32: bfloat16 would round the gain to three digits.
-        return (queries.astype(mx.float32) * gain).astype(queries.dtype)
+        if self._gains is None:
+            self._gains = self._gains_at(offset, queries.shape[-2])
+        return _times(queries, self._gains)
+
+    def _gains_at(self, offset: Offset, length: int) -> mx.array:
+        if self.position_gain is None:
+            return mx.array(self.query_gain, mx.float32)
+        positions = self.positions
+        if positions is None:
+            positions = positions_from(offset, length)
+        gain = self.position_gain(positions)
+        return gain[..., None] if gain.ndim == 1 else gain[:, None, :, None]
 
     @cached_property
     def gains(self) -> bool:

@@ -21,6 +21,7 @@ from mlx_lm.models.pipeline import PipelineMixin
 
 from ..errors import InputError
 from ..scaling import PREFIX, SCALINGS, Scaling, build_scaling
+from . import quantised_attention  # noqa: F401 - replaces a function of mlx-lm
 from .cache import ScaledKVCache
 from .find_ropes import Site, find_sites
 from .planner import Planner, beyond_reach

@@ -181,6 +181,8 @@ class GeneParam(GeneScaling):
         """Solve in float32 and in the order of operations of the original.
 
         Where the two learned terms cancel, a period is nearly 0 and its last bit decides the
-        angle. In float64 the logits of a tiny checkpoint differed by 3e-3.
+        angle. In float64 the logits of a tiny checkpoint differed by 3e-3, and 1 ulp moved one by
+        7e-2, so every device solves on its CPU.
         """
-        return np.array(self.differentiable_inv_freq(scale, layer))
+        with mx.stream(mx.cpu):  # a GPU rounds pow and exp in another way
+            return np.array(self.differentiable_inv_freq(scale, layer))

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..errors import InputError, RunError
+from ..errors import InputError, RunError, watchdog_advice
 
 _MEMORY = (
     "If memory was short: --grad-checkpoint, or, in a new run, a smaller --batch-size or "
@@ -98,7 +98,8 @@ class Ranks:
             if type(error) is not RuntimeError:
                 raise  # a subclass such as RecursionError is a mistake of ours
             if self.size == 1:
-                raise RunError(f"MLX failed: {error}. {_MEMORY}") from error
+                advice = watchdog_advice(error, training=True) or f" {_MEMORY}"
+                raise RunError(f"MLX failed: {error}.{advice}") from error
             raise RunError(
                 f"Another process ended, and its own message says why; or MLX failed in process "
                 f"{self.rank + 1} of {self.size}: {error}. {_MEMORY}"

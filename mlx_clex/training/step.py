@@ -9,6 +9,7 @@ Not covered: drawing (`draws.py`), batches, and when to update or save.
 """
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,6 +25,16 @@ from ..model.rotary import Pass, Rope
 from ..model.scaled_model import given_pass
 from ..scaling import Scaling
 from .draws import Draw
+
+
+def compute_in_depth() -> None:
+    """Make MLX compute each array as late as it can, from the first evaluation of a process on.
+
+    By default MLX evaluates up to 20 arrays side by side, and gradients that nothing waits for
+    after the whole backward pass; what they need stays in memory until then. The variable keeps a
+    value that the user has set.
+    """
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1")
 
 
 class Result(NamedTuple):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_clex.errors import InputError
-from mlx_clex.model.rotary import Pass, cos_sin, positions_from, rotate, rotate_by
+from mlx_clex.model.rotary import Pass, cos_sin, positions_from, rotate, rotate_at, rotate_by
 from mlx_clex.model.scaled_model import make_prompt_cache
 from mlx_clex.scaling import SCALINGS, build_scaling
 from mlx_clex.scaling.ntk import Ntk
@@ -119,6 +119,110 @@ def test_plain_rotation_computes_in_float32(dtype):
 
     assert plain.dtype == dtype
     assert worst(plain, turn(inputs.astype(mx.float32), INV_FREQ, far)) < 0.04
+
+
+def by_operations(x, inv_freq, positions, traditional):
+    """The rotation in plain operations, whose gradient MLX derives."""
+    angles = positions.reshape(-1, 1, positions.shape[-1], 1) * (
+        inv_freq if inv_freq.ndim == 1 else inv_freq[..., None, :]
+    )
+    cos, sin = mx.cos(angles), mx.sin(angles)
+    half = inv_freq.shape[-1]
+    pairs, rest = x[..., : 2 * half].astype(mx.float32), x[..., 2 * half :]
+    if traditional:
+        a, b = pairs[..., 0::2], pairs[..., 1::2]
+    else:
+        a, b = pairs[..., :half], pairs[..., half:]
+    a, b = a * cos - b * sin, a * sin + b * cos
+    turned = mx.stack([a, b], -1).flatten(-2) if traditional else mx.concatenate([a, b], -1)
+    return mx.concatenate([turned.astype(x.dtype), rest], -1)
+
+
+FREQUENCIES = {
+    "one vector": INV_FREQ,
+    "heads": mx.stack([INV_FREQ, INV_FREQ / 2, INV_FREQ / 5]),
+    "rows": mx.stack([INV_FREQ, INV_FREQ / 3])[:, None],
+    "rows and heads": mx.stack([INV_FREQ * k for k in (1, 2, 3, 4, 5, 6)]).reshape(2, 3, 16),
+}
+WRAPPERS = {"eager": lambda f: f, "compiled": mx.compile, "checkpointed": mx.checkpoint}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("traditional", [False, True])
+@pytest.mark.parametrize("dims", [32, 48])
+@pytest.mark.parametrize("frequencies", FREQUENCIES)
+def test_the_gradient_of_the_rotation_is_that_of_its_operations(
+    frequencies, dims, traditional, wrapper
+):
+    """The rotation has a gradient of its own; that of the frequencies must be exact too."""
+    inv_freq = FREQUENCIES[frequencies]
+    rows = mx.sort(mx.random.uniform(0, 300, (2, 40), key=mx.random.key(1)), axis=-1)
+    weight = x(dims=dims, seed=2)
+
+    for positions in (rows[0], rows):
+
+        def ours(inputs, inv_freq, positions=positions):
+            return rotate_at(inputs, inv_freq, positions, traditional=traditional)
+
+        def theirs(inputs, inv_freq, positions=positions):
+            return by_operations(inputs, inv_freq, positions, traditional)
+
+        gradients = []
+        for turn_by in (WRAPPERS[wrapper](ours), theirs):
+
+            def loss(*primals, turn_by=turn_by):
+                return (mx.tanh(turn_by(*primals)) * weight).sum()
+
+            gradients.append(mx.value_and_grad(loss, argnums=(0, 1))(x(dims=dims), inv_freq))
+        (value, of_ours), (expected, of_theirs) = gradients
+        assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+        for our, their in zip(of_ours, of_theirs, strict=True):
+            assert worst(our, their) < 1e-5 * mx.abs(their).max().item()
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_the_gradient_of_frequencies_is_summed_in_float32(dtype):
+    """A sum of 3,000 positions in bfloat16 stops growing, and overflows in float16."""
+    length = 3_000
+    inputs, positions = x(1, 1, length, dtype=dtype), mx.arange(length, dtype=mx.float32)
+    slow = mx.full((16,), 1e-3)
+
+    def gradient(turn_by, inputs):
+        def loss(inv_freq):
+            return turn_by(inputs, inv_freq).astype(mx.float32).square()[..., :16].sum()
+
+        return mx.grad(loss)(slow)
+
+    ours = gradient(lambda a, f: rotate_at(a, f, positions), inputs)
+    exact = gradient(lambda a, f: by_operations(a, f, positions, False), inputs.astype(mx.float32))
+    assert ours.dtype == mx.float32
+    assert worst(ours, exact) < 5e-3 * mx.abs(exact).max().item()
+
+
+def test_the_gradient_keeps_no_tables():
+    """Tables per head are as large as the keys; kept for each layer they doubled the memory."""
+    heads, length, layers = 4, 512, 12
+    inv_freqs = [mx.full((heads, 32), 0.01 * (i + 1)) for i in range(layers)]
+    positions = mx.arange(length, dtype=mx.float32)
+    inputs = x(1, heads, length, 64)
+
+    def peak(turn_by):
+        def loss(inv_freqs):
+            out = inputs
+            for inv_freq in inv_freqs:
+                out = mx.tanh(turn_by(out, inv_freq))
+            return out.sum()
+
+        gradient = mx.grad(loss)
+        mx.eval(inv_freqs, positions, inputs)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(gradient(inv_freqs))
+        return (mx.get_peak_memory() - before) / inputs.nbytes
+
+    ours = peak(lambda a, f: rotate_at(a, f, positions))
+    plain = peak(lambda a, f: by_operations(a, f, positions, False))
+    assert ours < 0.6 * plain, (ours, plain)
 
 
 class FusedWithFrequenciesError(Exception):

@@ -1,5 +1,8 @@
 """The compiled step: its loss and gradients, one trace for all scales, checkpointing."""
 
+import argparse
+import os
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -9,6 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import gpt_neox, phi
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from mlx_clex import lora
 from mlx_clex.model.chunked_loss import loss_for_gradient, summed_loss, token_losses
 from mlx_clex.model.scaled_model import attach, given_pass
 from mlx_clex.training.draws import Draw
@@ -365,3 +369,22 @@ def test_fresh_clex_learns_its_second_matrix_first():
     step(batch_of(), drawn(5.0))
     assert mx.abs(model.scaling.down_proj).max().item() > 0
     randomise(model.scaling)
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "1"), ("20", "20")])
+def test_fine_tuning_computes_in_depth(given, used, monkeypatch):
+    """MLX left the gradients of frequencies to the end of a step, with what they need of every
+    layer: 1.17 times the memory of mlx_lm.lora, now 0.79 (SmolLM2, 512 tokens)."""
+    monkeypatch.setattr(lora, "Ranks", Stop)
+    monkeypatch.setenv("MLX_BFS_MAX_WIDTH", "")  # so that it is restored after the test
+    monkeypatch.delenv("MLX_BFS_MAX_WIDTH")
+    if given:
+        monkeypatch.setenv("MLX_BFS_MAX_WIDTH", given)
+    with pytest.raises(Stop):
+        lora.run(argparse.Namespace())
+    assert os.environ["MLX_BFS_MAX_WIDTH"] == used
+
+
+class Stop(Exception):  # noqa: N818 - ends a run where its work would begin
+    def __init__(self, *_):
+        raise self
