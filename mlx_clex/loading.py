@@ -20,7 +20,7 @@ from mlx_lm.utils import load_model
 
 from . import bundled
 from .checkpoint.adapters import add_adapters, other_base
-from .checkpoint.config import normalise_config, unread_keys
+from .checkpoint.config import base_config
 from .checkpoint.digest import state_digest
 from .checkpoint.folder import (
     SHIM,
@@ -32,6 +32,7 @@ from .checkpoint.folder import (
 )
 from .checkpoint.lock import locked
 from .checkpoint.tokenizer import open_tokenizer
+from .checkpoint.unread import unread_settings
 from .errors import InputError, one_line, say
 from .model.finite import check_finite
 from .model.scaled_model import scaled
@@ -185,7 +186,7 @@ def _load_model(
         raise
     except Exception as error:  # model files raise any exception on unknown settings
         raise InputError(f"{folder} does not load: {one_line(error)}") from error
-    if note := unread_keys(normalise_config(read_config(folder))):
+    for note in unread_settings(base_config(read_config(folder)), model):
         say(note)
     if adapter_path is not None:
         add_adapters(model, Path(adapter_path), scale)

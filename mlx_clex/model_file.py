@@ -14,6 +14,7 @@ from mlx_lm.utils import _get_classes as get_stock_classes
 
 from .checkpoint.config import BASE_ROPE, is_ours, normalise_config
 from .errors import InputError
+from .model.own_rope import build_plain
 from .model.scaled_model import attach
 from .scaling import SCALINGS
 
@@ -61,8 +62,13 @@ def Model(args: ModelArgs, scale: float | None = None) -> nn.Module:  # noqa: N8
             f"mlx-lm has no model for model_type {config.get('model_type')!r} of config.json."
         ) from error
     # The stock class must get the base rope, not a scaling of mlx_clex.
-    stock_config = {**config, "rope_scaling": config.get(BASE_ROPE)} if ours else config
-    model = model_class(args_class.from_dict(stock_config))
+    stock_config = {**config, "rope_scaling": config.get(BASE_ROPE) if ours else rope_scaling}
+
+    def build(config: dict[str, Any]) -> nn.Module:
+        return model_class(args_class.from_dict(config))
+
+    plain = stock_config["rope_scaling"] is None
+    model = build_plain(build, stock_config) if plain else build(stock_config)
     if rope_scaling is None or not ours:
         return model
     length = config.get("max_position_embeddings")

@@ -3,6 +3,7 @@
 For a model with a scaling, the functions describe its stock class.
 """
 
+import dataclasses
 from typing import Any
 
 import mlx.nn as nn
@@ -28,9 +29,22 @@ def stock_caches(model: Any) -> list[Any]:
     return [KVCache() for _ in model.layers]
 
 
+def model_args(model: nn.Module) -> Any:
+    """Return the config that the model keeps: a dataclass in most families, or None."""
+    return getattr(model, "args", getattr(model, "config", None))
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """Return the model's config as a dict, empty if it keeps none."""
+    args = model_args(model)
+    if dataclasses.is_dataclass(args) and not isinstance(args, type):
+        return dataclasses.asdict(args)
+    return dict(args) if isinstance(args, dict) else {}
+
+
 def config_value(model: nn.Module, name: str) -> Any:
     """Return a field of the model's config or of its text config, or None."""
-    args = getattr(model, "args", getattr(model, "config", None))
+    args = model_args(model)
     for config in (args, getattr(args, "text_config", None)):
         value = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
         if value is not None:
