@@ -16,6 +16,7 @@ from .checkpoint.config import BASE_ROPE, is_ours, normalise_config
 from .errors import InputError
 from .model.own_rope import build_plain
 from .model.scaled_model import attach
+from .model.stock import keep_config
 from .scaling import SCALINGS
 
 # No `from __future__ import annotations` in this file: mlx-lm executes the importing
@@ -69,6 +70,7 @@ def Model(args: ModelArgs, scale: float | None = None) -> nn.Module:  # noqa: N8
 
     plain = stock_config["rope_scaling"] is None
     model = build_plain(build, stock_config) if plain else build(stock_config)
+    keep_config(model, stock_config)
     if rope_scaling is None or not ours:
         return model
     length = config.get("max_position_embeddings")

@@ -72,6 +72,7 @@ def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
     name = scaling.get("type", _PLAIN)
     ours = name in SCALINGS and is_ours(config, name)
     _set_length(config, scaling if ours else {})
+    _set_text_length(config)
     _check_sizes(config)
     if ours:
         scaling.pop("rope_type", None)  # some files of mlx-lm want this name in theirs
@@ -161,7 +162,8 @@ def _set_base(config: dict[str, Any]) -> None:
     if base is None:
         base = config.get("rotary_emb_base")
     if base is None:
-        base = _default_base(str(config.get("model_type")))
+        rope = _default(str(config.get("model_type")), "rope_parameters")
+        base = rope.get("rope_theta") if isinstance(rope, dict) else None
     if base is None:
         config.pop("rope_theta", None)
         return
@@ -174,15 +176,14 @@ def _set_base(config: dict[str, Any]) -> None:
 
 
 @functools.cache
-def _default_base(family: str) -> float | None:
-    """rope_theta of transformers' config class, which published configs leave out, or None."""
+def _default(family: str, key: str) -> Any:
+    """Return a value of transformers' config class, which published configs leave out, or None."""
     from transformers import AutoConfig
 
     try:
-        rope: Any = getattr(AutoConfig.for_model(family), "rope_parameters", None)
+        return getattr(AutoConfig.for_model(family), key, None)
     except Exception:  # a family that transformers does not have, or that needs more settings
         return None
-    return rope.get("rope_theta") if isinstance(rope, dict) else None
 
 
 def set_tied(config: dict[str, Any], *, has_head: bool, same: bool) -> None:
@@ -200,6 +201,15 @@ def set_tied(config: dict[str, Any], *, has_head: bool, same: bool) -> None:
         config["tie_word_embeddings"] = False
     else:
         config.setdefault("tie_word_embeddings", not has_head)
+
+
+def _set_text_length(config: dict[str, Any]) -> None:
+    """Write out the length of a text_config, which may hold only what differs from defaults."""
+    text = config.get("text_config")
+    if isinstance(text, dict) and "max_position_embeddings" not in text:
+        length = _default(str(text.get("model_type")), "max_position_embeddings")
+        if length is not None:
+            text["max_position_embeddings"] = length
 
 
 def _set_length(config: dict[str, Any], scaling: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
+_WHOLE = "_whole_config"  # attribute with the config.json of a model
+
 
 def model_name(model: Any) -> str:
     """Return the name of the stock class in mlx-lm."""
@@ -34,8 +36,16 @@ def model_args(model: nn.Module) -> Any:
     return getattr(model, "args", getattr(model, "config", None))
 
 
+def keep_config(model: nn.Module, config: dict[str, Any]) -> None:
+    """Keep the whole config; some classes of mlx-lm drop the length and the rope from theirs."""
+    # Not a plain assignment: `nn.Module` would treat a dict as parameters.
+    object.__setattr__(model, _WHOLE, config)
+
+
 def config_of(model: nn.Module) -> dict[str, Any]:
     """Return the model's config as a dict, empty if it keeps none."""
+    if _WHOLE in vars(model):
+        return dict(vars(model)[_WHOLE])
     args = model_args(model)
     if dataclasses.is_dataclass(args) and not isinstance(args, type):
         return dataclasses.asdict(args)
