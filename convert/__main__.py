@@ -9,8 +9,9 @@ from mlx_lm.convert import QUANT_RECIPES
 from mlx_clex.commands.run_command import run_command
 from mlx_clex.commands.scaling_options import add_scaling_arguments, scaling_from
 from mlx_clex.errors import say
+from mlx_clex.model.own_rope import OWN_ROPE_HELP, OWN_ROPES
 
-from .options import DTYPES, OWN_ROPES, PROGRAMS, Options
+from .options import DTYPES, PROGRAMS, Options
 from .pipeline import convert
 
 _DEFAULTS = {field.name: field.default for field in fields(Options)}
@@ -70,9 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--own-rope",
         choices=OWN_ROPES,
-        help="Needs --scaling. What to do with a rope that the source has already stretched "
-        "(llama3, longrope, yarn). keep: scale it. drop: scale a plain rope trained at the length "
-        "before stretching; short texts change, and training is needed. Default: keep.",
+        help=f"Needs --scaling. {OWN_ROPE_HELP} Default: keep.",
     )
     parser.add_argument(
         "--freeze",

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_lm.utils import load_config, load_model, save_config
+from mlx_lm.utils import load_config, save_config
 
 from mlx_clex.checkpoint.tokenizer import open_tokenizer
 from mlx_clex.errors import InputError, reading, shown
-from mlx_clex.model_file import Model, ModelArgs
+from mlx_clex.model_file import open_model
 
 _DTYPE = re.compile(r"(torch\.)?(auto|(b?float|u?int)\d+\w*)")
 
@@ -65,9 +65,4 @@ def check_model(folder: Path) -> None:
         InputError: it does not load.
     """
     with reading("The converted checkpoint does not load. Check config.json of the source"):
-        load_model(
-            folder,
-            lazy=True,
-            model_config={"model_file": None},
-            get_model_classes=lambda config: (Model, ModelArgs),
-        )
+        open_model(folder, lazy=True)

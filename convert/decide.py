@@ -22,7 +22,6 @@ from mlx_clex.checkpoint.config import (
     OURS,
     is_ours,
     normalise_config,
-    original_length,
     set_tied,
 )
 from mlx_clex.checkpoint.folder import SHIM
@@ -30,6 +29,13 @@ from mlx_clex.checkpoint.safetensors_file import info_of
 from mlx_clex.checkpoint.sizes import Held
 from mlx_clex.checkpoint.tensor_names import CONVERTED, Renaming, rename
 from mlx_clex.errors import InputError, reading, shown
+from mlx_clex.model.own_rope import (
+    ignores_own_rope,
+    original_length,
+    own_entry,
+    plain_rope,
+    without_own_rope,
+)
 from mlx_clex.model_file import Model, ModelArgs
 from mlx_clex.scaling import PREFIX, SCALINGS, Scaling
 from mlx_clex.scaling.config import parse_config
@@ -74,7 +80,8 @@ def decide_outcome(
     """
     notes: list[str] = []
     renaming = rename(weights)
-    config = _config(config, options, notes)
+    held = Held.of(info_of(array) for array in weights.values())
+    config = _config(config, held, options, notes)
     head = weights.get("lm_head.weight")
     embedding = weights.get("model.embed_tokens.weight")
     same = False
@@ -87,7 +94,7 @@ def decide_outcome(
             f"The checkpoint already has trained weights of a scaling ({', '.join(ours)}). "
             "--scaling would discard them: leave it out."
         )
-    model = _build_model(config, Held.of(info_of(array) for array in weights.values()))
+    model = _build_model(config, held)
     scaling: Scaling | None = getattr(model, "scaling", None)
     if scaling is not None and (ours or options.scaling is None):
         scaling.take_weights(ours)
@@ -106,7 +113,9 @@ def decide_outcome(
         if scaling is None:
             raise InputError("--freeze: the checkpoint has no mlx_clex scaling; add --scaling.")
         config, reach = frozen_config(config, scaling, options.freeze, options.freeze_for)
-    elif scaling is not None:
+    elif scaling is None:
+        config = normalise_config(config)
+    else:
         config["rope_scaling"] = scaling.entry()
         config["model_file"] = SHIM
         if not _taken_by_transformers(config):
@@ -124,13 +133,18 @@ def decide_outcome(
     return Outcome(config, tensors, scaling, method, reach, renaming, notes, file_format)
 
 
-def _config(config: dict[str, Any], options: Options, notes: list[str]) -> dict[str, Any]:
+def _config(
+    config: dict[str, Any], held: Held, options: Options, notes: list[str]
+) -> dict[str, Any]:
     """Return the normalised config with the user's options applied."""
     config = normalise_config(config)
     if options.scaling is not None:
-        _set_scaling(config, options.scaling, options.own_rope, notes)
+        _set_scaling(config, held, options.scaling, options.own_rope, notes)
     if options.trained_length is not None:
         config["max_position_embeddings"] = options.trained_length
+    text = config.get("text_config")
+    if isinstance(text, dict) and "max_position_embeddings" in text:
+        config.setdefault("max_position_embeddings", text["max_position_embeddings"])
     if "max_position_embeddings" not in config:
         raise InputError(
             "config.json does not have the trained length (max_position_embeddings): pass "
@@ -153,37 +167,44 @@ def _config(config: dict[str, Any], options: Options, notes: list[str]) -> dict[
 
 
 def _set_scaling(
-    config: dict[str, Any], scaling: Mapping[str, Any], own_rope: str | None, notes: list[str]
+    config: dict[str, Any],
+    held: Held,
+    scaling: Mapping[str, Any],
+    own_rope: str | None,
+    notes: list[str],
 ) -> None:
     """Set the scaling in the config; keep or drop the rope of the source."""
     before = config.get("rope_scaling")
-    name = scaling.get("type")
-    if before is not None and not is_ours(config, before["type"]):
-        config[BASE_ROPE] = before
-    elif before is not None and before["type"] != name:
-        notes.append(f"--scaling {name} replaces the scaling of the source, {before['type']}.")
-    base = config.get(BASE_ROPE)
-    if own_rope is not None and base is None:
-        raise InputError(
-            f"--own-rope {own_rope}: the source has a plain rope. Leave the option out."
-        )
-    if base is not None and own_rope == "drop":
-        length = original_length(config)
-        if length is None:
-            raise InputError(
-                "--own-rope drop needs the length before the rope was stretched, but config.json "
-                "has no original_max_position_embeddings. Use --own-rope keep."
+    if before is not None and is_ours(config, before["type"]):
+        if before["type"] != scaling.get("type"):
+            notes.append(
+                f"--scaling {scaling.get('type')} replaces the scaling of the source, "
+                f"{before['type']}."
             )
-        del config[BASE_ROPE]
-        config["max_position_embeddings"] = length
-        notes.append(
-            f"The source's rope ({base['type']}) is replaced by a plain rope trained at "
-            f"{length:,} tokens. Short texts change, and training is needed."
-        )
-    elif base is not None:
-        notes.append(
-            f"The source's own rope ({base['type']}) is the base; at scale 1 it is unchanged."
-        )
+        before = config.get(BASE_ROPE)
+    source = {**config, "rope_scaling": before, "model_file": None}
+    entry = own_entry(source)
+    if own_rope is not None and entry is None:
+        raise plain_rope(own_rope)
+    if entry is not None:
+        kind = entry.get("type") or entry.get("rope_type")
+        ignored = own_rope is None and ignores_own_rope(_build_model(source, held), source)
+        if ignored or own_rope == "drop":
+            config.update(without_own_rope(source))
+            before, length = config["rope_scaling"], original_length(source)
+            config["max_position_embeddings"] = length
+            notes.append(
+                f"mlx-lm ignores the source's own rope ({kind}), so the base is its plain rope, "
+                f"trained at {length:,} tokens."
+                if ignored
+                else f"The source's rope ({kind}) is replaced by a plain rope trained at "
+                f"{length:,} tokens. Short texts change, and training is needed."
+            )
+        else:
+            notes.append(f"The source's own rope ({kind}) is the base; at scale 1 it is unchanged.")
+    config.pop(BASE_ROPE, None)
+    if before is not None:
+        config[BASE_ROPE] = before
     config["rope_scaling"] = _in_full(scaling)
     config["model_file"] = SHIM
 

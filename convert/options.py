@@ -6,7 +6,6 @@ from typing import Any
 
 from mlx_clex.errors import InputError
 
-OWN_ROPES = ("keep", "drop")  # what to do with a rope that the source has stretched
 PROGRAMS = ("mlx-lm", "transformers", "llama.cpp")  # they run frozen checkpoints
 DTYPES = ("float16", "bfloat16", "float32")  # as in mlx_lm.convert
 

@@ -18,9 +18,9 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import dequantize_model, save_model
 
-from .checkpoint.adapters import other_base
+from .checkpoint.adapters import adapter_files, other_base
 from .checkpoint.config import BASE_ROPE, SHIM, is_ours, normalise_config
-from .checkpoint.files import write_json
+from .checkpoint.files import read_json, write_json
 from .checkpoint.folder import files_of, read_config
 from .commands.help import point_elsewhere
 from .commands.run_command import run_command
@@ -29,6 +29,7 @@ from .convert.write.card import licence_of
 from .convert.write.output import check_target
 from .errors import InputError, say
 from .loading import load, resolve
+from .model.own_rope import without_own_rope
 from .model.scaled_model import ScaledModel
 from .scaling.none import NoScaling
 
@@ -86,7 +87,8 @@ def run(args: argparse.Namespace) -> None:
     model, _ = load(
         args.model, adapter_path=args.adapter_path, trust_remote_code=args.trust_remote_code
     )
-    config = _merged_config(base, model)
+    adapters = read_json(adapter_files(Path(args.adapter_path)) / "adapter_config.json")
+    config = _merged_config(base, model, dropped=adapters.get("own_rope") == "drop")
     merge(model, dequantize=args.dequantize)
     if args.dequantize:
         config.pop("quantization", None)
@@ -130,9 +132,17 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> None:
     mx.eval(model.parameters())
 
 
-def _merged_config(base: Path, model: Any) -> dict[str, Any]:
-    """Return the config of the base model with the scaling of the adapters."""
+def _merged_config(base: Path, model: Any, *, dropped: bool) -> dict[str, Any]:
+    """Return the config of the base model with the scaling of the adapters.
+
+    Args:
+        base: the folder of the base model.
+        model: it, with the adapters.
+        dropped: whether training started from a plain rope in place of the model's own.
+    """
     config = normalise_config(read_config(base))
+    if dropped:
+        config = without_own_rope(config)
     if isinstance(model, ScaledModel):
         scaling = model.scaling
         plain = isinstance(scaling, NoScaling) and config.get("rope_scaling") is None

@@ -7,7 +7,6 @@ of the source.
 Not covered: conversion itself (`mlx_clex.convert`).
 """
 
-import functools
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,28 +15,25 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.utils import load_model
 
 from . import bundled
 from .checkpoint.adapters import add_adapters, other_base
-from .checkpoint.config import normalise_config, unread_keys
+from .checkpoint.config import base_config
 from .checkpoint.digest import state_digest
 from .checkpoint.folder import (
-    SHIM,
     check_hub_id,
     files_of,
-    held_by,
     needs_conversion,
     read_config,
-    tied_override,
 )
 from .checkpoint.lock import locked
 from .checkpoint.tokenizer import open_tokenizer
+from .checkpoint.unread import unread_settings
 from .errors import InputError, reading, say
 from .model.finite import check_finite
 from .model.scaled_model import scaled
 from .model.sharding import share_out, wait_for_all
-from .model_file import Model, ModelArgs
+from .model_file import open_model
 from .scaling import Scaling
 from .scaling.check import check_frequencies
 
@@ -163,28 +159,15 @@ def _load_model(
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Return the model and its config; `lazy` reads weights when they are first needed."""
-    overrides = tied_override(folder) | dict(model_config or {})
-    ours = read_config(folder).get("model_file") == SHIM
-    if ours:
-        # The copy in the folder is not run.
-        overrides["model_file"] = None
-
-    make = functools.partial(Model, scale=scale, held=held_by(folder))
-
-    class Args(ModelArgs):
-        @classmethod
-        def from_dict(cls, config: Mapping[str, Any]) -> ModelArgs:
-            return ModelArgs.from_dict({**config, "model_file": SHIM} if ours else config)
-
     with reading(f"{folder} does not load"):
-        model, config = load_model(
+        model, config = open_model(
             folder,
+            scale=scale,
             lazy=lazy,
-            model_config=overrides,
-            get_model_classes=lambda config: (make, Args),
+            model_config=model_config,
             trust_remote_code=trust_remote_code,
         )
-    if note := unread_keys(normalise_config(read_config(folder))):
+    for note in unread_settings(base_config(read_config(folder)), model):
         say(note)
     if adapter_path is not None:
         add_adapters(model, Path(adapter_path), scale)

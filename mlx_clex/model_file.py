@@ -5,17 +5,23 @@ mlx-lm calls `ModelArgs.from_dict(config)` and then `Model(args)`. `ModelArgs` h
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.utils import _get_classes as get_stock_classes
+from mlx_lm.utils import load_model
 
 from .checkpoint.config import BASE_ROPE, is_ours, normalise_config
+from .checkpoint.folder import SHIM, held_by, read_config, tied_override
 from .checkpoint.sizes import Held, build_within
 from .errors import InputError
+from .model.own_rope import build_plain
 from .model.scaled_model import attach
+from .model.stock import keep_config
 from .scaling import SCALINGS
 
 # No `from __future__ import annotations` in this file: mlx-lm executes the importing
@@ -66,16 +72,62 @@ def Model(  # noqa: N802 - mlx-lm's name
             f"mlx-lm has no model for model_type {config.get('model_type')!r} of config.json."
         ) from error
     # The stock class must get the base rope, not a scaling of mlx_clex.
-    stock_config = {**config, "rope_scaling": config.get(BASE_ROPE)} if ours else config
+    stock_config = {**config, "rope_scaling": config.get(BASE_ROPE) if ours else rope_scaling}
 
-    def build() -> nn.Module:
-        return model_class(args_class.from_dict(stock_config))
+    def build(config: dict[str, Any]) -> nn.Module:
+        return model_class(args_class.from_dict(config))
 
-    model = build() if held is None else build_within(held, build)
+    def build_stock() -> nn.Module:
+        if stock_config["rope_scaling"] is None:
+            return build_plain(build, stock_config)
+        return build(stock_config)
+
+    model = build_stock() if held is None else build_within(held, build_stock)
+    keep_config(model, stock_config)
     if rope_scaling is None or not ours:
         return model
     length = config.get("max_position_embeddings")
     return attach(model, rope_scaling, trained_length=length, scale=scale)
+
+
+def open_model(
+    folder: Path,
+    *,
+    scale: float | None = None,
+    lazy: bool,
+    model_config: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the model of a folder, with its weights, and its config.
+
+    Args:
+        folder: the checkpoint, converted or not. The copy of this module in it is not run.
+        scale: as in `Model`.
+        lazy: read weights when they are first needed.
+        model_config: keys that replace those of config.json.
+        trust_remote_code: let mlx-lm run a model file of the folder.
+
+    Raises:
+        InputError: as in `Model`. mlx-lm raises other types for files that it cannot read.
+    """
+    overrides = tied_override(folder) | dict(model_config or {})
+    ours = read_config(folder).get("model_file") == SHIM
+    if ours:
+        overrides["model_file"] = None
+    make = functools.partial(Model, scale=scale, held=held_by(folder))
+
+    class Args(ModelArgs):
+        @classmethod
+        def from_dict(cls, config: Mapping[str, Any]) -> ModelArgs:
+            return ModelArgs.from_dict({**config, "model_file": SHIM} if ours else config)
+
+    return load_model(
+        folder,
+        lazy=lazy,
+        model_config=overrides,
+        get_model_classes=lambda config: (make, Args),
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _known_to_mlx_lm(rope_scaling: Mapping[str, Any]) -> bool:

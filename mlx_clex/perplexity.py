@@ -33,6 +33,7 @@ from .evaluation.corpus import corpus_of
 from .evaluation.perplexity import Protocol, check_lengths
 from .evaluation.perplexity_table import AIMED_TOKENS, SMALLEST_WINDOWS, Measuring, measure
 from .evaluation.results import alone, open_results
+from .model.own_rope import OWN_ROPE_HELP, OWN_ROPES
 from .model.scaled_model import scaled
 from .pictures.draw import picture
 from .scaling import SCALINGS
@@ -119,6 +120,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "trained length. It has no effect on none and dynamic.",
     )
     parser.add_argument(
+        "--own-rope",
+        choices=OWN_ROPES,
+        help=f"With --scalings: {OWN_ROPE_HELP} Default: keep.",
+    )
+    parser.add_argument(
         "--kv-bits",
         type=int,
         choices=(2, 3, 4, 5, 6, 8),
@@ -160,6 +166,7 @@ def run(args: argparse.Namespace) -> None:
         scale=args.scale,
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
+        own_rope=args.own_rope,
     )
     corpus, lengths, lines = _checked(args, loader)
     measuring = Measuring(**{f.name: getattr(args, f.name) for f in fields(Measuring)})
@@ -205,6 +212,8 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError(
             f"--factor has no effect on --scalings {' '.join(args.scalings)}. Leave it out."
         )
+    if args.own_rope is not None and not args.scalings:
+        raise InputError("--own-rope needs --scalings NAME ...: add it.")
     if args.scale is not None and args.scalings:
         raise InputError("--scale and --scalings exclude each other. Use --factor with --scalings.")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from . import configuration_table
 from .tiny_families import FAMILIES, Family
 
 HEAD = """# Model families
@@ -72,6 +73,11 @@ def table() -> str:
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
 
 
+def page() -> str:
+    """The page, as Markdown: mlx-lm's model files, then published configurations."""
+    return table() + configuration_table.table()
+
+
 def summary(outcomes: Mapping[str, set[str]]) -> list[str]:
     """Lines for the end of a test run, from what happened to each family's tests."""
     passed = {name for name, seen in outcomes.items() if seen == {"passed"}}
@@ -93,4 +99,4 @@ def summary(outcomes: Mapping[str, set[str]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    print(table(), end="")
+    print(page(), end="")

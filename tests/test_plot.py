@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from mlx_clex import plot
+from mlx_clex.checkpoint.config import SHIM
 from mlx_clex.commands.run_command import run_command
 from mlx_clex.evaluation.results import open_results
-from mlx_clex.loading import SHIM, load, load_scaling
+from mlx_clex.loading import load, load_scaling
 
 from .conftest import CONFIGS, stock_folder
 from .pictures.rows import ROWS, log

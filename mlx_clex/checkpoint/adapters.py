@@ -64,7 +64,13 @@ def add_adapters(model: nn.Module, folder: Path, scale: float | None) -> None:
         if settings.get("rope_scaling"):
             # The base model has no scaling of its own; training attached this one.
             length = settings.get("trained_length")
-            attach(model, settings["rope_scaling"], trained_length=length, scale=scale)
+            attach(
+                model,
+                settings["rope_scaling"],
+                trained_length=length,
+                scale=scale,
+                own_rope=settings.get("own_rope"),
+            )
         _check_type(settings, folder)
         load_adapters(model, str(folder))
         _check_adapters(model, settings, folder / "adapters.safetensors")

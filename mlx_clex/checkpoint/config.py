@@ -9,7 +9,6 @@ stay unchanged.
 """
 
 import functools
-import math
 import re
 from collections.abc import Mapping
 from copy import deepcopy
@@ -22,7 +21,6 @@ from ..scaling.none import NoScaling
 SHIM = "mlx_clex_model.py"  # the model_file of converted checkpoints
 OURS = "mlx_clex_rope_scaling"  # in place of rope_scaling, where transformers refuses ours
 BASE_ROPE = "mlx_clex_base_rope"  # the rope_scaling that the source brings, under ours
-_YARN_TYPES = ("yarn", "deepseek_yarn", "telechat3-yarn")  # that mlx-lm runs as YaRN
 _PLAIN = "default"  # transformers' name of a rope without scaling
 
 # The largest sizes that any model has, with room to spare, by patterns of the families' keys. What
@@ -82,13 +80,30 @@ def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
     name = scaling.get("type", _PLAIN)
     ours = name in SCALINGS and is_ours(config, name)
     _set_length(config, scaling if ours else {})
+    _set_text_length(config)
     _check_sizes(config)
     if ours:
+        scaling.pop("rope_type", None)  # some files of mlx-lm want this name in theirs
         scaling = SCALINGS[name].from_release(scaling, config)
     if name in (_PLAIN, NoScaling.name):
         config.pop("rope_scaling", None)
+        if config.get("model_file") == SHIM:
+            # What remains is mlx-lm's alone.
+            del config["model_file"]
+            if (base := config.pop(BASE_ROPE, None)) is not None:
+                config["rope_scaling"] = base
     else:
         config["rope_scaling"] = scaling
+    return config
+
+
+def base_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a normalised config with the rope that the source brings, without ours."""
+    config = normalise_config(config)
+    entry = config.get("rope_scaling")
+    if entry is not None and is_ours(config, entry["type"]):
+        config["rope_scaling"] = config.pop(BASE_ROPE, None)
+        config.pop("model_file", None)
     return config
 
 
@@ -101,40 +116,6 @@ def is_ours(config: Mapping[str, Any], name: str) -> bool:
     if name not in SCALINGS:
         return False
     return not SCALINGS[name].in_transformers or config.get("model_file") == SHIM
-
-
-def unread_keys(config: Mapping[str, Any]) -> str | None:
-    """Say which keys of a published rope mlx-lm ignores while transformers reads them.
-
-    Args:
-        config: config.json in its normal spelling.
-    """
-    entry = config.get("rope_scaling") or {}
-    kind = str(entry.get("type"))
-    if kind not in _YARN_TYPES or is_ours(config, kind):
-        return None
-    factor = entry.get("factor")
-    usual = 0.1 * math.log(factor) + 1 if isinstance(factor, int | float) and factor >= 1 else 1
-    gain = entry.get("attention_factor")
-    odd = isinstance(gain, int | float) and not math.isclose(gain, usual, rel_tol=1e-3)
-    keys = ["attention_factor"] * odd + ["truncate"] * (entry.get("truncate") is False)
-    if not keys:
-        return None
-    return (
-        f"mlx-lm ignores {' and '.join(keys)} of this model's rope_scaling, which transformers "
-        "reads: the answers differ from those in transformers."
-    )
-
-
-def original_length(config: Mapping[str, Any]) -> int | None:
-    """Return the length before the rope of a model was stretched, in tokens, or None."""
-    entry = config.get(BASE_ROPE) or config.get("rope_scaling") or {}
-    length = entry.get("original_max_position_embeddings")
-    length = length or config.get("original_max_position_embeddings")
-    whole, factor = config.get("max_position_embeddings"), entry.get("factor")
-    if length is None and whole and isinstance(factor, int | float) and factor >= 1:
-        return int(whole / factor)
-    return length
 
 
 def _merged_scaling(config: dict[str, Any]) -> dict[str, Any]:
@@ -154,12 +135,12 @@ def _merged_scaling(config: dict[str, Any]) -> dict[str, Any]:
             continue  # one entry for each layer type; the family's own code reads them
         config.pop(key)
         value = dict(value)
-        alias = value.pop("rope_type", None)
+        alias = value.get("rope_type")
         merged.update(value, type=value.get("type") or alias or merged.get("type"))
     name = merged.pop("type", None)
     if name is not None and not isinstance(name, str):
         raise InputError(f"rope_scaling.type must be a name, got {shown(name)}.")
-    if name is None and set(merged) - set(_MODEL_KEYS):
+    if name is None and set(merged) - {*_MODEL_KEYS, "rope_type"}:
         raise InputError(
             f"config.json has rope_scaling {shown(merged)} without a type. "
             f'Add "type", one of: {", ".join(SCALINGS)}.'
@@ -189,7 +170,8 @@ def _set_base(config: dict[str, Any]) -> None:
     if base is None:
         base = config.get("rotary_emb_base")
     if base is None:
-        base = _default_base(str(config.get("model_type")))
+        rope = _default(str(config.get("model_type")), "rope_parameters")
+        base = rope.get("rope_theta") if isinstance(rope, dict) else None
     if base is None:
         config.pop("rope_theta", None)
         return
@@ -203,15 +185,14 @@ def _set_base(config: dict[str, Any]) -> None:
 
 
 @functools.cache
-def _default_base(family: str) -> float | None:
-    """rope_theta of transformers' config class, which published configs leave out, or None."""
+def _default(family: str, key: str) -> Any:
+    """Return a value of transformers' config class, which published configs leave out, or None."""
     from transformers import AutoConfig
 
     try:
-        rope: Any = getattr(AutoConfig.for_model(family), "rope_parameters", None)
+        return getattr(AutoConfig.for_model(family), key, None)
     except Exception:  # a family that transformers does not have, or that needs more settings
         return None
-    return rope.get("rope_theta") if isinstance(rope, dict) else None
 
 
 def set_tied(config: dict[str, Any], *, has_head: bool, same: bool) -> None:
@@ -229,6 +210,15 @@ def set_tied(config: dict[str, Any], *, has_head: bool, same: bool) -> None:
         config["tie_word_embeddings"] = False
     else:
         config.setdefault("tie_word_embeddings", not has_head)
+
+
+def _set_text_length(config: dict[str, Any]) -> None:
+    """Write out the length of a text_config, which may hold only what differs from defaults."""
+    text = config.get("text_config")
+    if isinstance(text, dict) and "max_position_embeddings" not in text:
+        length = _default(str(text.get("model_type")), "max_position_embeddings")
+        if length is not None:
+            text["max_position_embeddings"] = length
 
 
 def _set_length(config: dict[str, Any], scaling: dict[str, Any]) -> None:

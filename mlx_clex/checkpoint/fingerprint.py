@@ -59,7 +59,11 @@ def fingerprint(
         entry = view.scaling.entry()
         if view.scaling.learned:
             tensors = digest_of(_bytes_of(view.scaling[name]) for name in view.scaling.learned)
-    return {
+    base: dict[str, str] = {}
+    if view.scaling is not None and view.scaling.shape.inv_freq is not None:
+        shape = view.scaling.shape
+        base["rope of the base"] = digest_of([_text([shape.inv_freq, shape.gain]).encode()])
+    return base | {
         _NAME: folder.resolve().name,
         "config.json": digest_of([_text(own).encode()]),
         "weights": weights_digest(folder),

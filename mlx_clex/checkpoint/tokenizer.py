@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_lm.utils import load_tokenizer
 
-from ..errors import InputError, reading, shown
+from ..errors import InputError, reading, say, shown
 from .rendering import guard
 
 
@@ -31,13 +31,7 @@ def open_tokenizer(
     """
     name = name or str(folder)
     vocabulary = config.get("vocab_size")
-    ends = config.get("eos_token_id")
-    for end in ends if isinstance(ends, list) else [ends]:
-        if end is not None and not _is_id(end, vocabulary):
-            raise InputError(
-                f"config.json or generation_config.json has eos_token_id {shown(ends)}; it must be "
-                f"an id below vocab_size ({vocabulary}), or a list of them."
-            )
+    ends = _ends(config.get("eos_token_id"), vocabulary)
     # Its only complaint is that transformers does not know our rope_scaling types.
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
     with reading(f"{name} has no tokenizer that loads"):
@@ -55,10 +49,24 @@ def open_tokenizer(
     return tokenizer
 
 
-def _is_id(value: Any, vocabulary: Any) -> bool:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        return False
-    return not isinstance(vocabulary, int) or value < vocabulary
+def _ends(given: Any, vocabulary: Any) -> list[int] | None:
+    """Return the ids that end a text; None: the tokenizer's own."""
+    ends = given if isinstance(given, list) else [given]
+    for end in ends:
+        if end is not None and (not isinstance(end, int) or isinstance(end, bool) or end < 0):
+            raise InputError(
+                f"config.json or generation_config.json has eos_token_id {shown(given)}; it must "
+                "be an id, or a list of them."
+            )
+    beyond: list[int] = []
+    if isinstance(vocabulary, int):
+        beyond = [end for end in ends if end is not None and end >= vocabulary]
+    if beyond:
+        say(
+            f"eos_token_id {beyond[0]} is beyond vocab_size ({vocabulary}), so no text ends with "
+            "it. It is ignored."
+        )
+    return [end for end in ends if end is not None and end not in beyond] or None
 
 
 def _ids_of(tokenizer: Any) -> set[int]:

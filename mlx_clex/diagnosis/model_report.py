@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from ..checkpoint.config import normalise_config, unread_keys
+from ..checkpoint.config import base_config, normalise_config
 from ..checkpoint.files import read_json
 from ..checkpoint.folder import (
     SHIM,
@@ -30,11 +30,13 @@ from ..checkpoint.folder import (
     read_config,
 )
 from ..checkpoint.sizes import Held
+from ..checkpoint.unread import unread_settings
 from ..errors import InputError, one_line
 from ..model.find_ropes import Site, find_sites
+from ..model.own_rope import length_of, original_length, own_entry
 from ..model.plans import single_caches
 from ..model.scaled_model import ScaledModel, attach, make_prompt_cache
-from ..model.stock import config_value, model_name
+from ..model.stock import model_name
 from ..model_file import Model, ModelArgs
 from ..scaling import PREFIX, SCALINGS, Scaling
 from ..scaling.check import check_frequencies
@@ -70,8 +72,7 @@ def report(path_or_hub_id: str) -> list[Row]:
         return [*rows, (_PROBLEM, str(error))]
     except Exception as error:  # model files raise anything on settings they do not take
         return [*rows, (_PROBLEM, f"config.json does not make a model: {one_line(error)}")]
-    if note := unread_keys(config):
-        rows.append((_PROBLEM, note))
+    rows += [(_PROBLEM, note) for note in unread_settings(base_config(config), model)]
     rows.append(("family", f"{config.get('model_type')} ({model_name(model)})"))
     if isinstance(model, ScaledModel):
         rows += _curve(path, config, model.scaling)
@@ -284,8 +285,8 @@ def _exports(model: Any, config: dict[str, Any]) -> Iterator[Row]:
 
 def _without_scaling(model: nn.Module, config: dict[str, Any]) -> Iterator[Row]:
     """Yield rows about a model without our scaling: what it is and what can be attached."""
-    length = config_value(model, "max_position_embeddings")
-    entry = config.get("rope_scaling")
+    length = length_of(model, config)
+    entry, own = config.get("rope_scaling"), own_entry(config)
     yield "trained length", f"{length} tokens" if length else "not in config.json"
     yield "scaling", f"{entry['type']}, mlx-lm's own" if entry else "none"
     if length:
@@ -296,6 +297,8 @@ def _without_scaling(model: nn.Module, config: dict[str, Any]) -> Iterator[Row]:
         yield _PROBLEM, f"mlx_clex cannot attach a scaling: {error}"
         return
     yield from _ropes(model, sites)
+    if own is not None:
+        yield from _own_rope(config, str(own.get("type") or own.get("rope_type")))
     possible: list[str] = []
     for name in SCALINGS:
         try:
@@ -305,6 +308,16 @@ def _without_scaling(model: nn.Module, config: dict[str, Any]) -> Iterator[Row]:
             yield "not possible", f"{name}: {error}"
     note = "" if length else ", with --trained-length"
     yield "possible", f"mlx_clex.convert --scaling {'|'.join(possible)}{note}"
+
+
+def _own_rope(config: dict[str, Any], kind: str) -> Iterator[Row]:
+    before = original_length(config)
+    drop = (
+        f"--own-rope drop starts from a plain rope trained at {before} tokens"
+        if before
+        else "--own-rope drop is not possible without original_max_position_embeddings"
+    )
+    yield "own rope", f"{kind}; a scaling starts from it, {drop}"
 
 
 def _size(count: float) -> str:

@@ -42,14 +42,16 @@ class Loader:
         scale: float | None = None,
         adapter_path: str | None = None,
         trust_remote_code: bool = False,
+        own_rope: str | None = None,
     ) -> None:
-        """Keep the options of `load`; nothing is loaded yet."""
+        """Keep the options of `load`, and `own_rope` of `attach`; nothing is loaded yet."""
         self.adapter_path = adapter_path
         self._options: dict[str, Any] = {
             "scale": scale,
             "adapter_path": adapter_path,
             "trust_remote_code": trust_remote_code,
         }
+        self._own_rope = own_rope
         self._path = ""
         self._loaded: tuple[Any, ...] = ()
 
@@ -58,6 +60,8 @@ class Loader:
         if path != self._path:
             self._path, self._loaded = "", ()  # free the last model first
             self._loaded = load(path, **self._options)
+            if self._own_rope is not None:
+                attach(self._loaded[0], {"type": "none"}, own_rope=self._own_rope)
             self._path = path
         return self._loaded[0], self._loaded[1]
 

@@ -69,12 +69,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     """
     if getattr(model, "layers", None) is None:
         raise InputError(f"{model_name(model)} has no `layers`. attach takes mlx-lm models only.")
-    ropes = [
-        (owner, name, rope)
-        for owner in model.modules()
-        for name, rope in owner.children().items()
-        if isinstance(rope, nn.Module) and any(part in name for part in _NAMES)
-    ]
+    ropes = [(owner, *rope) for owner in model.modules() for rope in ropes_in(owner)]
     log = _listen(model, ropes) if ropes else []
     sites = _sort_out(model, ropes, log)
     if not sites:
@@ -85,6 +80,15 @@ def find_sites(model: nn.Module) -> list[Site]:
             "one scaling cannot serve them all."
         )
     return sites
+
+
+def ropes_in(owner: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the attributes of a module that are ropes, with their names."""
+    return [
+        (name, rope)
+        for name, rope in owner.children().items()
+        if isinstance(rope, nn.Module) and any(part in name for part in _NAMES)
+    ]
 
 
 # The logged pass.

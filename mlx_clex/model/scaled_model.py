@@ -24,9 +24,10 @@ from ..scaling import PREFIX, SCALINGS, Scaling, build_scaling
 from . import quantised_attention  # noqa: F401 - replaces a function of mlx-lm
 from .cache import ScaledKVCache
 from .find_ropes import Site, find_sites
+from .own_rope import length_of, own_rope_settled
 from .planner import Planner, beyond_reach
 from .rotary import CurrentPass, Pass, Rope
-from .stock import config_value, model_name, stock_caches, stock_class
+from .stock import config_of, model_name, stock_caches, stock_class
 
 
 def attach(
@@ -36,6 +37,7 @@ def attach(
     trained_length: int | None = None,
     weights: Mapping[str, mx.array] | None = None,
     scale: float | None = None,
+    own_rope: str | None = None,
 ) -> nn.Module:
     """Give a loaded mlx-lm model a scaling, in place.
 
@@ -43,10 +45,12 @@ def attach(
         model: any mlx-lm model with rotary attention. If it has a scaling, the new one
             replaces it.
         rope_scaling: an entry such as `{"type": "clex", "max_factor": 16}`.
-        trained_length: L0 in tokens; None takes max_position_embeddings of the model.
+        trained_length: L0 in tokens; None takes the length that the model's rope was made for.
         weights: the learned tensors, such as `scaling.up_proj`; None: untrained.
         scale: a fixed scale; None: the scale follows the length of the text. For linear,
             ntk and yarn it is a new factor.
+        own_rope: what to do with a rope that the model brings stretched. keep (the default):
+            it is the base. drop: a plain rope is, trained at the length before stretching.
 
     Returns:
         The same model. `model.scaling` is the scaling.
@@ -55,36 +59,8 @@ def attach(
         InputError: a config, weight or scale cannot be used, or the model has no rope that
             a scaling can replace; the message says what was found.
     """
-    stock = stock_class(model)
-    sites = find_sites(model)
-    rope = sites[0].rope
-    if trained_length is None:
-        trained_length = config_value(model, "max_position_embeddings")
-        if trained_length is None:
-            raise InputError(
-                f"The config of {stock.__module__} does not have the trained length "
-                "(max_position_embeddings): pass trained_length, in tokens."
-            )
-    scaling = build_scaling(
-        rope_scaling,
-        dims=rope.dims,
-        base=rope.base,
-        inv_freq=rope.inv_freq,
-        gain=rope.gain,
-        trained_length=trained_length,
-        weights=weights,
-        heads=sites[0].heads,
-        key_heads=sites[0].key_heads,
-        layers=len(model.layers),
-    )
-    one = scaling.rotary_gain(1.0)
-    assert scaling.static or scaling.rotary_gain(2.0) == one, "cached keys would keep it"
-    _check_heads(model, scaling, sites)
-    _check_gain(model, scaling, sites)
-    if scale is not None:
-        scale = scaling.check_scale(scale)
-    _check_moves(model, scaling.static or scale is not None, sites)
-
+    with own_rope_settled(model, own_rope) as length:
+        scaling, sites = _fit(model, rope_scaling, trained_length or length, weights, scale)
     current = CurrentPass()
     layers = sorted({site.layer for site in sites})
     for site in sites:
@@ -98,10 +74,10 @@ def attach(
         setattr(site.owner, site.name, new)
     mx.eval(scaling.parameters())
     model.scaling = scaling
-    model.fixed_scale = scale
+    model.fixed_scale = None if scale is None else float(scale)
     keys = [cached for site in sites for cached in site.keys]
     model._planner = Planner(scaling, scale, current, layers, keys)
-    model.__class__ = _scaled_class(stock)
+    model.__class__ = _scaled_class(stock_class(model))
     if isinstance(getattr(model, "model", None), PipelineMixin):
         _follow_pipeline(model.model, model._planner)
     return model
@@ -227,7 +203,7 @@ class UnscaledModel:
     @property
     def trained_length(self) -> int | None:
         """The length in the model's config, in tokens, or None."""
-        return config_value(self._model, "max_position_embeddings")
+        return length_of(self._model, config_of(self._model))
 
     @property
     def reach(self) -> int | None:
@@ -289,6 +265,43 @@ def given_pass(model: nn.Module, what: Pass) -> Iterator[None]:
         yield
     finally:
         planner.given = None
+
+
+def _fit(
+    model: nn.Module,
+    rope_scaling: Mapping[str, Any],
+    trained_length: int | None,
+    weights: Mapping[str, mx.array] | None,
+    scale: float | None,
+) -> tuple[Scaling, list[Site]]:
+    """Return a scaling that fits the model, and the ropes that it replaces."""
+    sites = find_sites(model)
+    rope = sites[0].rope
+    if trained_length is None:
+        raise InputError(
+            f"The config of {stock_class(model).__module__} does not have the trained length "
+            "(max_position_embeddings): pass trained_length, in tokens."
+        )
+    scaling = build_scaling(
+        rope_scaling,
+        dims=rope.dims,
+        base=rope.base,
+        inv_freq=rope.inv_freq,
+        gain=rope.gain,
+        trained_length=trained_length,
+        weights=weights,
+        heads=sites[0].heads,
+        key_heads=sites[0].key_heads,
+        layers=len(model.layers),
+    )
+    one = scaling.rotary_gain(1.0)
+    assert scaling.static or scaling.rotary_gain(2.0) == one, "cached keys would keep it"
+    _check_heads(model, scaling, sites)
+    _check_gain(model, scaling, sites)
+    if scale is not None:
+        scaling.check_scale(scale)
+    _check_moves(model, scaling.static or scale is not None, sites)
+    return scaling, sites
 
 
 def _check_heads(model: nn.Module, scaling: Scaling, sites: list[Site]) -> None:

@@ -3,10 +3,13 @@
 For a model with a scaling, the functions describe its stock class.
 """
 
+import dataclasses
 from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
+
+_WHOLE = "_whole_config"  # attribute with the config.json of a model
 
 
 def model_name(model: Any) -> str:
@@ -28,9 +31,30 @@ def stock_caches(model: Any) -> list[Any]:
     return [KVCache() for _ in model.layers]
 
 
+def model_args(model: nn.Module) -> Any:
+    """Return the config that the model keeps: a dataclass in most families, or None."""
+    return getattr(model, "args", getattr(model, "config", None))
+
+
+def keep_config(model: nn.Module, config: dict[str, Any]) -> None:
+    """Keep the whole config; some classes of mlx-lm drop the length and the rope from theirs."""
+    # Not a plain assignment: `nn.Module` would treat a dict as parameters.
+    object.__setattr__(model, _WHOLE, config)
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """Return the model's config as a dict, empty if it keeps none."""
+    if _WHOLE in vars(model):
+        return dict(vars(model)[_WHOLE])
+    args = model_args(model)
+    if dataclasses.is_dataclass(args) and not isinstance(args, type):
+        return dataclasses.asdict(args)
+    return dict(args) if isinstance(args, dict) else {}
+
+
 def config_value(model: nn.Module, name: str) -> Any:
     """Return a field of the model's config or of its text config, or None."""
-    args = getattr(model, "args", getattr(model, "config", None))
+    args = model_args(model)
     for config in (args, getattr(args, "text_config", None)):
         value = config.get(name) if isinstance(config, dict) else getattr(config, name, None)
         if value is not None:

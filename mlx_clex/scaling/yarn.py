@@ -22,8 +22,23 @@ class YarnConfig(FactorConfig):
         1.0, "Pairs with fewer turns within the trained length are interpolated in full."
     )
 
+    attention_factor: float | None = option(
+        None, "Factor of rotated queries and keys, in place of the one that follows the scale."
+    )
+    mscale: float | None = option(
+        None, "With --mscale-all-dim: weight of ln(scale) in that factor, as in DeepSeek."
+    )
+    mscale_all_dim: float | None = option(
+        None, "With --mscale: weight of ln(scale) in the divisor of that factor."
+    )
+    truncate: bool = option(True, "Round the ends of the blended range to whole pairs.")
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.attention_factor is not None and not self.attention_factor > 0:
+            raise InputError(
+                f"rope_scaling.attention_factor must be above 0, got {self.attention_factor}."
+            )
         if not self.beta_fast > self.beta_slow > 0:
             raise InputError(
                 "rope_scaling.beta_fast must be greater than beta_slow, and beta_slow greater "
@@ -35,7 +50,8 @@ class Yarn(FactorScaling):
     """Keeps fast pairs, slows slow pairs by the scale, blends pairs in between.
 
     Also raises attention scores: the rotated dimensions of queries and keys are multiplied by
-    0.1 ln(scale) + 1. The paper trains it; it also works untrained.
+    0.1 ln(scale) + 1. The paper trains it; it also works untrained. The keys `attention_factor`,
+    `mscale`, `mscale_all_dim` and `truncate` mean what they mean in transformers.
     """
 
     name: ClassVar[str] = "yarn"
@@ -50,17 +66,34 @@ class Yarn(FactorScaling):
             "original_max_position_embeddings": self.trained_length,
             "beta_fast": self.config.beta_fast,
             "beta_slow": self.config.beta_slow,
+            **self._optional(),
         }
 
+    def _optional(self) -> dict[str, Any]:
+        """Return the keys that differ from the paper."""
+        names = ("attention_factor", "mscale", "mscale_all_dim")
+        given = {name: getattr(self.config, name) for name in names}
+        given = {name: value for name, value in given.items() if value is not None}
+        return given if self.config.truncate else {**given, "truncate": False}
+
     def rotary_gain(self, scale: float) -> float:
-        """Source: arXiv 2309.00071, equation 22."""
-        return self.shape.gain * (0.1 * math.log(scale) + 1.0)
+        """Source: arXiv 2309.00071, equation 22; transformers, `_compute_yarn_parameters`."""
+        config, grown = self.config, 0.1 * math.log(scale)
+        gain = config.attention_factor
+        if gain is None:
+            gain = grown + 1.0
+            if config.mscale and config.mscale_all_dim:
+                gain = (config.mscale * grown + 1.0) / (config.mscale_all_dim * grown + 1.0)
+        return self.shape.gain * gain
 
     def _solve(self, scale: float, layer: int) -> np.ndarray:
         """Source: arXiv 2309.00071, section 3.2; bounds rounded as its code does."""
         inv_freq = self._base_inv_freq()
-        low = max(math.floor(self._pair_with_turns(self.config.beta_fast)), 0)
-        high = min(math.ceil(self._pair_with_turns(self.config.beta_slow)), self.dims - 1)
+        low = self._pair_with_turns(self.config.beta_fast)
+        high = self._pair_with_turns(self.config.beta_slow)
+        if self.config.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.dims - 1)
         pairs = np.arange(self.dims // 2)
         # Equal bounds would divide by zero; the reference widens them by this much.
         ramp = np.clip((pairs - low) / (high - low or 0.001), 0, 1)

@@ -17,6 +17,7 @@ from typing import Any
 from mlx_lm.utils import _parse_size
 
 from ..errors import InputError
+from ..model.own_rope import OWN_ROPE_HELP, OWN_ROPES
 from ..scaling import SCALINGS
 from ..scaling.procedure import SAMPLINGS, SCALE_DRAWS
 from .batches import PACKINGS
@@ -148,6 +149,9 @@ class TrainingOptions:
         "With --scaling: the length that the base was trained at.",
         least=2,
         default_text="max_position_embeddings",
+    )
+    own_rope: str | None = option(
+        None, _DRAWN, f"With --scaling: {OWN_ROPE_HELP}", choices=OWN_ROPES, default_text="keep"
     )
     scale_draw: str | None = option(
         None,

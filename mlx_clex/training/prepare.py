@@ -84,6 +84,8 @@ def _check(options: TrainingOptions, entry: dict[str, Any] | None, processes: in
         )
     if options.trained_length is not None and entry is None:
         raise InputError("--trained-length needs --scaling; a converted model knows its own.")
+    if options.own_rope is not None and entry is None:
+        raise InputError("--own-rope needs --scaling NAME: add it.")
     if entry is not None and not options.train and options.adapter_path:
         raise InputError(
             f"--scaling {entry['type']}: adapters know the scaling that they were trained with. "
@@ -105,7 +107,7 @@ def _load_model(options: TrainingOptions, entry: dict[str, Any] | None) -> tuple
                 f"--scaling {entry['type']}: {options.model} has a scaling with weights of its "
                 "own, which this would throw away. Leave the option out, or start from the base."
             )
-        attach(model, entry, trained_length=options.trained_length)
+        attach(model, entry, trained_length=options.trained_length, own_rope=options.own_rope)
     if not isinstance(model, ScaledModel):
         raise InputError(
             f"{options.model} was not converted with mlx_clex: give --scaling NAME (clex, gene, "

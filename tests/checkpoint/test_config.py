@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_clex.checkpoint.config import is_ours, normalise_config, original_length, set_tied
+from mlx_clex.checkpoint.config import is_ours, normalise_config, set_tied
 from mlx_clex.errors import InputError
+from mlx_clex.model.own_rope import original_length
 
 OLD_CLEX: dict[str, Any] = {  # the keys of a CLEX config of October 2023
     "model_type": "llama",

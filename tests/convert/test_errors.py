@@ -238,7 +238,6 @@ BROKEN = {
         other_tokenizer(words_to(900)),
         "ids up to 899, but its model's vocab_size is 512",
     ),
-    "an end beyond the vocabulary": ("clex_phi", config(eos_token_id=512), "eos_token_id 512"),
     "an end that is a word": ("clex_phi", config(eos_token_id="</s>"), "'</s>'"),  # noqa: S106 - no password
     "an end of generation_config.json": (
         "clex_phi",

@@ -1,0 +1,83 @@
+"""--own-rope in convert, lora, fuse and perplexity: one model, however it was made."""
+
+import json
+
+import mlx.core as mx
+import pytest
+from mlx_clex.convert import convert
+
+from mlx_clex import attach, fuse, load, lora, perplexity
+from mlx_clex.commands.run_command import run_command
+
+from .conftest import GOLDEN, stock_folder
+
+IDS = mx.arange(3, 40)[None]
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """Return a small Llama 3.1: trained at 64 tokens, stretched to 256."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("the quick brown fox runs away . " * 60)
+    mx.disable_compile()
+    config = {"vocab_size": 512, "max_position_embeddings": 256, "rope_scaling": LLAMA3}
+    yield stock_folder(tmp_path, GOLDEN / "clex_llama", **config)
+    mx.enable_compile()
+
+
+def call(command, *argv):
+    argv = [str(arg) for arg in argv]
+    return run_command(command.add_arguments, command.run, prog="x", description="", argv=argv)
+
+
+@pytest.mark.parametrize(("choice", "length"), [("keep", 256), ("drop", 64), (None, 256)])
+def test_every_command_starts_from_the_same_model(choice, length, source, tmp_path, capsys):
+    """lora and perplexity could not drop the rope of a Llama 3, convert could."""
+    option = [] if choice is None else ["--own-rope", choice]
+    adapters = tmp_path / "adapters"
+    made = convert(source, tmp_path / "made", scaling={"type": "clex"}, own_rope=choice)
+    there, _ = load(made)
+    here = attach(load(source)[0], {"type": "clex"}, own_rope=choice)
+    assert here.trained_length == there.trained_length == length
+    assert mx.array_equal(here(IDS), there(IDS))
+
+    texts = tmp_path / "texts"
+    steps = ["--train", "--scaling", "clex", "--iters", "1", "--batch-size", "1"]
+    where = ["--model", source, "--data", texts, "--adapter-path", adapters]
+    steps += ["--max-seq-length", "32"]
+    assert call(lora, *steps, *where, *option) == 0
+    tuned, _ = load(source, adapter_path=adapters)
+    target = tmp_path / "fused"
+    assert call(fuse, *where[:2], *where[4:], "--save-path", target) == 0
+    fused, _ = load(target)
+    assert fused.trained_length == tuned.trained_length == length
+    assert mx.abs(fused(IDS) - tuned(IDS)).max() < 1e-4
+    assert mx.abs(tuned(IDS) - here(IDS)).max() < 0.1, "one small step from the same model"
+
+    capsys.readouterr()
+    settings = ["--data", texts, "--lengths", 48, "--windows", 2, "--json"]
+    assert call(perplexity, "--model", source, "--scalings", "none", *settings, *option) == 0
+    measured = json.loads(capsys.readouterr().out)["results"][0]["perplexity"]
+    plain = convert(source, tmp_path / "plain", scaling={"type": "none"}, own_rope=choice)
+    assert call(perplexity, "--model", plain, *settings) == 0
+    (row,) = json.loads(capsys.readouterr().out)["results"]
+    assert measured == pytest.approx(row["perplexity"], rel=1e-5)
+
+
+@pytest.mark.parametrize("choice", ["keep", "drop"])
+def test_the_option_is_refused_where_it_has_no_effect(choice, source, tmp_path, capsys):
+    """On a plain rope, and without a scaling."""
+    option = ("--own-rope", choice)
+    data = ("--data", tmp_path / "texts")
+    assert call(lora, "--train", "--model", source, *data, *option) == 2
+    assert "--own-rope needs --scaling" in capsys.readouterr().err
+    assert call(perplexity, "--model", source, *data, *option) == 2
+    assert "--own-rope needs --scalings" in capsys.readouterr().err
+    bundled = ("--model", "bundled:base", *data, *option)
+    for command, more in ((lora, ("--train", "--scaling", "clex")), (perplexity, ())):
+        methods = more or ("--scalings", "clex")
+        assert call(command, *bundled, *methods) == 2
+        assert f"--own-rope {choice}: the source has a plain rope" in capsys.readouterr().err
