@@ -176,7 +176,7 @@ class Clex(Scaling):
         """Under `log_scale`, the length of the text."""
         return "length" if self.config.log_scale else None
 
-    def query_gain(self, positions: mx.array | None, length: int) -> float | None:
+    def query_gain(self, positions: mx.array | None, length: int, scale: float) -> float | None:
         """Return ln(length) / ln(L0) under `log_scale`: below 1 for texts shorter than L0.
 
         Source: the CLEX repository's CLEX/modeling_llama.py, FlashAttention path.

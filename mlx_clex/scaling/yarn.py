@@ -44,33 +44,57 @@ class Yarn(FactorScaling):
 
     def stock_entry(self, scale: float) -> dict[str, Any]:
         """Return the entry of the same name."""
-        return {
-            "type": self.name,
-            "factor": scale,
-            "original_max_position_embeddings": self.trained_length,
-            "beta_fast": self.config.beta_fast,
-            "beta_slow": self.config.beta_slow,
-        }
+        return yarn_entry(scale, self.trained_length, self.config)
 
     def rotary_gain(self, scale: float) -> float:
         """Source: arXiv 2309.00071, equation 22."""
         return self.shape.gain * (0.1 * math.log(scale) + 1.0)
 
     def _solve(self, scale: float, layer: int) -> np.ndarray:
-        """Source: arXiv 2309.00071, section 3.2; bounds rounded as its code does."""
-        inv_freq = self._base_inv_freq()
-        low = max(math.floor(self._pair_with_turns(self.config.beta_fast)), 0)
-        high = min(math.ceil(self._pair_with_turns(self.config.beta_slow)), self.dims - 1)
-        pairs = np.arange(self.dims // 2)
-        # Equal bounds would divide by zero; the reference widens them by this much.
-        ramp = np.clip((pairs - low) / (high - low or 0.001), 0, 1)
-        return inv_freq * ((1 - ramp) + ramp / scale)
+        """See `interpolated`."""
+        return interpolated(self._base_inv_freq(), scale, self.trained_length, self.config)
 
-    def _pair_with_turns(self, turns: float) -> float:
-        """Return the pair, counted from the fastest, with this many turns within L0 tokens."""
-        # Linear interpolation of the logarithms of the frequencies, extrapolated past the ends.
-        # For a plain rope this equals the formula of the paper.
-        wanted = math.log(turns * 2 * math.pi / self.trained_length)
-        logs = np.log(self._base_inv_freq())
-        at = int(np.clip(np.searchsorted(-logs, -wanted), 1, len(logs) - 1))
-        return at - 1 + (wanted - logs[at - 1]) / (logs[at] - logs[at - 1])
+
+def yarn_entry(scale: float, trained_length: int, config: YarnConfig) -> dict[str, Any]:
+    """Return YaRN's entry in mlx-lm and transformers; the arguments are those of `interpolated`."""
+    return {
+        "type": "yarn",
+        "factor": scale,
+        "original_max_position_embeddings": trained_length,
+        "beta_fast": config.beta_fast,
+        "beta_slow": config.beta_slow,
+    }
+
+
+def interpolated(
+    inv_freq: np.ndarray, scale: float, trained_length: int, config: YarnConfig
+) -> np.ndarray:
+    """Return YaRN's frequencies, radians per token, (D/2,).
+
+    Args:
+        inv_freq: the base model's frequencies, radians per token, (D/2,).
+        scale: target length / trained length.
+        trained_length: L0, tokens.
+        config: the range of pairs that are interpolated in part.
+
+    Source: arXiv 2309.00071, section 3.2; bounds rounded as its code does.
+    """
+    pairs = np.arange(len(inv_freq))
+    fast, slow = (
+        _pair_with_turns(inv_freq, turns, trained_length)
+        for turns in (config.beta_fast, config.beta_slow)
+    )
+    low, high = max(math.floor(fast), 0), min(math.ceil(slow), 2 * len(pairs) - 1)
+    # Equal bounds would divide by zero; the reference widens them by this much.
+    ramp = np.clip((pairs - low) / (high - low or 0.001), 0, 1)
+    return inv_freq * ((1 - ramp) + ramp / scale)
+
+
+def _pair_with_turns(inv_freq: np.ndarray, turns: float, trained_length: int) -> float:
+    """Return the pair, counted from the fastest, with this many turns within L0 tokens."""
+    # Linear interpolation of the logarithms of the frequencies, extrapolated past the ends.
+    # For a plain rope this equals the formula of the paper.
+    wanted = math.log(turns * 2 * math.pi / trained_length)
+    logs = np.log(inv_freq)
+    at = int(np.clip(np.searchsorted(-logs, -wanted), 1, len(logs) - 1))
+    return at - 1 + (wanted - logs[at - 1]) / (logs[at] - logs[at - 1])
