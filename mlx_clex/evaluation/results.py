@@ -48,7 +48,7 @@ class Results:
         """Add a row, or replace the row with the same keys, and write the files.
 
         Args:
-            row: finite numbers, texts and None by column.
+            row: finite numbers, texts, None and lists by column; PREFIX.csv has no lists.
 
         Raises:
             RunError: a number is NaN or infinite; the message names its column.
@@ -102,9 +102,14 @@ class Results:
             "rows": self.rows,
         }
         write_text(_path(self.prefix, ".json"), json.dumps(whole, indent=1) + "\n")
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        # A list, such as the loss of each window, has no place in a table of numbers.
+        columns = list(
+            dict.fromkeys(
+                name for row in self.rows for name in row if not isinstance(row[name], list)
+            )
+        )
         text = io.StringIO()
-        table = csv.DictWriter(text, columns or list(self.keys))
+        table = csv.DictWriter(text, columns or list(self.keys), extrasaction="ignore")
         table.writeheader()
         table.writerows(self.rows)
         write_text(_path(self.prefix, ".csv"), text.getvalue())

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ..checkpoint.adapters import ADAPTER_SCALING, EXTRA_WEIGHTS
 from ..data.corpus import Corpus
 from ..errors import InputError, RunError
-from ..evaluation.perplexity import mean_loss, score, windows_of
+from ..evaluation.perplexity import Protocol, Score, mean_loss, score
 from ..scaling import PREFIX
 from .batches import Batches
 from .draws import Draws
@@ -288,24 +288,33 @@ class Run:
         shown = self.ranks.first
         batches = with_bar(self.valid, options.val_batches, "Validating", shown=shown)
         loss = mean_loss(self.model, batches)
-        found = {n: self._perplexity(self.valid_corpus, n) for n in options.eval_lengths}
+        found = {n: self._score(self.valid_corpus, n) for n in options.eval_lengths}
         seconds = time.perf_counter() - started
         text = f"Iter {self.progress.iteration}: Val loss {loss:.3f}, Val took {seconds:.3f}s"
         tqdm.write(text)
         if found:
-            table = ", ".join(f"{n} tokens {value:.3f}" for n, value in found.items())
-            tqdm.write(f"Iter {self.progress.iteration}: Perplexity at {table}")
-        log.write(info | {"valid_loss": loss if math.isfinite(loss) else None, "perplexity": found})
-        by_length = {f"perplexity_{n}": value for n, value in found.items()}
+            table = ", ".join(f"{n} tokens {part.perplexity:.3f}" for n, part in found.items())
+            scored = next(iter(found.values())).tokens
+            tqdm.write(
+                f"Iter {self.progress.iteration}: Perplexity at {table} (the same {scored:,} "
+                "tokens at each)"
+            )
+        values = {length: part.perplexity for length, part in found.items()}
+        log.write(
+            info | {"valid_loss": loss if math.isfinite(loss) else None, "perplexity": values}
+        )
+        by_length = {f"perplexity_{n}": value for n, value in values.items()}
         self.on_validation(info | {"val_loss": loss, "val_time": seconds} | by_length)
 
-    def _perplexity(self, corpus: Corpus, length: int) -> float:
-        windows = self.options.eval_windows
-        total = len(windows_of(corpus, length, windows)) * (length - 1)
+    def _score(self, corpus: Corpus, length: int) -> Score:
+        """Return the losses of the same targets with `length` tokens of context."""
+        windows, longest = self.options.eval_windows, max(self.options.eval_lengths)
+        protocol = Protocol(targets=self.step.scaling.trained_length)
+        total = len(protocol.starts(corpus, length, windows, longest)) * (length - 1)
         text = f"Perplexity at {length} tokens"
         shown = self.ranks.first
         with tqdm(total=total, desc=text, unit="token", leave=False, disable=not shown) as bar:
-            return score(self.model, corpus, length, windows, on_read=bar.update).perplexity
+            return score(self.model, corpus, length, windows, protocol, longest, on_read=bar.update)
 
     def _save(self, same: Mapping[str, Any]) -> None:
         self._check_weights()

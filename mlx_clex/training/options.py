@@ -244,7 +244,8 @@ class TrainingOptions:
     eval_lengths: list[int] | None = option(
         None,
         _MEASURED,
-        "Lengths in tokens at which a validation reports the perplexity.",
+        "Lengths in tokens, from the trained length on, at which a validation reports the "
+        "perplexity of the same tokens.",
         default_text="none",
         may_change=True,
     )

@@ -17,7 +17,7 @@ from mlx_lm.tuner.callbacks import get_reporting_callbacks
 from ..checkpoint.digest import weights_digest
 from ..data.corpus import Corpus, load_corpora
 from ..errors import InputError, say
-from ..evaluation.perplexity import check_lengths
+from ..evaluation.perplexity import check_lengths, check_targets
 from ..loading import DEFAULT_CACHE, load, resolve
 from ..model.scaled_model import ScaledModel, attach
 from ..scaling.procedure import SKIPS, Procedure
@@ -193,6 +193,7 @@ def _training(
         raise InputError(f"--eval-lengths needs validation data; {options.data} has none.")
     if valid is not None:
         check_lengths(model, valid, lengths, "--eval-lengths")
+        check_targets(valid, lengths, model.scaling.trained_length, "--eval-lengths")
     schedule = learning_rate_schedule(
         options.learning_rate,
         updates=-(-options.iters // options.grad_accumulation_steps),

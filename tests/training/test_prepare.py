@@ -123,6 +123,12 @@ def test_bad_options_are_one_line(base, texts, tmp_path, more, match, capsys):
         ("gene_llama", WORDS * 40, "--max-seq-length 576", "576 is beyond 512 tokens"),
         ("clex_llama", WORDS * 40, "--test", "has no test part"),
         ("clex_llama", WORDS * 40, "--eval-lengths 200", "too few for a length of 200"),
+        (
+            "clex_llama",
+            WORDS * 400,
+            "--eval-lengths 16 64",
+            "16 is below the trained length",
+        ),
     ],
 )
 def test_bad_data_is_one_line(converted, tmp_path, model, train, more, match, capsys):
