@@ -25,7 +25,9 @@ _PACKAGES = ("mlx-clex", "mlx", "mlx-lm")
 # Columns whose cells are numbers, numbers or null, and texts; others may be any of these.
 _NUMBERS = {"length", "depth", "trials", "correct", "accuracy", "windows", "first", "last"}
 _MAYBE_NUMBERS = {"perplexity", "low", "high", "reach", "trained_length", "scale", "kl", "flips"}
+_MAYBE_NUMBERS |= {"loss", "ratio", "ratio_low", "ratio_high"}
 _TEXTS = {"label", "task", "text"}
+_LOSSES = "losses"  # of each window, the only list
 _LONGEST, _LARGEST = 10_000, 1e100  # characters of a cell, and size of a number in one
 _PARTS = {"kind": str, "settings": dict, "keys": list, "versions": dict, "rows": list}
 
@@ -233,6 +235,8 @@ def _is_result(whole: Any) -> bool:
 
 def _is_cell(name: str, cell: Any) -> bool:
     """Return whether a cell can be in a column; tables and pictures compute with it."""
+    if name == _LOSSES:
+        return isinstance(cell, list) and all(_is_cell("loss", loss) for loss in cell)
     if isinstance(cell, str):
         cell.encode()
         return name not in _NUMBERS | _MAYBE_NUMBERS and len(cell) <= _LONGEST

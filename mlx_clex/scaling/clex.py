@@ -91,9 +91,9 @@ class ClexConfig:
 class Clex(Scaling):
     """Slows slow pairs most, along a learned curve.
 
-    Fast pairs stay close to the trained ones. Needs fine-tuning; untrained it equals NTK-aware
-    scaling by 2t - 1. The scale follows the length in whole numbers; sequences longer than
-    L0 * max_factor are refused.
+    Fast pairs stay close to the trained ones. Needs fine-tuning, by default of the model's weights
+    alone: with an untrained network the curve is NTK-aware scaling by 2t - 1. The scale follows
+    the length in whole numbers; sequences longer than L0 * max_factor are refused.
     """
 
     name: ClassVar[str] = "clex"
@@ -102,8 +102,9 @@ class Clex(Scaling):
     hard_reach: ClassVar[bool] = True
     learned: ClassVar[tuple[str, ...]] = ("up_proj", "down_proj")
     untrained: ClassVar[str] = "NTK at 2t - 1"
-    # All hidden units add up along the curve, so at 1 x even small Adam steps change it strongly.
-    learning_rate_share: ClassVar[float] = 0.01
+    # Trained together with the weights, the network speeds up pairs that it should slow, and
+    # long texts get worse (docs/benchmarks.md).
+    learning_rate_share: ClassVar[float] = 0.0
     released_procedure: ClassVar[Procedure] = Procedure(scale_draw=UNIFORM, sampling=RELEASE)
 
     def __init__(self, config: ClexConfig | None = None, **shape: Any) -> None:
