@@ -102,8 +102,8 @@ class Clex(Scaling):
     hard_reach: ClassVar[bool] = True
     learned: ClassVar[tuple[str, ...]] = ("up_proj", "down_proj")
     untrained: ClassVar[str] = "NTK at 2t - 1"
-    # Trained together with the weights, the network speeds up pairs that it should slow, and
-    # long texts get worse (docs/benchmarks.md).
+    # Trained together with the weights, the network makes the end of the reach worse
+    # (docs/benchmarks.md, "What was tried for CLEX").
     learning_rate_share: ClassVar[float] = 0.0
     released_procedure: ClassVar[Procedure] = Procedure(scale_draw=UNIFORM, sampling=RELEASE)
 
