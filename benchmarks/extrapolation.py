@@ -3,10 +3,12 @@
     python -m benchmarks.extrapolation --quick [--only NAME ...] [--output FOLDER]
 
 Each run fine-tunes all weights of a small base with `mlx_clex.lora`, at the trained length L0
-or at 4 x L0, with the same number of steps and tokens. Perplexity is measured at 1 to 32 x L0
-on the same tokens of a held-out text, in whole windows. `--quick` starts from the bundled
-base. Without it, a larger base is trained first for each of three seeds, which needs a GPU.
-An interrupted run continues, and finished runs are not repeated.
+or at 4 x L0, with the same number of steps and tokens. Perplexity is measured on the same tokens
+of held-out books with 1 to 32 x L0 of context: the last L0 of each window (`mlx_clex.perplexity
+--protocol same-targets`). The table has the perplexity at L0, and that at other lengths divided
+by it. `--quick` starts from the bundled base. Without it, a larger base is trained first for
+each of three seeds, which needs a GPU. An interrupted run continues, and finished runs are not
+repeated.
 
 Not covered: models above four million parameters, other texts, retrieval.
 """
@@ -24,20 +26,15 @@ from typing import Any
 import mlx_clex  # noqa: F401  (before mlx.core: on Linux it looks for OpenBLAS)
 
 # isort: split
-import numpy as np
 
 from benchmarks.bundled_models import TRAINED_LENGTH, write_data, write_random
-from mlx_clex.data.corpus import Corpus, load_corpora
 from mlx_clex.errors import RunError
-from mlx_clex.evaluation.perplexity import score, windows_of
-from mlx_clex.evaluation.results import Results, open_results, read_results
-from mlx_clex.loading import load
-from mlx_clex.model.scaled_model import ScaledModel
+from mlx_clex.evaluation.results import Results, read_results
 from mlx_clex.pictures.draw import picture
 
 TARGET = 32  # x L0: the reach of every method
 MULTIPLES = (1, 2, 4, 8, 16, 32)  # x L0: the measured lengths
-MEASURED = 32_768  # measured tokens of the held-out text
+WINDOWS = 24  # of the held-out books, each with L0 scored tokens
 
 
 @dataclass(frozen=True)
@@ -75,6 +72,7 @@ METHODS = {
     "ntk": ["--scaling", "ntk", "--factor", str(TARGET)],
     "dynamic": ["--scaling", "dynamic", "--factor", "2"],
     "yarn": ["--scaling", "yarn", "--factor", str(TARGET)],
+    "yarn-t": ["--scaling", "yarn-t", "--factor", str(TARGET)],
     "gene": [*_GENE, "--release-recipe"],
     "gene-param": [*_GENE_PARAM, "--release-recipe"],
     "clex": [*_CLEX, "--release-recipe"],
@@ -96,7 +94,7 @@ TRIED = {
     "clex, skips, no plain steps": [*_CLEX, *_SKIPS, *_NO_PLAIN],
     "clex, skips, reach of 64 x": [*_FAR, *_SKIPS],
     "clex, skips, reach of 64 x, no plain steps": [*_FAR, *_SKIPS, *_NO_PLAIN],
-    "clex, skips, network 0 x": [*_CLEX, *_SKIPS, *_network(0)],
+    "clex, skips, network 0.01 x": [*_CLEX, *_SKIPS, *_network(0.01)],
     "clex, skips, network 0.1 x": [*_CLEX, *_SKIPS, *_network(0.1)],
     "clex, release, network 0.01 x": [*_CLEX, "--release-recipe", *_network(0.01)],
 }
@@ -165,17 +163,11 @@ def train_and_measure(run: Run, size: Size, folder: Path, base: str) -> None:
     ) == len(MULTIPLES):
         return
     _lora(base, adapters, run, size, size.steps, size.learning_rate, folder)
-    _python(
-        [
-            "-m",
-            "benchmarks.extrapolation",
-            "--measure",
-            str(adapters),
-            "--base",
-            base,
-            "--data",
-            str(folder / "data"),
-        ]
+    _command(
+        "perplexity",
+        *("--model", base, "--adapter-path", adapters, "--data", folder / "data"),
+        *("--split", "valid", "--lengths", *(multiple * TRAINED_LENGTH for multiple in MULTIPLES)),
+        *("--windows", WINDOWS, "--output", adapters / "perplexity"),
     )
     print(f"{run.name}: {_curve(read_results(adapters / 'perplexity'))}", flush=True)
 
@@ -213,44 +205,6 @@ def _python(arguments: list[str]) -> None:
         raise RunError(f"{' '.join(arguments)} ended with {done.returncode}: {done.stderr[-2000:]}")
 
 
-def measure(adapters: Path, base: str, data: Path) -> None:
-    """Measure the perplexity at each length; the results go into the folder of the adapters."""
-    model, tokenizer = load(base, adapter_path=adapters)
-    assert isinstance(model, ScaledModel)
-    corpus = load_corpora(
-        data, tokenizer, mask_prompt=False, cache_dir=adapters.parent / "cache", splits=["valid"]
-    )["valid"]
-    longest = max(MULTIPLES) * TRAINED_LENGTH
-    starts = windows_of(corpus, longest, MEASURED // longest)
-    tokens = np.concatenate([corpus.tokens[start : start + longest] for start in starts])
-    begin = np.arange(0, len(tokens), longest)
-    corpus = Corpus("held-out books", tokens, begin, np.zeros(len(begin), int))
-    settings = {"protocol": "whole", "tokens": len(tokens), "text": corpus.name}
-    results = open_results(
-        adapters / "perplexity", kind="perplexity", settings=settings, keys=("label", "length")
-    )
-    for multiple in MULTIPLES:
-        length = multiple * TRAINED_LENGTH
-        if results.find(length=length):
-            continue
-        found = score(model, corpus, length, len(tokens) // length)
-        low, high = found.interval or (None, None)
-        results.add(
-            {
-                "label": adapters.name,
-                "trained_length": TRAINED_LENGTH,
-                "reach": model.reach,
-                "length": length,
-                "scale": model.scale_at(length),
-                "windows": len(found.losses),
-                "tokens": found.tokens,
-                "perplexity": found.perplexity,
-                "low": low,
-                "high": high,
-            }
-        )
-
-
 def summary(runs: Sequence[Run], folder: Path) -> dict[tuple[str, int], list[Results]]:
     """Return the results by method and training length, one entry for each seed."""
     found: dict[tuple[str, int], list[Results]] = {}
@@ -262,25 +216,30 @@ def summary(runs: Sequence[Run], folder: Path) -> dict[tuple[str, int], list[Res
 
 
 def print_table(found: dict[tuple[str, int], list[Results]]) -> None:
-    """Print perplexity by length, with the standard deviation over several seeds."""
-    print("| method | trained at | " + " | ".join(f"{m}x" for m in MULTIPLES) + " |")
+    """Print the perplexity at L0 and ratios to it, with the standard deviation over seeds."""
+    ratios = " | ".join(f"{multiple}x" for multiple in MULTIPLES[1:])
+    print(f"| method | trained at | {MULTIPLES[0]}x, perplexity | {ratios} |")
     print("|---" * (len(MULTIPLES) + 2) + "|")
     for (method, length), results in found.items():
-        by_length = [_perplexities(results, m * TRAINED_LENGTH) for m in MULTIPLES]
-        cells = [_with_spread(values) if values else "" for values in by_length]
+        cells = [_with_spread(_values(results, TRAINED_LENGTH, "perplexity"), 2)]
+        cells += [
+            _with_spread(_values(results, m * TRAINED_LENGTH, "ratio"), 3) for m in MULTIPLES[1:]
+        ]
         seeds = f" ({len(results)} seeds)" if len(results) > 1 else ""
         print(f"| {method}{seeds} | {length // TRAINED_LENGTH} x L0 | {' | '.join(cells)} |")
 
 
-def _with_spread(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{spread}"
+def _with_spread(values: list[float], digits: int) -> str:
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def _perplexities(results: Sequence[Results], length: int) -> list[float]:
-    """Return the perplexities of all seeds that are measured at a length."""
+def _values(results: Sequence[Results], length: int, column: str) -> list[float]:
+    """Return a column of all seeds that are measured at a length."""
     rows = (result.find(length=length) for result in results)
-    return [row["perplexity"] for row in rows if row is not None]
+    return [row[column] for row in rows if row is not None]
 
 
 def draw_pictures(found: dict[tuple[str, int], list[Results]], folder: Path) -> None:
@@ -300,9 +259,9 @@ def draw_pictures(found: dict[tuple[str, int], list[Results]], folder: Path) -> 
             for (method, length), results in found.items()
             if length == trained and method in METHODS
             for multiple in MULTIPLES
-            if (values := _perplexities(results, multiple * TRAINED_LENGTH))
+            if (values := _values(results, multiple * TRAINED_LENGTH, "perplexity"))
         ]
-        settings = {"protocol": "whole", "trained at": trained}
+        settings = {"protocol": "same-targets", "trained at": trained}
         results = Results("perplexity", settings, ("label", "length"), rows)
         results.prefix = folder / f"trained-at-{trained}"
         results.write()
@@ -327,13 +286,7 @@ def main() -> None:
     parser.add_argument(
         "--table", action="store_true", help="Print finished runs; train and measure nothing."
     )
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--base", help=argparse.SUPPRESS)
-    parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure:
-        measure(args.measure, args.base, args.data)
-        return
     size = QUICK if args.quick else FULL
     folder = args.output or Path("build") / f"extrapolation-{'quick' if args.quick else 'full'}"
     runs = [

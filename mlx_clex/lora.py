@@ -22,6 +22,7 @@ from .training.option_fields import add_options, with_config
 from .training.options import TrainingOptions
 from .training.prepare import prepare
 from .training.ranks import Ranks
+from .training.recipe import stages
 from .training.step import compute_in_depth
 
 
@@ -50,9 +51,10 @@ def run(args: argparse.Namespace) -> None:
         folder = Path(options.adapter_path).expanduser()
         writes = options.train and ranks.first and folder.name
         with locked(folder) if writes else nullcontext():
-            with ranks.starting():
-                job = prepare(options, scaling_from(args), ranks)
-            job.run()
+            for stage in stages(options):
+                with ranks.starting():
+                    job = prepare(stage, scaling_from(args), ranks)
+                job.run()
         if job.training:
             print(job.made())
 

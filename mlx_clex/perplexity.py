@@ -30,8 +30,14 @@ from .evaluation.candidates import (
     replacement,
 )
 from .evaluation.corpus import corpus_of
-from .evaluation.perplexity import Protocol, check_lengths
-from .evaluation.perplexity_table import AIMED_TOKENS, SMALLEST_WINDOWS, Measuring, measure
+from .evaluation.perplexity import Protocol, check_lengths, check_targets
+from .evaluation.perplexity_table import (
+    AIMED_TOKENS,
+    SAME_TARGETS,
+    SMALLEST_WINDOWS,
+    Measuring,
+    measure,
+)
 from .evaluation.results import alone, open_results
 from .model.own_rope import OWN_ROPE_HELP, OWN_ROPES
 from .model.scaled_model import scaled
@@ -39,7 +45,7 @@ from .pictures.draw import picture
 from .scaling import SCALINGS
 
 _KEYS = ("label", "length")
-_BUNDLED_SCALINGS = ("none", "ntk", "yarn")  # measured on the bundled base by default
+_BUNDLED_SCALINGS = ("none", "ntk", "yarn", "yarn-t")  # measured on the bundled base by default
 _BUNDLED_OUTPUT = "perplexity"
 
 
@@ -79,15 +85,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-samples",
         type=int,
         help=f"Largest number of windows of each length. Default: {SMALLEST_WINDOWS}, or "
-        f"{AIMED_TOKENS} / length if that is more.",
+        f"{AIMED_TOKENS} / length if that is more; for same-targets {2 * AIMED_TOKENS} / the "
+        "longest length.",
     )
     parser.add_argument(
         "--protocol",
-        choices=("whole", "chunked", "sliding"),
-        default="whole",
-        help="whole: each window at the scale of its length. chunked: each window in chunks, with "
-        "a growing scale, as CLEX was published. sliding: overlapping windows, each whole, as "
-        "GeNE was published. Default: whole.",
+        choices=(SAME_TARGETS, "whole", "chunked", "sliding"),
+        default=SAME_TARGETS,
+        help=f"{SAME_TARGETS}: only the last tokens of each window, as many as the trained length; "
+        "they are the same at every length, with all the context that it gives. Each perplexity "
+        "is also divided by that of the shortest length, window by window. whole: all tokens of "
+        "each window, at the scale of its length. chunked: each window in chunks, with a growing "
+        "scale, as CLEX was published. sliding: overlapping windows, each whole, as GeNE was "
+        f"published. Default: {SAME_TARGETS}.",
     )
     parser.add_argument(
         "--chunk",
@@ -169,13 +179,14 @@ def run(args: argparse.Namespace) -> None:
         own_rope=args.own_rope,
     )
     corpus, lengths, lines = _checked(args, loader)
-    measuring = Measuring(**{f.name: getattr(args, f.name) for f in fields(Measuring)})
+    options = {f.name: getattr(args, f.name) for f in fields(Measuring) if f.name != "targets"}
+    measuring = Measuring(targets=_targets(args, corpus, lengths, lines), **options)
     output = args.output or (None if args.model else _BUNDLED_OUTPUT)
     with alone(output):
         results = open_results(
             output,
             kind="perplexity",
-            settings=_settings(measuring, corpus, lengths[-1], lines),
+            settings=_settings(measuring, corpus, lengths, lines),
             keys=_KEYS,
         )
         for line in lines:
@@ -270,20 +281,39 @@ def _line(
 
 
 def _settings(
-    measuring: Measuring, corpus: Corpus, longest: int, lines: Sequence[Candidate]
+    measuring: Measuring, corpus: Corpus, lengths: Sequence[int], lines: Sequence[Candidate]
 ) -> dict[str, Any]:
     """Return everything that affects the figures and is not in the rows."""
     chunks = {measuring.chunk_of(line) for line in lines}
     settings = {
         "tokens": corpus.digest,
         # Number of texts that are read; 0: all texts joined.
-        "texts": int((corpus.ends - corpus.starts >= longest).sum()),
+        "texts": int((corpus.ends - corpus.starts >= lengths[-1]).sum()),
         **asdict(measuring),
         "chunk": chunks.pop() if len(chunks) == 1 else None,  # None: each model's trained length
     }
+    if measuring.protocol == SAME_TARGETS:
+        # Windows end where those of the longest length do; ratios are to the shortest.
+        settings |= {"shortest": lengths[0], "longest": lengths[-1]}
     if not measuring.kv_bits:
         del settings["kv_bits"], settings["kv_group_size"]
     return settings
+
+
+def _targets(
+    args: argparse.Namespace, corpus: Corpus, lengths: Sequence[int], lines: Sequence[Candidate]
+) -> int | None:
+    """Return how many tokens of a window count under same-targets; None for other protocols.
+
+    These are the trained length, of several models the smallest; the shortest of the lengths
+    where no trained length is known.
+    """
+    if args.protocol != SAME_TARGETS:
+        return None
+    known = [line.trained_length for line in lines if line.trained_length is not None]
+    targets = min(known, default=lengths[0])
+    check_targets(corpus, lengths, targets)
+    return targets
 
 
 def _silence(text: str) -> None:

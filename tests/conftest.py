@@ -41,6 +41,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ntk": {"factor": 4},
     "dynamic": {"factor": 2},
     "yarn": {"factor": 4, "beta_fast": 4, "beta_slow": 0.5},
+    "yarn-t": {"factor": 4, "beta_fast": 4, "beta_slow": 0.5},
     "clex": {"max_factor": 20},
     "gene": {"factor": 2, "training_seq_len": 32},
     "gene-param": {"factor": 2, "training_seq_len": 32},

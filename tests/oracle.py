@@ -48,7 +48,7 @@ class Oracle:
         scaling, fixed = self.model.scaling, self.model.fixed_scale
         scale = scaling.scale_at(planned) if fixed is None else fixed
         planned = planned if fixed is None else round(fixed * scaling.trained_length)
-        gain = scaling.query_gain(mx.arange(start, self.length), planned)
+        gain = scaling.query_gain(mx.arange(start, self.length), planned, scale)
         gain = 1.0 if gain is None else gain
         gain = gain[:, None] if isinstance(gain, mx.array) else gain
 

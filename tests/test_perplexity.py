@@ -62,6 +62,7 @@ def test_perplexity_equals_that_of_a_single_pass(converted, text, capsys):
     """The perplexity of a window is exp of its mean loss, at the scale of its length."""
     folder = converted("clex_llama")
     argv = ("--model", folder, "--data", text, "--windows", 1, "--lengths", 32, 100)
+    argv += ("--protocol", "whole")
     found = rows(capsys, *argv)
     model, _ = load(folder)
     for (label, length), row in found.items():
@@ -130,14 +131,35 @@ def test_the_table_has_a_scale_for_each_length(converted, text, capsys):
     """The default lengths are 1, 2 and 4 x the trained length; the protocol is named."""
     assert call("--model", converted("gene_llama"), "--data", text, "--windows", 5) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"Protocol whole: {text} (train), 4322 tokens."
-    assert lines[1].split()[:5] == ["model", "tokens", "scale", "windows", "perplexity"]
-    assert [line.split()[:4] for line in lines[2:]] == [
-        ["gene_llama", "64", "8", "5"],
-        ["gene_llama", "128", "8", "5"],
-        ["gene_llama", "256", "8", "5"],
+    assert lines[0] == f"Protocol same-targets: {text} (train), 4322 tokens."
+    assert lines[1].split()[:6] == ["model", "tokens", "scale", "windows", "scored", "perplexity"]
+    assert [line.split()[:5] for line in lines[2:]] == [
+        ["gene_llama", "64", "8", "5", "315"],
+        ["gene_llama", "128", "8", "5", "315"],
+        ["gene_llama", "256", "8", "5", "315"],
     ]
-    assert all(line.split()[6] == ".." for line in lines[2:])
+    assert lines[1].split()[-6:] == ["/", "at", "64", "95", "%", "interval"]
+    assert [line.split()[7] + line.split()[11] for line in lines[2:]] == ["...."] * 3
+
+
+def test_ratios_are_paired_over_windows(converted, text, tmp_path, capsys):
+    """Two intervals that overlap said nothing; a resumed run has the same ratios."""
+    argv = ("--model", converted("clex_llama"), "--data", text, "--windows", 6)
+    argv += ("--lengths", 40, 200, "--output", tmp_path / "out")
+    found = rows(capsys, *argv)
+    short, long = found["clex_llama", 40], found["clex_llama", 200]
+    logs = np.subtract(long["losses"], short["losses"])
+    assert short["tokens"] == long["tokens"] == 6 * 31
+    assert (short["ratio"], short["ratio_low"], short["ratio_high"]) == (1, 1, 1)
+    assert math.isclose(long["ratio"], math.exp(logs.mean()), rel_tol=1e-9)
+    margin = 2.5706 * logs.std(ddof=1) / math.sqrt(6)
+    assert math.isclose(long["ratio_high"], math.exp(logs.mean() + margin), rel_tol=1e-3)
+    table = (tmp_path / "out.csv").read_text().splitlines()
+    assert "losses" not in table[0]
+    whole = json.loads((tmp_path / "out.json").read_text())
+    del whole["rows"][1]
+    (tmp_path / "out.json").write_text(json.dumps(whole))
+    assert rows(capsys, *argv) == found
 
 
 def test_scalings_on_the_same_weights(text, tmp_path, converted, capsys):
@@ -145,6 +167,7 @@ def test_scalings_on_the_same_weights(text, tmp_path, converted, capsys):
     tokens = converted("gene_llama")
     base = stock_folder(tmp_path, tokens, vocab_size=512, max_position_embeddings=32)
     argv = ("--model", base, "--data", text, "--windows", 2, "--lengths", 32, 128)
+    argv += ("--protocol", "whole")
     names = ("none", "ntk", "dynamic", "clex", "gene")
     found = rows(capsys, *argv, "--scalings", *names)
     labels = ["none", "ntk 4", "dynamic", "clex 4", "gene 4"]
@@ -240,7 +263,7 @@ def test_results_of_another_run_are_kept(converted, text, tmp_path, capsys):
     before = read_results(tmp_path / "out").rows
 
     assert call(*argv, "--protocol", "chunked") == 2
-    assert 'protocol: "whole" in the file, "chunked" now' in capsys.readouterr().err
+    assert 'protocol: "same-targets" in the file, "chunked" now' in capsys.readouterr().err
     text.write_text(TEXT + "And more.")
     assert call(*argv) == 2
     assert "tokens: " in capsys.readouterr().err
@@ -268,11 +291,13 @@ def test_the_default_is_the_bundled_models(text, tmp_path, converted, capsys, mo
         "base + none",
         "base + ntk 16",
         "base + yarn 16",
+        "base + yarn-t 16",
         "clex",
         "gene",
     ]
     assert {length for _, length in found} == {16, 32, 64, 128, 256}
-    found = rows(capsys, "--windows", "1", "--scalings", "linear", "--lengths", "32")
+    linear = ("--scalings", "linear", "--lengths", "32", "--output", "linear")
+    found = rows(capsys, "--windows", "1", *linear)
     assert list(found) == [("base + linear 2", 32)]
 
 
@@ -297,9 +322,10 @@ def test_a_terminal_shows_progress(converted, text):
         (("--lengths", "300"), "this model reaches"),
         (("--lengths", "1"), "at least 2 tokens, got 1"),
         (("--windows", "0"), "--windows"),
+        (("--lengths", "20", "64"), "--lengths 20 is below the trained length"),
         (("--split", "valid", "--data", "nowhere"), "neither a folder"),
         (("--scale", "99"), "within 1..8"),
-        (("--chunk", "20"), "--chunk needs --protocol chunked, got whole"),
+        (("--chunk", "20"), "--chunk needs --protocol chunked, got same-targets"),
         (("--stride", "20"), "--stride needs --protocol sliding"),
         (("--protocol", "chunked", "--chunk", "1"), "--chunk must be at least 2"),
         (("--protocol", "sliding", "--stride", "0"), "--stride must be at least 1"),
@@ -351,6 +377,9 @@ def test_joining_of_short_texts_is_reported(converted, text, tmp_path, capsys):
     record = json.dumps({"text": TEXT[:150]}) + "\n"
     file.write_text(record * 4)
     argv = ("--model", converted("clex_llama"), "--data", file, "--windows", 1)
+    assert call(*argv, "--lengths", 50, 250) == 2
+    assert "(train) has 250 tokens (the longest has 110)" in capsys.readouterr().err
+    argv += ("--protocol", "whole")
     assert call(*argv, "--lengths", 50) == 0
     assert "end to end" not in capsys.readouterr().out
     assert call(*argv, "--lengths", 50, 250) == 0

@@ -65,7 +65,7 @@ def frozen_config(
             "express. Use it with mlx_clex."
         )
     length = round(scale * scaling.trained_length)
-    gain = scaling.query_gain(None, length)
+    gain = scaling.query_gain(None, length, scale)
     ours = _Ours(scaling, scale, 1.0 if gain is None else float(gain))
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     dropped = ("model_file", "log_scale", BASE_ROPE)

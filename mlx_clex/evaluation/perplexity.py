@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import NormalDist
 from typing import Any
 
 import mlx.core as mx
@@ -27,8 +26,8 @@ from ..errors import InputError, generating
 from ..model.chunked_loss import chunk_length, hidden_states, logits_of, summed_loss
 from ..model.plans import planned_caches
 from ..model.scaled_model import make_prompt_cache, scaled
+from .intervals import exp, half_interval
 
-FEWEST_WINDOWS = 5  # fewer windows give no useful interval
 _STEP = 512  # tokens in one pass, over all rows; attention scores are (H, _STEP, L)
 _BLOCK = 256  # vocabulary entries in one partial sum of `log_sum_exp`
 
@@ -46,10 +45,17 @@ class Protocol:
 
     *sliding* (`stride`): windows overlap and begin `stride` tokens apart. Each is read and
     counted as in *whole*. GeNE's published figures use this protocol, with a stride of 1,024.
+
+    *same targets* (`targets`): windows of every length end at the same places. Only their last
+    `targets` tokens count, without the first of these, which has no context in a window of
+    that length. Lengths differ only in the context that the same tokens have. In *whole*
+    windows early tokens have little context, which raises the perplexity of short lengths and
+    hides what late tokens lose.
     """
 
     chunk: int | None = None  # tokens
     stride: int | None = None  # tokens between the starts of neighbouring windows
+    targets: int | None = None  # tokens at the end of each window; the trained length
 
     def __post_init__(self) -> None:
         for name, value, least in (("chunk", self.chunk, 2), ("stride", self.stride, 1)):
@@ -59,7 +65,18 @@ class Protocol:
     def counts(self, length: int) -> np.ndarray:
         """Return which tokens of a window count, from the second on, bool, (length - 1,)."""
         positions = np.arange(1, length)
+        if self.targets is not None:
+            return positions > length - self.targets
         return positions % (self.chunk or length) != 0
+
+    def starts(
+        self, corpus: Corpus, length: int, windows: int, longest: int | None = None
+    ) -> list[int]:
+        """Return the starts of at most `windows` windows; see `windows_of`."""
+        if self.targets is None:
+            return windows_of(corpus, length, windows, self.stride, longest)
+        longest = longest or length
+        return [start + longest - length for start in windows_of(corpus, longest, windows)]
 
 
 WHOLE = Protocol()
@@ -89,10 +106,9 @@ class Score:
         The interval is Student's t for the mean loss of a window, exponentiated, and at least 1.
         Overlapping windows are not independent, so their interval is too narrow.
         """
-        count = len(self.losses)
-        if count < FEWEST_WINDOWS:
+        margin = half_interval(self.losses)
+        if margin is None:
             return None
-        margin = student_t(0.95, count - 1) * float(self.losses.std(ddof=1)) / math.sqrt(count)
         return max(1.0, exp(self.loss - margin)), exp(self.loss + margin)
 
 
@@ -112,7 +128,7 @@ def score(
         corpus: the texts; `windows_of` places the windows.
         length: length of a window, tokens.
         windows: largest number of windows.
-        protocol: how the windows are read.
+        protocol: how the windows are read, and which of their tokens count.
         longest: the largest length of the comparison, tokens; see `windows_of`.
         reading: kv_bits, kv_group_size and on_read of `logits_of_text`.
 
@@ -120,14 +136,17 @@ def score(
         InputError: the length is larger than the texts, or than the model's reach.
     """
     check_lengths(model, corpus, [length])
-    starts = windows_of(corpus, length, windows, protocol.stride, longest)
+    if protocol.targets is not None:
+        check_targets(corpus, [length], protocol.targets)
+    starts = protocol.starts(corpus, length, windows, longest)
     counts = protocol.counts(length)
+    skip = int(counts.argmax())
     losses: list[float] = []
     rows = max(1, _STEP // length)
     for batch in (starts[at : at + rows] for at in range(0, len(starts), rows)):
         ids = np.stack([corpus.tokens[start : start + length] for start in batch])
-        of_rows = losses_of_text(model, ids, protocol.chunk, **reading)
-        losses += of_rows[:, counts].mean(axis=1, dtype=np.float64).tolist()
+        of_rows = losses_of_text(model, ids, protocol.chunk, skip=skip, **reading)
+        losses += of_rows[:, counts[skip:]].mean(axis=1, dtype=np.float64).tolist()
     return Score(np.array(losses), len(losses) * int(counts.sum()))
 
 
@@ -166,10 +185,10 @@ def windows_of(
 def losses_of_text(
     model: nn.Module, ids: np.ndarray, chunk: int | None = None, **reading: Any
 ) -> np.ndarray:
-    """Return the loss of each token after the first, nats, float32, (B, L - 1).
+    """Return the loss of each token after the first, nats, float32, (B, L - 1 - skip).
 
     Args:
-        model, ids, chunk, reading: as for `logits_of_text`.
+        model, ids, chunk, reading: as for `logits_of_text`, `skip` included.
     """
     losses = [
         np.array(losses_of(logits, ids[:, start + 1 : start + 1 + logits.shape[1]]))
@@ -207,6 +226,7 @@ def logits_of_text(
     kv_bits: int | None = None,
     kv_group_size: int = 64,
     head_chunk: int | None = None,
+    skip: int = 0,
     on_read: Callable[[int], Any] = lambda tokens: None,
 ) -> Iterator[tuple[int, mx.array]]:
     """Yield the logits of texts of one length, a few tokens at a time.
@@ -219,6 +239,7 @@ def logits_of_text(
         kv_bits: bits of a cached key or value; None does not quantise.
         kv_group_size: cached values that share a scale and a bias.
         head_chunk: tokens whose logits are in memory together; None takes as many as fit 16 MiB.
+        skip: first tokens whose logits are not wanted; they are read, and cost no head.
         on_read: called with the number of tokens read since the last call.
 
     Yields:
@@ -251,7 +272,7 @@ def logits_of_text(
                     cache.expected_length = end
                 hidden = hidden_states(model, tokens, caches)
                 mx.eval(hidden)
-            for first in range(0, tokens.shape[1], at_once):
+            for first in range(max(0, skip - start), tokens.shape[1], at_once):
                 part = slice(first, first + at_once)
                 yield start + first, logits_of(model, hidden[:, part], tokens[:, part])
             on_read(tokens.size)
@@ -298,28 +319,32 @@ def check_lengths(
             )
 
 
-def student_t(level: float, freedom: int) -> float:
-    """Return the two-sided quantile of Student's t distribution: P(|t| < result) = `level`.
+def check_targets(
+    corpus: Corpus, lengths: Sequence[int], targets: int, option: str = "--lengths"
+) -> None:
+    """Refuse lengths whose windows cannot have the same targets.
 
     Args:
-        level: above 0, below 1.
-        freedom: degrees of freedom, at least 4; the error is 0.3 % at 4 and less above.
+        corpus: the text.
+        lengths: lengths of the windows, tokens.
+        targets: scored tokens at the end of each window.
+        option: the name of the option that gave the lengths, for messages.
 
-    Source: Abramowitz and Stegun, 26.7.5, the expansion about the normal distribution.
+    Raises:
+        InputError: a length is below `targets`, or larger than every text.
     """
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return sum(term / freedom**power for power, term in enumerate(terms))
-
-
-def exp(loss: float) -> float:
-    """Return e^loss; the loss is capped at 700 so that the result is a finite float."""
-    return math.exp(min(loss, 700))
+    if min(lengths, default=targets) < targets:
+        raise InputError(
+            f"{option} {min(lengths)} is below the trained length: with the same targets, the last "
+            f"{targets} tokens of each window are scored. Give lengths of at least {targets}."
+        )
+    largest = int((corpus.ends - corpus.starts).max())
+    if max(lengths, default=0) > largest:
+        raise InputError(
+            f"No text of {corpus.name} has {max(lengths)} tokens (the longest has {largest}), and "
+            f"a window with the same targets lies within one text. Give longer texts or a shorter "
+            f"{option}."
+        )
 
 
 @contextlib.contextmanager

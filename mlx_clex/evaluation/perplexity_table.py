@@ -13,18 +13,21 @@ from tqdm import tqdm
 from ..data.corpus import Corpus
 from ..model.scaled_model import scaled
 from .candidates import Candidate, Loader
-from .perplexity import Protocol, Score, score, windows_of
+from .intervals import paired_ratio
+from .perplexity import Protocol, Score, score
 from .results import Results
 
 SMALLEST_WINDOWS = 8  # smallest default number of windows
 AIMED_TOKENS = 16_384  # tokens of all windows that the default number of windows aims at
+SAME_TARGETS = "same-targets"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measuring:
     """How the perplexities of a table are measured."""
 
-    protocol: str = "whole"  # whole, chunked or sliding
+    protocol: str = SAME_TARGETS  # or whole, chunked or sliding
+    targets: int | None = None  # tokens at the end of each window that count, for same-targets
     chunk: int | None = None  # tokens, for chunked; None: the trained length of each model
     stride: int | None = None  # tokens, for sliding; None: a quarter of the length
     windows: int | None = None  # largest number of windows of each length; None: by length
@@ -39,12 +42,17 @@ class Measuring:
         """Return the protocol of one cell."""
         if self.protocol == "chunked":
             return Protocol(chunk=self.chunk_of(line))
+        if self.protocol == SAME_TARGETS:
+            return Protocol(targets=self.targets)
         if self.protocol == "sliding":
             return Protocol(stride=self.stride or max(1, length // 4))
         return Protocol()
 
-    def windows_of(self, length: int) -> int:
+    def windows_of(self, length: int, longest: int) -> int:
         """Return the largest number of windows of one length."""
+        if self.protocol == SAME_TARGETS:
+            # Few tokens of each count, so there are more windows, the same for every length.
+            return self.windows or max(SMALLEST_WINDOWS, 2 * AIMED_TOKENS // longest)
         return self.windows or max(SMALLEST_WINDOWS, AIMED_TOKENS // length)
 
     def score(
@@ -61,7 +69,7 @@ class Measuring:
             model,
             corpus,
             length,
-            self.windows_of(length),
+            self.windows_of(length, longest),
             self.protocol_of(line, length),
             longest,
             kv_bits=self.kv_bits,
@@ -97,9 +105,11 @@ def measure(
         show(f"No text has {lengths[-1]} tokens, so all texts are joined end to end.")
     if any(line.entry for line in lines):
         show("MODEL + SCALING: inference-time scaling only; the weights are unchanged.")
+    paired = measuring.protocol == SAME_TARGETS
+    ratio = f"{f'/ at {lengths[0]}':>11}   {'95 % interval':17} " if paired else ""
     show(
-        f"{'model':{width}} {'tokens':>8} {'scale':>7} {'windows':>8} {'perplexity':>11}   "
-        "95 % interval"
+        f"{'model':{width}} {'tokens':>8} {'scale':>7} {'windows':>8} {'scored':>7} "
+        f"{'perplexity':>11}   {'95 % interval':17} {ratio}".rstrip()
     )
     cells = [(line, length) for line in lines for length in lengths]
     missing = [
@@ -122,6 +132,9 @@ def measure(
                 model = loader.with_scaling(line.path, line.entry)
                 found = measuring.score(model, corpus, line, length, lengths[-1], bar.update)
                 row = _row(model, line, length, found, corpus.name)
+                if paired:
+                    shortest = results.find(label=line.label, length=lengths[0]) or {}
+                    row |= _paired(found, shortest.get("losses", found.losses))
                 results.add(row)
             rows.append(row)
             show(_text(row, width))
@@ -137,8 +150,8 @@ def measure(
 def _tokens_to_read(
     measuring: Measuring, corpus: Corpus, line: Candidate, length: int, longest: int
 ) -> int:
-    stride = measuring.protocol_of(line, length).stride
-    places = windows_of(corpus, length, measuring.windows_of(length), stride, longest)
+    protocol = measuring.protocol_of(line, length)
+    places = protocol.starts(corpus, length, measuring.windows_of(length, longest), longest)
     return len(places) * (length - 1)  # the last token is not read
 
 
@@ -161,12 +174,33 @@ def _row(model: nn.Module, line: Candidate, length: int, found: Score, text: str
     }
 
 
+def _paired(found: Score, shortest: Sequence[float]) -> dict[str, Any]:
+    """Return the columns that compare a row with that of the shortest length."""
+    ratio = paired_ratio(found.losses.tolist(), shortest)
+    low, high = ratio.interval or (None, None)
+    return {
+        "losses": found.losses.tolist(),
+        "ratio": ratio.value,
+        "ratio_low": low,
+        "ratio_high": high,
+    }
+
+
 def _text(row: Mapping[str, Any], width: int) -> str:
-    interval = "" if row["low"] is None else f"{row['low']:.4g} .. {row['high']:.4g}"
-    return (
+    text = (
         f"{row['label']:{width}} {row['length']:>8} {row['scale']:>7g} {row['windows']:>8} "
-        f"{_number(row['perplexity'], 11)}   {interval}"
-    ).rstrip()
+        f"{row['tokens']:>7} {_number(row['perplexity'], 11)}   "
+        f"{_interval(row['low'], row['high'], '.4g')}"
+    )
+    if "ratio" in row:
+        ratio = _interval(row["ratio_low"], row["ratio_high"], ".3f")
+        text += f" {_number(row['ratio'], 11)}   {ratio}"
+    return text.rstrip()
+
+
+def _interval(low: float | None, high: float | None, digits: str) -> str:
+    text = "" if low is None or high is None else f"{low:{digits}} .. {high:{digits}}"
+    return f"{text:17}"
 
 
 def _number(value: float | None, width: int) -> str:

@@ -25,7 +25,9 @@ _PACKAGES = ("mlx-clex", "mlx", "mlx-lm")
 # Columns whose cells are numbers, numbers or null, and texts; others may be any of these.
 _NUMBERS = {"length", "depth", "trials", "correct", "accuracy", "windows", "first", "last"}
 _MAYBE_NUMBERS = {"perplexity", "low", "high", "reach", "trained_length", "scale", "kl", "flips"}
+_MAYBE_NUMBERS |= {"loss", "ratio", "ratio_low", "ratio_high"}
 _TEXTS = {"label", "task", "text"}
+_LOSSES = "losses"  # of each window, the only list
 _LONGEST, _LARGEST = 10_000, 1e100  # characters of a cell, and size of a number in one
 _PARTS = {"kind": str, "settings": dict, "keys": list, "versions": dict, "rows": list}
 
@@ -48,7 +50,7 @@ class Results:
         """Add a row, or replace the row with the same keys, and write the files.
 
         Args:
-            row: finite numbers, texts and None by column.
+            row: finite numbers, texts, None and lists by column; PREFIX.csv has no lists.
 
         Raises:
             RunError: a number is NaN or infinite; the message names its column.
@@ -102,9 +104,14 @@ class Results:
             "rows": self.rows,
         }
         write_text(_path(self.prefix, ".json"), json.dumps(whole, indent=1) + "\n")
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        # A list, such as the loss of each window, has no place in a table of numbers.
+        columns = list(
+            dict.fromkeys(
+                name for row in self.rows for name in row if not isinstance(row[name], list)
+            )
+        )
         text = io.StringIO()
-        table = csv.DictWriter(text, columns or list(self.keys))
+        table = csv.DictWriter(text, columns or list(self.keys), extrasaction="ignore")
         table.writeheader()
         table.writerows(self.rows)
         write_text(_path(self.prefix, ".csv"), text.getvalue())
@@ -228,6 +235,8 @@ def _is_result(whole: Any) -> bool:
 
 def _is_cell(name: str, cell: Any) -> bool:
     """Return whether a cell can be in a column; tables and pictures compute with it."""
+    if name == _LOSSES:
+        return isinstance(cell, list) and all(_is_cell("loss", loss) for loss in cell)
     if isinstance(cell, str):
         cell.encode()
         return name not in _NUMBERS | _MAYBE_NUMBERS and len(cell) <= _LONGEST

@@ -159,7 +159,7 @@ class Planner:
             new.periods = scaling.periods(scale)
         else:
             new.inv_freq = self._rows(scales)
-        self._set_gain(new, lengths)
+        self._set_gain(new, lengths, scales)
         return new
 
     def _rows(self, scales: list[float]) -> list[mx.array]:
@@ -173,16 +173,19 @@ class Planner:
             rows.append(row if row.ndim == 3 else row[:, None])
         return rows
 
-    def _set_gain(self, new: Pass, lengths: list[int]) -> None:
+    def _set_gain(self, new: Pass, lengths: list[int], scales: list[float]) -> None:
         scaling = self.scaling
         if scaling.gain_follows is None:
             return
         if scaling.gain_follows == "position":
-            new.position_gain = lambda positions: scaling.query_gain(positions, 0)
+            new.position_gain = lambda positions: scaling.query_gain(positions, 0, 1.0)
             return
         if self.fixed_scale is not None:
             lengths = [round(self.fixed_scale * scaling.trained_length)]
-        gains = [scaling.query_gain(None, length) for length in lengths]
+        gains = [
+            scaling.query_gain(None, length, scale)
+            for length, scale in zip(lengths, scales, strict=True)
+        ]
         if all(gain == gains[0] for gain in gains):
             new.query_gain = gains[0]
         else:

@@ -35,9 +35,10 @@ def plan_at(model: nn.Module, length: int) -> tuple[Any, ...]:
     scaling = scaled(model).scaling
     if scaling is None or scaling.static or scaled(model).fixed_scale is not None:
         return ()
+    scale = scaling.scale_at(length)
     by_length = scaling.gain_follows == "length"
-    gain = scaling.query_gain(None, max(length, 1)) if by_length else None
-    return (scaling.scale_at(length), gain)
+    gain = scaling.query_gain(None, max(length, 1), scale) if by_length else None
+    return (scale, gain)
 
 
 def plan_of(model: nn.Module, caches: Sequence[Any]) -> tuple[Any, ...] | None:

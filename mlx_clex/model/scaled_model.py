@@ -320,8 +320,8 @@ def _check_gain(model: nn.Module, scaling: Scaling, sites: list[Site]) -> None:
     why = next((site.ungainable for site in sites if site.ungainable), None)
     if why is not None and scaling.gain_follows is not None:
         raise InputError(
-            f"log_scale multiplies queries, which {model_name(model)} does not allow: {why}. "
-            "Set log_scale to false."
+            f"{scaling.name} multiplies queries, which {model_name(model)} does not allow: {why}. "
+            "Set log_scale to false, or use another method."
         )
 
 

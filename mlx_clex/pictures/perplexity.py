@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.perplexity import FEWEST_WINDOWS
+from ..evaluation.intervals import FEWEST_WINDOWS
 from ..evaluation.results import Results
 from .style import (
     Row,
@@ -24,6 +24,7 @@ from .style import (
 COLUMNS = ("label", "length", "perplexity", "low", "high", "trained_length", "reach")
 
 _READ = {
+    "same-targets": "the same targets at every length",
     "whole": "whole windows",
     "chunked": "windows fed in chunks",
     "sliding": "overlapping windows",
@@ -64,11 +65,20 @@ def draw_perplexity(results: Results, path: Path) -> None:
             note = "MODEL + SCALING: not fine-tuned, scaled at inference only"
             axes.set_xlabel(f"Length, tokens\n{note}")
         protocol = results.settings.get("protocol", "whole")
-        axes.set_ylabel(f"Perplexity, {_READ.get(protocol, protocol)}")
+        axes.set_ylabel(f"Perplexity, {_READ.get(protocol, protocol)}{_scored(rows)}")
         log_axis(axes)
         marks += _vertical_lines(axes, rows)
         # One entry for each kind of mark.
         add_legend(axes, lines, list({mark.get_label(): mark for mark in marks}.values()))
+
+
+def _scored(rows: Iterable[Row]) -> str:
+    """Return how many tokens each point has, as a second line of the label."""
+    numbers = sorted({row["tokens"] for row in rows if row.get("tokens")})
+    if not numbers:
+        return ""
+    upto = f" to {numbers[-1]:,}" if numbers[1:] else ""
+    return f"\n{numbers[0]:,}{upto} tokens scored at each"
 
 
 def _hollow(axes: Any, line: Any, rows: Iterable[Row]) -> list[Any]:

@@ -14,6 +14,7 @@ from .linear import Linear
 from .none import NoScaling
 from .ntk import Ntk
 from .yarn import Yarn
+from .yarn_t import YarnT
 
 __all__ = ["PREFIX", "SCALINGS", "RotaryShape", "Scaling", "build_scaling"]
 
@@ -25,6 +26,7 @@ SCALINGS: dict[str, type[Scaling]] = {
         Ntk,
         Dynamic,
         Yarn,
+        YarnT,
         Clex,
         Gene,
         GeneParam,

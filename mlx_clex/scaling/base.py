@@ -165,17 +165,18 @@ class Scaling(nn.Module, ABC):
         return self.released_procedure
 
     @property
-    def gain_follows(self) -> Literal["length", "position"] | None:
+    def gain_follows(self) -> Literal["length", "position", "scale"] | None:
         """What the gain on queries depends on; None: they have none."""
         return None
 
-    def query_gain(self, positions: mx.array | None, length: int) -> Any:
+    def query_gain(self, positions: mx.array | None, length: int, scale: float) -> Any:
         """Return the factor of queries after rotation, or None for no factor.
 
         Args:
             positions: positions of the queries from 0, in tokens, (L,) or (B, L); read
                 only where the gain follows them.
-            length: length of the sequence, in tokens.
+            length: length of the sequence, in tokens; read only where the gain follows it.
+            scale: scale of the pass; read only where the gain follows it.
 
         Returns:
             None, a number for the whole pass, or an array of the shape of `positions`.

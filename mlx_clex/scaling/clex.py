@@ -91,9 +91,9 @@ class ClexConfig:
 class Clex(Scaling):
     """Slows slow pairs most, along a learned curve.
 
-    Fast pairs stay close to the trained ones. Needs fine-tuning; untrained it equals NTK-aware
-    scaling by 2t - 1. The scale follows the length in whole numbers; sequences longer than
-    L0 * max_factor are refused.
+    Fast pairs stay close to the trained ones. Needs fine-tuning, by default of the model's weights
+    alone: with an untrained network the curve is NTK-aware scaling by 2t - 1. The scale follows
+    the length in whole numbers; sequences longer than L0 * max_factor are refused.
     """
 
     name: ClassVar[str] = "clex"
@@ -102,8 +102,9 @@ class Clex(Scaling):
     hard_reach: ClassVar[bool] = True
     learned: ClassVar[tuple[str, ...]] = ("up_proj", "down_proj")
     untrained: ClassVar[str] = "NTK at 2t - 1"
-    # All hidden units add up along the curve, so at 1 x even small Adam steps change it strongly.
-    learning_rate_share: ClassVar[float] = 0.01
+    # Trained together with the weights, the network makes the end of the reach worse
+    # (docs/benchmarks.md, "What was tried for CLEX").
+    learning_rate_share: ClassVar[float] = 0.0
     released_procedure: ClassVar[Procedure] = Procedure(scale_draw=UNIFORM, sampling=RELEASE)
 
     def __init__(self, config: ClexConfig | None = None, **shape: Any) -> None:
@@ -176,7 +177,7 @@ class Clex(Scaling):
         """Under `log_scale`, the length of the text."""
         return "length" if self.config.log_scale else None
 
-    def query_gain(self, positions: mx.array | None, length: int) -> float | None:
+    def query_gain(self, positions: mx.array | None, length: int, scale: float) -> float | None:
         """Return ln(length) / ln(L0) under `log_scale`: below 1 for texts shorter than L0.
 
         Source: the CLEX repository's CLEX/modeling_llama.py, FlashAttention path.

@@ -84,7 +84,7 @@ class GeneScaling(FactorReach):
         """The position of each query, under `log_scale`."""
         return "position" if self.config.log_scale else None
 
-    def query_gain(self, positions: mx.array | None, length: int) -> mx.array | None:
+    def query_gain(self, positions: mx.array | None, length: int, scale: float) -> mx.array | None:
         """Return max(1, ln m / ln training_seq_len) at position m, from 1, under `log_scale`."""
         if not self.config.log_scale or positions is None:
             return None

@@ -16,11 +16,13 @@ SCALE_DRAWS = {
     GENE: "a multiple of length / trained length, smallest and largest most often, as in GeNE",
     FIXED: "always the scale of the sequence's length",
 }
-RELEASE, SKIPS, CONTIGUOUS = "release", "skips", "contiguous"
+RELEASE, SKIPS, CONTIGUOUS, PIECES = "release", "skips", "contiguous", "pieces"
 SAMPLINGS = {
     RELEASE: "a sorted sample over the scaled length, neighbours far apart, as in the CLEX release",
     SKIPS: "one to four runs of neighbours with jumps between them, up to the scaled length",
     CONTIGUOUS: "0, 1, 2, ..., as in GeNE",
+    PIECES: "0, 1, 2, ... in 1, 2, 4, ... equal pieces of the row, a drawn number; each is at the "
+    "scale of its length, four trained lengths or more where the row has them",
 }
 PLAIN_SHARE = 0.25  # share of plain steps with the best result for CLEX
 
@@ -41,6 +43,11 @@ class Procedure:
         if self.sampling not in SAMPLINGS:
             raise InputError(
                 f"--sampling must be one of {', '.join(SAMPLINGS)}, got {self.sampling!r}."
+            )
+        if self.sampling == PIECES and self.scale_draw != FIXED:
+            raise InputError(
+                f"--sampling {PIECES} has the scale of each piece's length. Use --scale-draw "
+                f"{FIXED}, got {self.scale_draw}."
             )
         if not 0 <= self.plain_share < 1:
             raise InputError(f"--plain-share must be within 0..1, got {self.plain_share!r}.")

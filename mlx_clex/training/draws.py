@@ -12,9 +12,10 @@ import numpy as np
 
 from ..errors import InputError
 from ..scaling import Scaling
-from ..scaling.procedure import CONTIGUOUS, FIXED, GENE, RELEASE, UNIFORM, Procedure
+from ..scaling.procedure import CONTIGUOUS, FIXED, GENE, PIECES, RELEASE, UNIFORM, Procedure
 
 _MOST_RUNS = 4  # of `skips`
+_SHORTEST_PIECE = 4  # of `pieces`, in trained lengths
 
 
 def procedure_for(scaling: Scaling, *, released: bool = False) -> Procedure:
@@ -91,6 +92,12 @@ class Draws:
             piece = length // pieces
             scale = self.scaling.scale_at(piece)  # 1 for CLEX
             return Draw(scale, np.arange(piece, dtype=np.float32), pieces)
+        if procedure.sampling == PIECES:
+            doublings = max(0, (length // (_SHORTEST_PIECE * trained)).bit_length() - 1)
+            pieces = 2 ** int(self.rng.integers(0, doublings + 1))
+            piece = length // pieces
+            positions = np.arange(piece, dtype=np.float32)
+            return Draw(self.scaling.scale_at(piece), positions, pieces)
         scale = self._scale(length)
         if procedure.sampling == CONTIGUOUS:
             return Draw(scale, np.arange(length, dtype=np.float32))

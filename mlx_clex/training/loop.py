@@ -26,9 +26,10 @@ from tqdm import tqdm
 from ..checkpoint.adapters import ADAPTER_SCALING, EXTRA_WEIGHTS
 from ..data.corpus import Corpus
 from ..errors import InputError, RunError
-from ..evaluation.perplexity import mean_loss, score, windows_of
+from ..evaluation.perplexity import Protocol, Score, mean_loss, score
 from ..scaling import PREFIX
 from .batches import Batches
+from .best import BEST, Best
 from .draws import Draws
 from .log import LOG, Log
 from .progress_bars import Pace, with_bar
@@ -75,7 +76,9 @@ class Run:
     config: Mapping[str, Any]  # written as adapter_config.json
     valid: Batches | None = None
     valid_corpus: Corpus | None = None
-    extra: frozenset[str] = frozenset()  # trained names that no adapter loader knows
+    extra: frozenset[str] = frozenset()  # saved names that no adapter loader knows
+    kept: frozenset[str] = frozenset()  # names that are saved though they are not trained
+    best: Best | None = None  # None: the run ends with its last weights
     seed: int = 0
     ranks: Ranks = field(default_factory=Ranks)
     on_report: Callable[[dict[str, Any]], None] = lambda info: None
@@ -107,7 +110,7 @@ class Run:
             before = state["same"]
             saved: dict[str, Any] = {
                 name: mx.load(str(newest / name))
-                for name in (ADAPTERS, ADAPTER_SCALING, EXTRA_WEIGHTS, OPTIMIZER)
+                for name in (ADAPTERS, ADAPTER_SCALING, EXTRA_WEIGHTS, OPTIMIZER, BEST)
                 if (newest / name).is_file()
             }
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -127,6 +130,8 @@ class Run:
                 "--adapter-path."
             )
         self.step.restore(saved.pop(OPTIMIZER))
+        if self.best is not None:
+            self.best.resume(state["best"], saved.pop(BEST))
         for weights in saved.values():
             self.model.load_weights(list(weights.items()), strict=False)
         self.draws.rng.bit_generator.state = state["rng"]
@@ -175,6 +180,8 @@ class Run:
                     if not update:
                         continue  # the gradient of this update is not complete
                     stop = any(self.ranks.each(stop_asked()))
+                    if last and self.best is not None:
+                        self.best.restore(self.model)
                     if save_due or stop or last:
                         self._save(same)
                         save_due = False
@@ -288,24 +295,36 @@ class Run:
         shown = self.ranks.first
         batches = with_bar(self.valid, options.val_batches, "Validating", shown=shown)
         loss = mean_loss(self.model, batches)
-        found = {n: self._perplexity(self.valid_corpus, n) for n in options.eval_lengths}
+        found = {n: self._score(self.valid_corpus, n) for n in options.eval_lengths}
         seconds = time.perf_counter() - started
         text = f"Iter {self.progress.iteration}: Val loss {loss:.3f}, Val took {seconds:.3f}s"
         tqdm.write(text)
         if found:
-            table = ", ".join(f"{n} tokens {value:.3f}" for n, value in found.items())
-            tqdm.write(f"Iter {self.progress.iteration}: Perplexity at {table}")
-        log.write(info | {"valid_loss": loss if math.isfinite(loss) else None, "perplexity": found})
-        by_length = {f"perplexity_{n}": value for n, value in found.items()}
+            table = ", ".join(f"{n} tokens {part.perplexity:.3f}" for n, part in found.items())
+            scored = next(iter(found.values())).tokens
+            tqdm.write(
+                f"Iter {self.progress.iteration}: Perplexity at {table} (the same {scored:,} "
+                "tokens at each)"
+            )
+        far = [part.loss for n, part in found.items() if n > self.step.scaling.trained_length]
+        if self.best is not None and far and self.best.consider(self.model, float(np.mean(far))):
+            tqdm.write(f"Iter {self.progress.iteration}: The best at long lengths so far.")
+        values = {length: part.perplexity for length, part in found.items()}
+        log.write(
+            info | {"valid_loss": loss if math.isfinite(loss) else None, "perplexity": values}
+        )
+        by_length = {f"perplexity_{n}": value for n, value in values.items()}
         self.on_validation(info | {"val_loss": loss, "val_time": seconds} | by_length)
 
-    def _perplexity(self, corpus: Corpus, length: int) -> float:
-        windows = self.options.eval_windows
-        total = len(windows_of(corpus, length, windows)) * (length - 1)
+    def _score(self, corpus: Corpus, length: int) -> Score:
+        """Return the losses of the same targets with `length` tokens of context."""
+        windows, longest = self.options.eval_windows, max(self.options.eval_lengths)
+        protocol = Protocol(targets=self.step.scaling.trained_length)
+        total = len(protocol.starts(corpus, length, windows, longest)) * (length - 1)
         text = f"Perplexity at {length} tokens"
         shown = self.ranks.first
         with tqdm(total=total, desc=text, unit="token", leave=False, disable=not shown) as bar:
-            return score(self.model, corpus, length, windows, on_read=bar.update).perplexity
+            return score(self.model, corpus, length, windows, protocol, longest, on_read=bar.update)
 
     def _save(self, same: Mapping[str, Any]) -> None:
         self._check_weights()
@@ -316,6 +335,9 @@ class Run:
 
     def _write_save(self, same: Mapping[str, Any]) -> None:
         trained = dict(tree_flatten(self.model.trainable_parameters()))
+        if self.kept:
+            every: Any = dict(tree_flatten(self.model.parameters()))
+            trained |= {name: every[name] for name in self.kept}
         scaling = {k: v for k, v in trained.items() if k.startswith(PREFIX)}
         extra = {k: v for k, v in trained.items() if k in self.extra}
         rest = {k: v for k, v in trained.items() if k not in scaling and k not in extra}
@@ -335,6 +357,9 @@ class Run:
             "data": self.batches.state,
             "progress": vars(self.progress),
         }
+        if self.best is not None:
+            arrays[BEST] = self.best.weights
+            state["best"] = self.best.loss
         saved = self.checkpoints.save(self.progress.iteration, arrays, config, state)
         tqdm.write(f"Iter {self.progress.iteration}: Saved {saved}.")
 

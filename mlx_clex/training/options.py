@@ -25,6 +25,7 @@ from .option_fields import option, options_of
 from .setup import FINE_TUNE_TYPES, OPTIMIZERS
 
 DEFAULT_LENGTH = 2048  # tokens of a sequence, as mlx_lm.lora
+SINGLE, TWO_STAGE = "single", "two-stage"  # recipes
 
 _TASK = "task"
 _DATA = "model and data"
@@ -36,7 +37,7 @@ _SAVED = "saves and reports"
 _MEMORY = "memory"
 # Scalings whose tensors train at another learning rate than the model.
 _SHARES = "".join(
-    f", times {kind.learning_rate_share:g} for {name}"
+    f", {kind.learning_rate_share:g} times it for {name}"
     for name, kind in SCALINGS.items()
     if kind.learning_rate_share != 1
 )
@@ -116,6 +117,27 @@ class TrainingOptions:
         _TRAINED,
         "lora or dora adapters, full weights, or the scaling alone.",
         choices=FINE_TUNE_TYPES,
+    )
+    recipe: str = option(
+        SINGLE,
+        _TRAINED,
+        "single: one run. two-stage: the weights with the scaling's network left as it is, then "
+        "the network alone on real long rows, as far as that helps (for clex).",
+        choices=(SINGLE, TWO_STAGE),
+    )
+    stage_2_iters: int = option(
+        200,
+        _TRAINED,
+        "Iterations of stage 2, each of one row; four make an update.",
+        unit="iterations",
+        least=4,
+    )
+    stage_2_length: int | None = option(
+        None,
+        _TRAINED,
+        "Tokens of a row of stage 2. Its memory grows with them.",
+        least=4,
+        default_text="32 trained lengths, or the reach or the longest text, if less",
     )
     training_mode: str = option(
         "normal",
@@ -199,7 +221,7 @@ class TrainingOptions:
         _UPDATES,
         "The learning rate of the scaling's own tensors; 0 leaves them as they are.",
         least=0,
-        default_text=f"--learning-rate{_SHARES} unless --release-recipe or --fine-tune-type "
+        default_text=f"--learning-rate{_SHARES}, unless --release-recipe or --fine-tune-type "
         "scaling is given",
     )
     warmup: int = option(
@@ -248,9 +270,16 @@ class TrainingOptions:
     eval_lengths: list[int] | None = option(
         None,
         _MEASURED,
-        "Lengths in tokens at which a validation reports the perplexity.",
+        "Lengths in tokens, from the trained length on, at which a validation reports the "
+        "perplexity of the same tokens.",
         default_text="none",
         may_change=True,
+    )
+    keep_best: bool = option(
+        False,
+        _MEASURED,
+        "End with the weights of the best validation at --eval-lengths beyond the trained length, "
+        "the start included.",
     )
     test_batches: int = option(
         500,

@@ -17,20 +17,24 @@ from mlx_lm.tuner.callbacks import get_reporting_callbacks
 from ..checkpoint.digest import weights_digest
 from ..data.corpus import Corpus, load_corpora
 from ..errors import InputError, say
-from ..evaluation.perplexity import check_lengths
+from ..evaluation.perplexity import check_lengths, check_targets
 from ..loading import DEFAULT_CACHE, load, resolve
 from ..model.scaled_model import ScaledModel, attach
 from ..scaling.procedure import SKIPS, Procedure
 from .batches import Batches
+from .best import Best
 from .draws import Draws, procedure_for
 from .job import Job
 from .loop import LoopOptions, Run
-from .options import DEFAULT_LENGTH, TrainingOptions
+from .options import DEFAULT_LENGTH, TWO_STAGE, TrainingOptions
 from .ranks import Ranks
-from .resume import go_on, load_adapters, open_folder, settings_to_keep
-from .saves import Checkpoints
+from .recipe import with_stage_2
+from .resume import go_on, load_adapters, names_of_adapters, open_folder, settings_to_keep
+from .saves import Checkpoints, read_json
 from .setup import build_optimizer, choose_trained, learning_rate_schedule
 from .step import TrainingStep
+
+_BEST_WINDOWS = 16  # of each length, where a validation decides which weights are kept
 
 
 def prepare(options: TrainingOptions, entry: dict[str, Any] | None, ranks: Ranks) -> Job:
@@ -50,6 +54,8 @@ def prepare(options: TrainingOptions, entry: dict[str, Any] | None, ranks: Ranks
     model, tokenizer = _load_model(options, entry)
     corpora = _load_data(options, tokenizer)
     draws = _draws(options, model) if options.train else None
+    if options.recipe == TWO_STAGE and options.train:
+        options = with_stage_2(options, model, corpora["train"], corpora.get("valid"))
     options = replace(options, max_seq_length=_length(options, model, draws))
     test = _batches(options, corpora["test"]) if options.test else None
     if draws is None or checkpoints is None:
@@ -98,10 +104,10 @@ def _load_model(options: TrainingOptions, entry: dict[str, Any] | None) -> tuple
     assert options.model is not None
     model, tokenizer = load(
         options.model,
-        adapter_path=None if options.train else (options.adapter_path or None),
+        adapter_path=_adapters_below(options),
         trust_remote_code=options.trust_remote_code,
     )
-    if entry is not None:
+    if entry is not None and not (_under_scaling(options) and isinstance(model, ScaledModel)):
         if isinstance(model, ScaledModel) and model.scaling.learned:
             raise InputError(
                 f"--scaling {entry['type']}: {options.model} has a scaling with weights of its "
@@ -114,6 +120,20 @@ def _load_model(options: TrainingOptions, entry: dict[str, Any] | None) -> tuple
             "..., or none for a plain fine-tune)."
         )
     return model, tokenizer
+
+
+def _under_scaling(options: TrainingOptions) -> bool:
+    """Whether given adapters stay as they are while the scaling is trained on top of them."""
+    return (
+        options.train and options.fine_tune_type == "scaling" and bool(options.resume_adapter_file)
+    )
+
+
+def _adapters_below(options: TrainingOptions) -> Path | str | None:
+    """The folder of adapters that the model is loaded with."""
+    if _under_scaling(options):
+        return Path(str(options.resume_adapter_file)).expanduser().parent
+    return None if options.train else (options.adapter_path or None)
 
 
 def _load_data(options: TrainingOptions, tokenizer: Any) -> dict[str, Corpus]:
@@ -180,7 +200,10 @@ def _training(
         norms_and_embeddings=options.train_norms_and_embeddings,
     )
     going_on = options.resume and checkpoints.newest is not None
-    if options.resume_adapter_file is not None and not going_on:
+    kept: frozenset[str] = frozenset()
+    if _under_scaling(options):
+        kept, extra = names_of_adapters(Path(str(options.resume_adapter_file)).expanduser())
+    elif options.resume_adapter_file is not None and not going_on:
         load_adapters(model, Path(options.resume_adapter_file).expanduser())
     batches = _batches(options, corpora["train"])
     if batches.cut or batches.mute:
@@ -191,10 +214,16 @@ def _training(
         )
     valid = corpora.get("valid")
     lengths = tuple(options.eval_lengths or ())
+    if options.keep_best and not any(n > model.scaling.trained_length for n in lengths):
+        raise InputError(
+            "--keep-best needs --eval-lengths beyond the trained length of "
+            f"{model.scaling.trained_length} tokens."
+        )
     if lengths and valid is None:
         raise InputError(f"--eval-lengths needs validation data; {options.data} has none.")
     if valid is not None:
         check_lengths(model, valid, lengths, "--eval-lengths")
+        check_targets(valid, lengths, model.scaling.trained_length, "--eval-lengths")
     schedule = learning_rate_schedule(
         options.learning_rate,
         updates=-(-options.iters // options.grad_accumulation_steps),
@@ -227,6 +256,7 @@ def _training(
             save_every=options.save_every,
             val_batches=options.val_batches,
             eval_lengths=lengths,
+            eval_windows=_BEST_WINDOWS if options.keep_best else LoopOptions.eval_windows,
             clear_cache_threshold=options.clear_cache_threshold,
         ),
         checkpoints=checkpoints,
@@ -234,6 +264,8 @@ def _training(
         valid=_valid_batches(options, valid),
         valid_corpus=valid,
         extra=extra,
+        kept=kept,
+        best=Best() if options.keep_best else None,
         seed=options.seed,
         ranks=ranks,
     )
@@ -312,7 +344,10 @@ def _adapter_config(
     config = asdict(options)
     if options.num_layers <= 0 or options.num_layers > len(model.layers):
         config["num_layers"] = len(model.layers)
-    if options.fine_tune_type == "scaling":
+    if _under_scaling(options):
+        below = read_json(Path(str(_adapters_below(options))) / "adapter_config.json")
+        config |= {key: below[key] for key in ("fine_tune_type", "num_layers", "lora_parameters")}
+    elif options.fine_tune_type == "scaling":
         # For mlx-lm's loader: adapters in no layer.
         config["lora_parameters"] = {**options.lora_parameters, "keys": []}
     config["base_weights"] = weights_digest(resolve(config["model"]))

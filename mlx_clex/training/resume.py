@@ -73,6 +73,18 @@ def load_adapters(model: Any, file: Path) -> None:
         model.load_weights(list(weights.items()), strict=False)
 
 
+def names_of_adapters(file: Path) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names of saved weights other than the scaling's, and of norms and embeddings.
+
+    Args:
+        file: `--resume-adapter-file`, already loaded.
+    """
+    adapters: Any = mx.load(str(file))
+    beside = file.with_name(EXTRA_WEIGHTS)
+    extra: Any = mx.load(str(beside)) if beside.is_file() else {}
+    return frozenset(adapters) | frozenset(extra), frozenset(extra)
+
+
 def settings_to_keep(
     options: TrainingOptions, entry: dict[str, Any] | None, corpus: Corpus
 ) -> dict[str, Any]:

@@ -96,7 +96,12 @@ class TrainingStep:
         arrays = [mx.array(a) for a in batch]
         positions = mx.array(draw.positions)
         loss, count, norm, self._carried = self._compiled(
-            *arrays, self._frequencies(draw.scale), positions, self._carried, update
+            *arrays,
+            self._frequencies(draw.scale),
+            positions,
+            self._gain(draw.scale),
+            self._carried,
+            update,
         )
         mx.eval(self._state, loss, count, norm, self._carried)
         return Result(float(loss), int(count), float(norm))
@@ -127,8 +132,17 @@ class TrainingStep:
             return mx.array(scale, mx.float32)
         return self.scaling.inv_freq(scale)
 
-    def pass_for(self, frequencies: mx.array, positions: mx.array) -> Pass:
-        """The pass of a step; `frequencies` as the step takes them."""
+    def _gain(self, scale: float) -> mx.array | None:
+        """The gain on queries where it follows the scale."""
+        # CLEX's log_scale follows the length, and is for inference.
+        if self.scaling.gain_follows != "scale":
+            return None
+        return mx.array(self.scaling.query_gain(None, 0, scale), mx.float32)
+
+    def pass_for(
+        self, frequencies: mx.array, positions: mx.array, gain: mx.array | None = None
+    ) -> Pass:
+        """The pass of a step; `frequencies` and `gain` as the step takes them."""
         scaling = self.scaling
         if frequencies.ndim:
             inv_freq = [frequencies]
@@ -140,12 +154,13 @@ class TrainingStep:
             inv_freq=inv_freq,
             positions=positions,
             rotary_gain=scaling.rotary_gain(scaling.scale_at(1) if scaling.static else 1.0),
-            # CLEX's log_scale is for inference; GeNE's is part of its training.
+            query_gain=gain,
+            # GeNE's log_scale is part of its training.
             position_gain=self._position_gain if by_position else None,
         )
 
     def _position_gain(self, positions: mx.array) -> Any:
-        return self.scaling.query_gain(positions, 0)
+        return self.scaling.query_gain(positions, 0, 1.0)
 
     def _objective(
         self,
@@ -154,12 +169,13 @@ class TrainingStep:
         weights: mx.array,
         frequencies: mx.array,
         positions: mx.array,
+        gain: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
         model = self.model
         checkpointing = checkpointed_layers(model) if self.grad_checkpoint else _nothing()
         # The model's own number of entries is the head's; a wrong guess only moves a chunk.
         chunk = self.chunk or chunk_length(getattr(model.args, "vocab_size", 32_000))
-        with given_pass(model, self.pass_for(frequencies, positions)), checkpointing:
+        with given_pass(model, self.pass_for(frequencies, positions, gain)), checkpointing:
             return loss_for_gradient(model, tokens, targets, weights, chunk)
 
     def _step(
@@ -169,6 +185,7 @@ class TrainingStep:
         weights: mx.array,
         frequencies: mx.array,
         positions: mx.array,
+        gain: mx.array | None,
         carried: Any,
         update: bool,
     ) -> tuple[mx.array, mx.array, mx.array, Any]:
@@ -177,7 +194,7 @@ class TrainingStep:
         objective = nn.value_and_grad(self.model, self._objective)
         # The mean over the tokens of all processes, of which each has a part.
         mean = weights / mx.maximum(count, 1)
-        (_, loss), gradient = objective(tokens, targets, mean, frequencies, positions)
+        (_, loss), gradient = objective(tokens, targets, mean, frequencies, positions, gain)
         loss = self._summed(loss) * count
         norm = mx.array(0.0)
         if carried is None and not update:
@@ -256,6 +273,7 @@ def _checkpointed(kind: type, model: nn.Module, index: int) -> type:
                 inv_freq=[inv_freq],
                 positions=positions,
                 rotary_gain=now.rotary_gain,
+                query_gain=now.query_gain,
                 position_gain=now.position_gain,
             )
             given = named | dict(zip(floats, arrays, strict=True))

@@ -11,11 +11,11 @@ from mlx_clex import attach
 from mlx_clex.data.corpus import Corpus
 from mlx_clex.errors import InputError
 from mlx_clex.evaluation import perplexity as evaluation
+from mlx_clex.evaluation.intervals import paired_ratio, student_t
 from mlx_clex.evaluation.perplexity import (
     Protocol,
     Score,
     score,
-    student_t,
     windows_of,
 )
 
@@ -128,6 +128,25 @@ def test_which_tokens_count():
     assert np.allclose(sliding.losses, means, atol=1e-5)
 
 
+def test_the_same_targets_have_more_context_at_longer_lengths():
+    """Whole windows compared other tokens at every length, early ones among them."""
+    model, text, protocol = scaled_llama("clex"), corpus(330), Protocol(targets=20)
+    scores = [score(model, text, n, 3, protocol, longest=100) for n in (20, 50, 100)]
+    for found, length in zip(scores, (20, 50, 100), strict=True):
+        assert found.tokens == 3 * 19
+        ends = (100, 200, 300)
+        means = [plain_losses(model, IDS[end - length : end])[-19:].mean() for end in ends]
+        assert np.allclose(found.losses, means, atol=1e-5)
+
+
+def test_skipped_logits_are_not_computed():
+    """Only the last tokens of a window count, so the head need not read the others."""
+    model, ids = scaled_llama("clex"), IDS[None, :90]
+    found = list(evaluation.logits_of_text(model, ids, head_chunk=16, skip=70))
+    assert [(start, logits.shape[1]) for start, logits in found] == [(70, 16), (86, 3)]
+    assert np.allclose(read(model, ids[0], skip=70), read(model, ids[0])[70:], atol=1e-5)
+
+
 def test_short_windows_are_read_in_one_batch():
     """Batched windows have the same losses as single ones."""
     for name in ("dynamic", "clex"):
@@ -214,6 +233,17 @@ def test_confidence_interval():
     assert math.isclose(math.log(high), 3 + 2.7764 / math.sqrt(2), rel_tol=5e-3)
 
 
+def test_paired_ratio():
+    """Windows differ by 4 nats, their paired differences by 0.02: mean 0.3, t(4) = 2.7764."""
+    hard = np.array([1.0, 5.0, 2.0, 3.0, 4.0])
+    ratio = paired_ratio(np.add(hard, [0.28, 0.32, 0.29, 0.31, 0.3]), hard)
+    assert math.isclose(ratio.value, math.exp(0.3))
+    margin = 2.7764 * math.sqrt(0.001 / 4 / 5)
+    assert ratio.interval is not None
+    assert np.allclose(np.log(ratio.interval), (0.3 - margin, 0.3 + margin), atol=1e-4)
+    assert paired_ratio([1.0] * 4, [1.0] * 4).interval is None
+
+
 def test_few_windows_have_no_interval():
     """Two windows gave "low 1.8e-12, high 2e19"; a perplexity is never below 1."""
     assert Score(np.array([1.0, 9.0, 2.0, 5.0]), 40).interval is None
@@ -238,6 +268,10 @@ def test_unusable_lengths_are_refused():
         score(tiny_llama(), corpus(300), 1, 1)
     with pytest.raises(InputError, match="this model reaches"):
         score(scaled_llama("clex"), corpus(900), 20 * L0 + 1, 1)
+    with pytest.raises(InputError, match=r"--lengths 16 is below .* last 32 .* least 32"):
+        evaluation.check_targets(corpus(300), [16, 100], 32)
+    with pytest.raises(InputError, match=r"No text of the text has 100 tokens .* has 90\)"):
+        evaluation.check_targets(corpus(90, 80), [32, 100], 32)
     with pytest.raises(InputError, match="--chunk must be at least 2 tokens, got 1"):
         Protocol(chunk=1)
     with pytest.raises(InputError, match="--stride must be at least 1"):

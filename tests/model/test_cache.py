@@ -26,7 +26,7 @@ from ..oracle import Oracle
 pytestmark = pytest.mark.filterwarnings("ignore:.*past the.*that this model's scaling")
 
 TOLERANCE = 2e-4
-GROWING = ["dynamic", "clex", "gene", "gene-param"]
+GROWING = ["dynamic", "yarn-t", "clex", "gene", "gene-param"]
 LOG_SCALE = ["clex", "gene", "gene-param"]
 MODELS = [(name, False) for name in SCALINGS] + [(name, True) for name in LOG_SCALE]
 

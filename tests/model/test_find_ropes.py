@@ -220,7 +220,7 @@ def test_a_gain_is_on_all_of_each_query_or_refused(name, ids):
             attached(name, scale=3.0, log_scale=True)
         return
     model = attached(name, scale=3.0, log_scale=True)
-    gain = model.scaling.query_gain(None, 3 * L0)
+    gain = model.scaling.query_gain(None, 3 * L0, 3.0)
     assert gain > 1.2
     close(model(ids), ByHand(name, Hand(frequencies(name, model, 3.0), gain=gain))(ids))
 

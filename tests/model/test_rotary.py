@@ -312,7 +312,7 @@ def test_queries_get_the_gain_and_keys_do_not(tokens):
     """The first rope call of a layer has the queries; a second gain would square it."""
     plain, gained = scaled_llama("clex"), scaled_llama("clex", log_scale=True)
     ids = tokens[:1, :100]
-    gain = gained.scaling.query_gain(None, 100)
+    gain = gained.scaling.query_gain(None, 100, 1.0)
     assert gain == pytest.approx(np.log(100) / np.log(16))
     for layer in plain.layers:
         layer.self_attn.scale *= gain
@@ -349,7 +349,7 @@ def test_the_gain_of_half_precision_models_is_not_rounded(name, tokens):
     queries = x(dtype=mx.bfloat16)
     now = model._planner.begin(model, 100, None).now
     ours = now.gain(queries, 60)
-    exact = model.scaling.query_gain(mx.arange(60, 100), 100)
+    exact = model.scaling.query_gain(mx.arange(60, 100), 100, 1.0)
     exact = exact[:, None] if isinstance(exact, mx.array) else exact
     error = mx.abs(ours.astype(mx.float32) / (queries.astype(mx.float32) * exact) - 1).max()
     assert error.item() < 2**-8

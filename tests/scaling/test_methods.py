@@ -192,6 +192,7 @@ def test_reach_is_what_the_method_promises():
         "linear": 4 * LENGTH,
         "ntk": 4 * LENGTH,
         "yarn": 4 * LENGTH,
+        "yarn-t": 4 * LENGTH,
         "dynamic": None,
         "clex": 20 * LENGTH,
         "gene": 4 * LENGTH,
@@ -204,19 +205,30 @@ def test_log_scale_of_clex_is_one_number_a_pass():
     """ln n / ln L0, below 1 for short texts and 0 for a single token."""
     clex = build("clex", log_scale=True)
 
-    assert clex.query_gain(None, LENGTH) == pytest.approx(1)
-    assert clex.query_gain(None, LENGTH**2) == pytest.approx(2)
-    assert clex.query_gain(None, 1) == 0
-    assert build("clex").query_gain(None, LENGTH) is None
+    assert clex.query_gain(None, LENGTH, 1.0) == pytest.approx(1)
+    assert clex.query_gain(None, LENGTH**2, 1.0) == pytest.approx(2)
+    assert clex.query_gain(None, 1, 1.0) == 0
+    assert build("clex").query_gain(None, LENGTH, 1.0) is None
 
 
 def test_log_scale_of_gene_is_one_number_a_position():
     """max(1, ln m / ln training_seq_len), m counted from 1."""
     gene = build("gene", log_scale=True)
-    gain = gene.query_gain(mx.array([0, 8191, 8192**2 - 1]), 0)
+    gain = gene.query_gain(mx.array([0, 8191, 8192**2 - 1]), 0, 1.0)
 
     assert np.allclose(np.array(gain), [1, 1, 2], atol=1e-5)
-    assert build("gene").query_gain(mx.array([5]), 6) is None
+    assert build("gene").query_gain(mx.array([5]), 6, 1.0) is None
+
+
+def test_yarn_t_is_yarn_at_the_scale_of_the_text():
+    """Frequencies and the gain on scores equal those of yarn made for that length."""
+    following = build("yarn-t")
+    for scale in (1.0, 2.0, 7.0):
+        fixed = build_scaling({"type": "yarn", **AT_4096["yarn"], "factor": scale}, **SHAPE)
+        assert following.scale_at(int(scale * LENGTH)) == scale
+        assert mx.array_equal(following.inv_freq(scale), fixed.inv_freq(scale))
+        gain = following.query_gain(None, 0, scale) * following.rotary_gain(scale) ** 2
+        assert gain == pytest.approx(fixed.rotary_gain(scale) ** 2)
 
 
 # What was given, and what the message must name.

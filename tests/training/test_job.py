@@ -16,6 +16,7 @@ def test_a_run_trains_reports_and_saves(base, texts, tmp_path, capsys):
     mx.enable_compile()
     adapters = tmp_path / "adapters"
     more = "--iters 30 --save-every 15 --steps-per-eval 30 --eval-lengths 32 64 --grad-checkpoint"
+    more += " --scaling-learning-rate 1e-5"
     assert call(argv_for(base, texts, adapters, more, "--test")) == 0
 
     lines = read_log(adapters / "log.jsonl")
@@ -51,7 +52,7 @@ def test_a_run_tells_its_plan_and_what_it_made(base, texts, tmp_path, capsys):
     lines = dict(line.split(": ", 1) for line in plan.splitlines())
     told = {name: text.strip() for name, text in lines.items()}
     assert told["model"] == f"{base}: clex, trained length 32 tokens, reach 256 tokens"
-    assert told["trained"].startswith("lora of all 2 layers and the scaling: ")
+    assert told["trained"].startswith("lora of all 2 layers: ")
     assert told["scale"].startswith("uniform, at most 8: ")
     assert told["positions"].startswith("skips: ")
     assert told["plain steps"] == "25% of the steps, in rows of at most 32 tokens"
@@ -70,7 +71,8 @@ def test_stock_mlx_lm_reads_the_adapters(base, texts, tmp_path):
 
     for kind in ("lora", "dora", "scaling", "full"):
         adapters = tmp_path / kind
-        assert call(argv_for(base, texts, adapters, f"--iters 1 --fine-tune-type {kind}")) == 0
+        more = f"--iters 1 --scaling-learning-rate 1e-5 --fine-tune-type {kind}"
+        assert call(argv_for(base, texts, adapters, more)) == 0
         model = load(base)[0]
         load_adapters(model, str(adapters))
         assert (adapters / "scaling.safetensors").is_file()

@@ -115,7 +115,7 @@ def test_no_option_of_training_is_one_of_a_scaling():
         ({"learning_rate": float("nan")}, "--learning-rate must be at least 0, got nan"),
         ({"learning_rate": "1e-5"}, "--learning-rate must be a number, got '1e-5'"),
         ({"plain_share": 1}, "--plain-share must be at least 0 and below 1, got 1"),
-        ({"sampling": "dense"}, "one of release, skips, contiguous, got 'dense'"),
+        ({"sampling": "dense"}, "one of release, skips, contiguous, pieces, got 'dense'"),
         ({"optimizer": "lion"}, "--optimizer must be one of adam, "),
         ({"num_layers": -2}, "--num-layers must be at least 1, or -1 for all, got -2"),
         ({"training_mode": "dpo"}, "training_mode must be one of normal, got 'dpo'"),

@@ -21,7 +21,11 @@ pytestmark = pytest.mark.usefixtures("eager")
 def test_a_base_without_a_scaling_gets_one(texts, tmp_path):
     """Its adapters bring the scaling along, also when it is held at a scale."""
     folder = stock_folder(tmp_path, GOLDEN / "clex_llama", vocab_size=512)
-    for name in ("clex --max-factor 4", "gene --factor 4 --training-seq-len 32", "none"):
+    for name in (
+        "clex --max-factor 4 --scaling-learning-rate 1e-5",
+        "gene --factor 4 --training-seq-len 32",
+        "none",
+    ):
         adapters = tmp_path / name.split()[0]
         more = f"--iters 2 --scaling {name} --trained-length 32"
         assert call(argv_for(folder, texts, adapters, more)) == 0
@@ -37,7 +41,8 @@ def test_a_base_without_a_scaling_gets_one(texts, tmp_path):
 def test_adapters_without_a_trained_part_are_refused(base, texts, tmp_path, name):
     """They would load, and answer wrongly."""
     adapters = tmp_path / "a"
-    assert call(argv_for(base, texts, adapters, "--iters 1 --train-norms-and-embeddings")) == 0
+    more = "--iters 1 --train-norms-and-embeddings --scaling-learning-rate 1e-5"
+    assert call(argv_for(base, texts, adapters, more)) == 0
     load(base, adapter_path=adapters)
     (adapters / "current").resolve().joinpath(name).unlink()
     with pytest.raises(InputError, match=f"lacks {name}"):
@@ -123,6 +128,12 @@ def test_bad_options_are_one_line(base, texts, tmp_path, more, match, capsys):
         ("gene_llama", WORDS * 40, "--max-seq-length 576", "576 is beyond 512 tokens"),
         ("clex_llama", WORDS * 40, "--test", "has no test part"),
         ("clex_llama", WORDS * 40, "--eval-lengths 200", "too few for a length of 200"),
+        (
+            "clex_llama",
+            WORDS * 400,
+            "--eval-lengths 16 64",
+            "16 is below the trained length",
+        ),
     ],
 )
 def test_bad_data_is_one_line(converted, tmp_path, model, train, more, match, capsys):
@@ -172,14 +183,14 @@ def test_a_plain_share_of_none_is_taken(base, more, share):
 @pytest.mark.parametrize(
     ("options", "share"),
     [
-        ("", 0.01),
+        ("--fine-tune-type full", 0.0),
         ("--release-recipe", 1.0),
         ("--fine-tune-type scaling", 1.0),
         ("--scaling-learning-rate 1e-4", 0.1),
     ],
 )
 def test_the_learning_rate_of_the_scaling(base, texts, tmp_path, monkeypatch, options, share):
-    """Clex's is a hundredth, unless it trains alone or as published."""
+    """CLEX's network is trained only alone, as published or when asked for."""
     seen = []
 
     def build(*args, scaling_share):

@@ -27,7 +27,7 @@ pytestmark = needs_launch
 OPTIONS = (
     "--train --batch-size 4 --max-seq-length 32 --num-layers 2 --learning-rate 0.02 "
     "--packing plain --grad-accumulation-steps 2 --max-grad-norm 1 --optimizer sgd "
-    "--iters 24 --save-every 4 --steps-per-eval 24 --eval-lengths 32"
+    "--scaling-learning-rate 1e-5 --iters 24 --save-every 4 --steps-per-eval 24 --eval-lengths 32"
 )
 
 

@@ -166,7 +166,9 @@ def test_ten_scales_ten_losses_one_trace(checkpoint):
 
 
 @pytest.mark.filterwarnings("ignore:.*past the 16")
-@pytest.mark.parametrize("name", ["clex", "gene", "gene-param", "dynamic", "yarn", "none"])
+@pytest.mark.parametrize(
+    "name", ["clex", "gene", "gene-param", "dynamic", "yarn", "yarn-t", "none"]
+)
 def test_the_step_rotates_as_the_model_does(name):
     """Loss of the compiled step against the model's own, at the scale of the length."""
     model = scaled_llama(name)

@@ -90,6 +90,7 @@ EXPRESSED = {
     "ntk": None,
     "dynamic": None,
     "yarn": "yarn",
+    "yarn-t": "yarn",
     "gene": "longrope",
     "clex": None,
 }

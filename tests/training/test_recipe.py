@@ -1,0 +1,89 @@
+"""One command trains the weights, then the network, and goes on across the boundary."""
+
+import itertools
+import json
+
+import mlx.core as mx
+import pytest
+
+from mlx_clex import load
+from mlx_clex.training.best import Best
+from mlx_clex.training.loop import Run
+
+from .commands import argv_for, arrays, call, equal
+
+pytestmark = pytest.mark.usefixtures("eager")
+TWO_STAGE = (
+    "--recipe two-stage --iters 2 --stage-2-iters 8 --stage-2-length 128 --num-layers 1 "
+    "--train-norms-and-embeddings --save-every 4"
+)
+
+
+def network(adapters):
+    return mx.load(str(adapters / "scaling.safetensors"))["scaling.down_proj"]
+
+
+def test_stage_2_trains_the_network_alone(base, texts, tmp_path, monkeypatch, capsys):
+    """The weights stay those of stage 1; the network that is kept is the best at long lengths."""
+    plain, falling = Best.consider, itertools.count(0, -1)
+    # As if each validation were better than the one before.
+    monkeypatch.setattr(Best, "consider", lambda *args: plain(*args[:-1], next(falling)))
+    adapters = tmp_path / "a"
+    assert call(argv_for(base, texts, adapters, TWO_STAGE)) == 0
+    before, after = arrays(adapters / "stage-1"), arrays(adapters)
+    start = load(base)[0].scaling.down_proj
+    assert "scaling.safetensors" not in before
+    assert not mx.array_equal(after.pop("scaling.safetensors")["scaling.down_proj"], start)
+    assert equal(before, after)
+    config = json.loads((adapters / "adapter_config.json").read_text())
+    assert (config["fine_tune_type"], config["num_layers"]) == ("lora", 1)
+    model = load(base, adapter_path=adapters)[0]
+    assert mx.array_equal(model.scaling.down_proj, network(adapters))
+    printed = capsys.readouterr().out
+    assert "tokens:      128 an iteration (1 x 128)" in printed
+
+    # As if each were worse: the start is kept.
+    rising = itertools.count()
+    monkeypatch.setattr(Best, "consider", lambda *args: plain(*args[:-1], next(rising)))
+    assert call(argv_for(base, texts, tmp_path / "b", TWO_STAGE)) == 0
+    assert mx.array_equal(network(tmp_path / "b"), start)
+
+
+def test_a_stopped_recipe_goes_on(base, texts, tmp_path, monkeypatch):
+    """Stopped in either stage, it ends with the weights of a run that was never stopped."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert call(argv_for(base, texts, whole, TWO_STAGE)) == 0
+    plain = Run._iterate
+    for stage, iteration in (("stage-1", 1), ("parts", 5)):
+
+        def stop(self, *args, stage=stage, iteration=iteration):
+            update = plain(self, *args)
+            if self.checkpoints.folder.name == stage and self.progress.iteration == iteration:
+                raise KeyboardInterrupt
+            return update
+
+        monkeypatch.setattr(Run, "_iterate", stop)
+        assert call([*argv_for(base, texts, parts, TWO_STAGE), "--resume"]) == 130
+    monkeypatch.setattr(Run, "_iterate", plain)
+    assert call([*argv_for(base, texts, parts, TWO_STAGE), "--resume"]) == 0
+    assert equal(arrays(whole), arrays(parts))
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "match"),
+    [
+        ("gene_llama", "", "and gene has none. Use clex"),
+        ("clex_llama", "--stage-2-length 40", "--stage-2-length 40 must be at least 64 tokens"),
+        ("clex_llama", "--stage-2-length 100000", "the longest training text"),
+        ("clex_llama", "--sampling pieces", "Use --scale-draw fixed, got uniform"),
+        ("clex_llama", "--recipe single --keep-best", "--keep-best needs --eval-lengths beyond"),
+    ],
+)
+def test_what_stage_2_cannot_do_is_refused_first(
+    converted, texts, tmp_path, capsys, model, more, match
+):
+    """The message comes before stage 1 has trained for hours."""
+    more = f"--iters 2 --recipe two-stage {more}"
+    assert call(argv_for(converted(model), texts, tmp_path / "a", more)) == 2
+    assert match in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
