@@ -1,4 +1,5 @@
-# make test | demo | demo-smollm2 | lint | bench. Each target works in a fresh clone and needs only
+# make test | demo | demo-smollm2 | lint | bench | test-hostile | test-crash | fuzz | soak |
+# test-oldest. Each target works in a fresh clone and needs only
 # Python, make and git.
 
 # The first Python that is new enough (see pyproject.toml); python3 on macOS is too old.
@@ -16,7 +17,7 @@ DTYPE = $(shell $(BIN)/python -c 'from mlx_clex._blas import use_openblas; \
 
 SMOLLM2 := build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: test demo demo-smollm2 lint bench clean
+.PHONY: test demo demo-smollm2 lint bench test-hostile test-crash fuzz soak test-oldest clean
 .NOTPARALLEL:
 
 test: .venv/dev
@@ -44,6 +45,28 @@ bench: .venv/dev $(SMOLLM2)
 	$(BIN)/python -m benchmarks.ode
 	$(BIN)/python -m benchmarks.convert
 	$(BIN)/python -m benchmarks.decode --model $(SMOLLM2)
+
+# Files and requests of strangers (SECURITY.md). Each prints its counts, and fails when anything
+# was lost. KILLS, FUZZ and SOAK make the last three shorter.
+KILLS ?= 100
+FUZZ ?= 100000
+SOAK ?= 1800
+
+test-hostile: .venv/dev
+	$(BIN)/python -m tests.hostile.trial
+
+test-crash: .venv/dev
+	$(BIN)/python -m tests.hostile.crash --kills $(KILLS)
+
+fuzz: .venv/dev
+	$(BIN)/python -m tests.hostile.fuzz --inputs $(FUZZ)
+
+soak: .venv/dev
+	$(BIN)/python -m tests.hostile.soak --seconds $(SOAK)
+
+# The lowest versions that pyproject.toml allows, in a virtual environment of their own.
+test-oldest:
+	$(PYTHON) tests/hostile/oldest.py build/oldest
 
 clean:
 	rm -rf build .venv

@@ -24,8 +24,9 @@ from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from ..checkpoint.adapters import ADAPTER_SCALING, EXTRA_WEIGHTS
+from ..checkpoint.files import read_json
 from ..data.corpus import Corpus
-from ..errors import InputError, RunError
+from ..errors import InputError, RunError, one_line
 from ..evaluation.perplexity import Protocol, Score, mean_loss, score
 from ..scaling import PREFIX
 from .batches import Batches
@@ -34,8 +35,11 @@ from .draws import Draws
 from .log import LOG, Log
 from .progress_bars import Pace, with_bar
 from .ranks import Ranks
-from .saves import ADAPTERS, CURRENT, OPTIMIZER, STATE, Checkpoints, read_json
+from .saves import ADAPTERS, CURRENT, OPTIMIZER, STATE, Checkpoints
 from .step import Result, TrainingStep
+
+# What reading a damaged save raises.
+_BROKEN = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +109,10 @@ class Run:
         newest = self.checkpoints.newest
         if newest is None:
             return False
+        damaged = (
+            f"The save {newest} is damaged. To go on from an older one beside it, point the link "
+            f"{self.checkpoints.folder / CURRENT} there. The error was: "
+        )
         try:
             state = read_json(newest / STATE)
             before = state["same"]
@@ -113,11 +121,8 @@ class Run:
                 for name in (ADAPTERS, ADAPTER_SCALING, EXTRA_WEIGHTS, OPTIMIZER, BEST)
                 if (newest / name).is_file()
             }
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise InputError(
-                f"The save {newest} is damaged ({error}). To go on from an older one beside it, "
-                f"point the link {self.checkpoints.folder / CURRENT} there."
-            ) from error
+        except _BROKEN as error:
+            raise InputError(damaged + one_line(error)) from error
         differing = [
             f"{key} was {before.get(key)!r} and is {same.get(key)!r}"
             for key in sorted(before.keys() | same.keys())
@@ -129,14 +134,17 @@ class Run:
                 f"{'; '.join(differing)}. Resume with the same ones, or give another "
                 "--adapter-path."
             )
-        self.step.restore(saved.pop(OPTIMIZER))
-        if self.best is not None:
-            self.best.resume(state["best"], saved.pop(BEST))
-        for weights in saved.values():
-            self.model.load_weights(list(weights.items()), strict=False)
-        self.draws.rng.bit_generator.state = state["rng"]
-        self.batches.state = state["data"]
-        self.progress = Progress(**state["progress"])
+        try:
+            self.step.restore(saved.pop(OPTIMIZER))
+            if self.best is not None:
+                self.best.resume(state["best"], saved.pop(BEST))
+            for weights in saved.values():
+                self.model.load_weights(list(weights.items()), strict=False)
+            self.draws.rng.bit_generator.state = state["rng"]
+            self.batches.state = state["data"]
+            self.progress = Progress(**state["progress"])
+        except _BROKEN as error:
+            raise InputError(damaged + one_line(error)) from error
         return True
 
     def train(self, same: Mapping[str, Any]) -> None:

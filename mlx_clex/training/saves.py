@@ -113,11 +113,6 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def read_json(path: Path) -> Any:
-    """The state or config of a save."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=4, sort_keys=True) + "\n", encoding="utf-8")
 

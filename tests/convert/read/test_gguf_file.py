@@ -58,12 +58,17 @@ def permute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 @pytest.fixture
 def tiny(tmp_path):
-    """Return a .gguf file of a tiny LLaMA with Q8_0 matrices, and its weights under HF names."""
+    """Return a .gguf file and its weights."""
+    return tiny_gguf(tmp_path)
+
+
+def tiny_gguf(folder: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """Write a .gguf file of a tiny LLaMA with Q8_0 matrices; return it and its weights."""
     rng = np.random.default_rng(0)
     weights = {"model.embed_tokens": (256 + 4, WIDTH), "model.norm": (WIDTH,)}
     for layer in range(LAYERS):
         weights |= {f"model.layers.{layer}.{name}": shape for name, shape in SHAPES.items()}
-    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(WIDTH)
     writer.add_block_count(LAYERS)
@@ -90,7 +95,7 @@ def tiny(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return tmp_path / "tiny.gguf", expected
+    return folder / "tiny.gguf", expected
 
 
 def gguf_name(name: str) -> str:
