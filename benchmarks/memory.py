@@ -25,7 +25,7 @@ from mlx_clex.diagnosis.machine import this_back_end
 from mlx_clex.diagnosis.memory import Reading, Training, peak, reading, training
 from mlx_clex.diagnosis.sizes import Sizes, sizes_of_model
 from mlx_clex.training.draws import Draws, procedure_for
-from mlx_clex.training.step import Batch, TrainingStep
+from mlx_clex.training.step import Batch, TrainingStep, compute_in_depth
 
 # Lengths are multiplied by --times.
 SETTINGS: tuple[Reading | Training, ...] = (
@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=2, help="multiplies the lengths (default: 2)")
     parser.add_argument("--quick", action="store_true", help="the same as --times 1")
     args = parser.parse_args()
+    compute_in_depth()  # as `lora` does
     times = 1 if args.quick else args.times
     print("| setting | predicted, MB | measured, MB | predicted / measured |\n|---|---|---|---|")
     for setting in SETTINGS:

@@ -25,8 +25,8 @@ from .training.option_fields import add_options, with_config
 from .training.options import DEFAULT_LENGTH, TrainingOptions
 from .training.prepare import prepare
 from .training.ranks import Ranks
-from .training.step import compute_in_depth
 from .training.setup import OPTIMIZER_STATES
+from .training.step import compute_in_depth
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

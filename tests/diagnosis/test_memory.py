@@ -1,11 +1,12 @@
 """Predicted memory must agree with MLX's, and with its rules for attention."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 
-from benchmarks.memory import SETTINGS, described, measured, predicted, tiny_model
 from mlx_clex.diagnosis import machine as machines
 from mlx_clex.diagnosis.memory import (
     Reading,
@@ -18,7 +19,7 @@ from mlx_clex.diagnosis.memory import (
     training,
     verdict,
 )
-from mlx_clex.diagnosis.sizes import Caches, Sizes, sizes_of, sizes_of_model
+from mlx_clex.diagnosis.sizes import Caches, Sizes, sizes_of
 from mlx_clex.diagnosis.source import Source, find_source
 
 LLAMA_7B = {
@@ -42,12 +43,16 @@ def seven_billion(q_bits=None, **changes):
 
 
 @pytest.mark.skipif(mx.default_device() != mx.cpu, reason="fitted to the CPU")
-@pytest.mark.parametrize("run", SETTINGS, ids=described)
-def test_the_peak_is_predicted_within_ten_per_cent(run):
-    """A run that was said to fit ended the machine."""
-    model = tiny_model()
-    expected = predicted(sizes_of_model(model), run)
-    assert expected == pytest.approx(measured(model, run), rel=0.1)
+def test_the_peak_is_predicted_within_ten_per_cent():
+    """A run that was said to fit ended the machine.
+
+    In a process of its own: `lora` changes the order in which MLX computes, before its first array.
+    """
+    command = [sys.executable, "-m", "benchmarks.memory", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    ratios = [float(row.split("|")[-2]) for row in done.stdout.splitlines()[2:]]
+    assert len(ratios) == 11
+    assert all(0.9 <= ratio <= 1.1 for ratio in ratios), done.stdout
 
 
 def test_sizes_come_from_shapes_alone():
