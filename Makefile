@@ -44,7 +44,7 @@ demo-smollm2: .venv/demo build/smollm2-clex
 bench: .venv/dev $(SMOLLM2)
 	$(BIN)/python -m benchmarks.ode
 	$(BIN)/python -m benchmarks.convert
-	$(BIN)/python -m benchmarks.decode --model $(SMOLLM2)
+	$(BIN)/python -m benchmarks --model $(SMOLLM2) --lengths 512 2048
 
 # Files and requests of strangers (SECURITY.md). Each prints its counts, and fails when anything
 # was lost. KILLS, FUZZ and SOAK make the last three shorter.

@@ -26,6 +26,7 @@ COMMANDS = {
         "plot": "Pictures of results, training runs and learned frequencies.",
     },
     "Look": {
+        "plan": "The memory that a model needs at a length, before anything is loaded.",
         "doctor": "What a model or this machine is, and what would go wrong.",
     },
 }

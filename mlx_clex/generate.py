@@ -20,6 +20,7 @@ from mlx_lm.sample_utils import make_sampler
 from .bundled import DEFAULT, OPENING
 from .checkpoint.fingerprint import fingerprint
 from .checkpoint.prompt_cache import is_ours, load_cache, metadata_of, quantised
+from .commands.memory_check import MemoryCheck, add_force
 from .commands.options import check_cache_options, check_ranges, scale_policy
 from .commands.progress import reading_bar
 from .commands.run_command import run_command
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="Refused: it would drop old text from the cache.",
     )
+    add_force(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -101,7 +103,10 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
         mx.random.seed(shared_seed(group))
     if args.model is None:
         args.model = _default_model(args)
-    source = resolve(args.model) if args.prompt_cache_file else args.model
+    source = resolve(args.model)
+    check = MemoryCheck(source, force=args.force)
+    limits: dict[str, Any] = {"step": args.prefill_step_size, "kv_bits": args.kv_bits}
+    check.reading(max(1, args.max_tokens), **limits)
     model, tokenizer = load(
         source,
         scale=args.scale if isinstance(args.scale, float) else None,
@@ -119,6 +124,7 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
     prompt = encode_prompt(args, tokenizer, continues=saved is not None)
     read = max((getattr(c, "offset", 0) for c in single_caches(saved or [])), default=0)
     max_tokens = cap_max_tokens(model, read + len(prompt), args.max_tokens)
+    check.reading(read + len(prompt) + max(0, max_tokens), **limits)
     fixed_by = None
     if args.kv_bits is not None or (saved is not None and quantised(saved) is not None):
         fixed_by = "--kv-bits"  # quantised keys lose precision each time they are rotated

@@ -15,14 +15,18 @@ from pathlib import Path
 import mlx.core as mx
 
 from .checkpoint.lock import locked
+from .commands.memory_check import MemoryCheck, add_force
 from .commands.run_command import check_seed, run_command
 from .commands.scaling_options import add_scaling_arguments, scaling_from
+from .diagnosis.memory import Training
+from .loading import resolve
 from .model.sharding import one_voice
 from .training.option_fields import add_options, with_config
-from .training.options import TrainingOptions
+from .training.options import DEFAULT_LENGTH, TrainingOptions
 from .training.prepare import prepare
 from .training.ranks import Ranks
 from .training.recipe import stages
+from .training.setup import OPTIMIZER_STATES
 from .training.step import compute_in_depth
 
 
@@ -30,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options: those of mlx_lm.lora under the same names, and ours."""
     add_options(parser, TrainingOptions)
     add_scaling_arguments(parser)
+    add_force(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -53,10 +58,28 @@ def run(args: argparse.Namespace) -> None:
         with locked(folder) if writes else nullcontext():
             for stage in stages(options):
                 with ranks.starting():
+                    _check_memory(stage, ranks.size, force=args.force)
                     job = prepare(stage, scaling_from(args), ranks)
                 job.run()
         if job.training:
             print(job.made())
+
+
+def _check_memory(options: TrainingOptions, processes: int, *, force: bool) -> None:
+    """Warn of, or refuse, training that does not fit this machine."""
+    if not options.train or options.model is None:
+        return
+    rank = options.lora_parameters.get("rank", 8)
+    run = Training(
+        length=options.max_seq_length or DEFAULT_LENGTH,
+        batch=max(1, options.batch_size // processes),
+        rank=rank if isinstance(rank, int) else 8,
+        grad_checkpoint=options.grad_checkpoint,
+        full=options.fine_tune_type == "full",
+        states=OPTIMIZER_STATES[options.optimizer],
+    )
+    what = f"Training on {run.batch} x {run.length:,} tokens"
+    MemoryCheck(resolve(options.model), force=force)(run, what)
 
 
 def main() -> None:

@@ -17,13 +17,15 @@ import json
 import logging
 import os
 import sys
+from functools import partial
 
 import mlx.core as mx
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
-from mlx_lm.utils import _parse_size
 
+from .commands.memory_check import MemoryCheck, add_force
 from .commands.options import check_cache_options, scale_policy
 from .commands.run_command import run_command
+from .diagnosis.machine import parse_size
 from .errors import InputError
 from .serving.access import Access
 from .serving.generation import ScaledModelProvider
@@ -105,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prompt-cache-bytes",
-        type=_parse_size,
+        type=parse_size,
         metavar="SIZE",
         help="Bytes of keys and values that are kept, such as 8GB.",
     )
@@ -128,6 +130,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Under mlx.launch, share out layers among the processes instead of heads.",
     )
+
+    add_force(parser)
 
     access = parser.add_argument_group("access")
     access.add_argument("--host", default="127.0.0.1", help="The address to listen on.")
@@ -195,6 +199,12 @@ def run(args: argparse.Namespace) -> None:
         format="%(asctime)s - %(levelname)s - %(message)s",
     )
     provider = ScaledModelProvider(args)
+    if args.model is not None:
+        check = MemoryCheck(args.model, force=args.force)
+        provider.check_length = partial(
+            check.reading, step=args.prefill_step_size, kv_bits=args.kv_bits
+        )
+        provider.check_length(args.max_tokens)
     provider.scale = args.scale if isinstance(args.scale, float) else None
     serve(args.port, provider, Access(args.host, args.allowed_origins, key or None), served)
 

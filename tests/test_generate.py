@@ -360,7 +360,7 @@ def test_options_are_those_of_mlx_lm():
     assert set(theirs) <= set(mine)
     changed = {key for key in theirs if theirs[key] != mine[key]}
     assert changed == {"prompt"}
-    assert set(mine) - set(theirs) == {"pipeline", "prompt_file", "scale"}
+    assert set(mine) - set(theirs) == {"force", "pipeline", "prompt_file", "scale"}
 
 
 def test_it_runs_as_a_module(model):

@@ -381,6 +381,12 @@ def test_the_options_are_those_of_mlx_lm():
     add_arguments(parser)
 
     theirs, ours = options_of(*built), options_of(parser)
-    assert ours.keys() - theirs.keys() == {"scale", "allow_model", "allow_adapters", "api_key"}
+    assert ours.keys() - theirs.keys() == {
+        "scale",
+        "allow_model",
+        "allow_adapters",
+        "api_key",
+        "force",
+    }
     assert ours.pop("allowed_origins")[0] == theirs.pop("allowed_origins")[0]
     assert {name: ours.get(name) for name in theirs} == theirs

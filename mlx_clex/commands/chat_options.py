@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from ..checkpoint.fingerprint import fingerprint
 from ..errors import InputError
 from ..loading import load, resolve
 from ..serving.conversation import Conversation
+from .memory_check import MemoryCheck, add_force
 from .options import check_ranges, scale_policy
 
 
@@ -35,6 +37,7 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
         help="Refused: it would drop old text from the cache.",
     )
     parser.add_argument("--pipeline", action="store_true", help="Refused: for one machine only.")
+    add_force(parser)
 
 
 def check_chat_options(args: argparse.Namespace) -> None:
@@ -63,6 +66,9 @@ def load_conversation(args: argparse.Namespace) -> Callable[[], Conversation]:
     """
     mx.random.seed(args.seed)
     folder = resolve(args.model)
+    check = MemoryCheck(folder, force=args.force)
+    check_length = partial(check.reading, step=args.prefill_step_size)
+    check_length(max(1, args.max_tokens))
     model, tokenizer = load(
         folder,
         scale=args.scale if isinstance(args.scale, float) else None,
@@ -81,6 +87,7 @@ def load_conversation(args: argparse.Namespace) -> Callable[[], Conversation]:
             max_tokens=args.max_tokens,
             prefill_step_size=args.prefill_step_size,
             sampler=sampler_at(args.temp, args, tokenizer),
+            check_length=check_length,
         )
 
     return start

@@ -27,7 +27,8 @@ GROUPS = {
     ),
     "memory and speed": (
         "kv_bits kv_group_size quantized_kv_start max_kv_size prefill_step_size pipeline "
-        "decode_concurrency prompt_concurrency prompt_cache_size prompt_cache_bytes"
+        "decode_concurrency prompt_concurrency prompt_cache_size prompt_cache_bytes memory backend "
+        "force"
     ),
     "measurement": (
         "task tasks lengths length depths trials windows protocol chunk stride limit num_shots "

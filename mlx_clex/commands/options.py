@@ -70,3 +70,14 @@ def check_ranges(args: argparse.Namespace) -> None:
         if not low <= value <= high:
             option = name.replace("_", "-")
             raise InputError(f"--{option} must be within {low:g}..{high:g}, got {value:g}.")
+
+
+def check_least(args: argparse.Namespace, name: str, least: int) -> None:
+    """Refuse an option below its least value; None stands for a default.
+
+    Raises:
+        InputError: the message names the option.
+    """
+    value = getattr(args, name)
+    if value is not None and value < least:
+        raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")

@@ -75,6 +75,7 @@ class Conversation:
         max_tokens: int = 256,
         prefill_step_size: int = 2048,
         sampler: Callable[[mx.array], mx.array] | None = None,
+        check_length: Callable[[int], None] = lambda length: None,
     ) -> None:
         """Start one.
 
@@ -87,6 +88,8 @@ class Conversation:
             max_tokens: longest answer in tokens, -1 for no limit.
             prefill_step_size: most tokens read in one pass.
             sampler: picks a token; None takes the likeliest.
+            check_length: called with the tokens that the conversation will have, before they
+                are read; raises InputError where they do not fit the machine.
 
         Raises:
             InputError: a system prompt for a model without a chat template.
@@ -98,6 +101,7 @@ class Conversation:
         self.max_tokens = max_tokens
         self.prefill_step_size = prefill_step_size
         self.sampler = sampler
+        self._check_length = check_length
         self.templated = bool(tokenizer.has_chat_template)
         self.stop = threading.Event()  # set it to stop reading or answering, between passes
         self.begin(system_prompt)
@@ -328,7 +332,12 @@ class Conversation:
         return new, keep
 
     def _room(self, length: int) -> int | None:
-        """Return the tokens left for an answer behind so many; None: no limit."""
+        """Return the tokens left for an answer behind so many; None: no limit.
+
+        Raises:
+            InputError: the model or the machine cannot hold so many.
+        """
+        self._check_length(length + max(0, self.max_tokens))
         return scaled(self.model).room_after(length, "The conversation with this message")
 
     def _read(self, wanted: list[int], keep: int, *, hold: int, progress: Progress | None) -> None:

@@ -8,7 +8,7 @@ import gc
 import logging
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, Queue
 from typing import Any
 
@@ -33,6 +33,8 @@ class ScaledModelProvider(stock.ModelProvider):
     loads = 0  # how often a model was loaded
     reach: int | None = None  # of the model that the server was started with, tokens
     longest_token = 1  # bytes of text, at most, that one token stands for
+    # Raises InputError where so many tokens do not fit this machine.
+    check_length: Callable[[int], None] = staticmethod(lambda length: None)
 
     def load(
         self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
@@ -289,6 +291,7 @@ class PlanningResponseGenerator(stock.ResponseGenerator):
             if room < 1:
                 raise _too_long(reach, f"the prompt has {len(prompt)}")
             args.max_tokens = min(args.max_tokens, room)
+        self._check_memory(len(prompt) + args.max_tokens)
         check_tokens(model, tokenizer, prompt, args)
         _try_sampling(model, tokenizer, args)
         # Quantised keys lose precision at every move; and drafted tokens that are refused
@@ -297,6 +300,14 @@ class PlanningResponseGenerator(stock.ResponseGenerator):
         self.prompt_cache.room = args.max_tokens if fixed else 0
         self._answer = AnswerText(tokenizer, args.stop_words, tokenized[3])
         return tokenized
+
+    def _check_memory(self, length: int) -> None:
+        """Refuse a request whose prompt and answer alone do not fit this machine."""
+        try:
+            self.model_provider.check_length(length)
+        except InputError as error:
+            message = str(error).partition(" --force")[0]
+            raise RequestError(message, param="prompt", code="context_length_exceeded") from error
 
     def _make_state_machine(self, model_key: Any, tokenizer: Any, stop_words: Any) -> Any:
         """Return what ends and divides the text of the job just tokenised: one object for both."""

@@ -14,8 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_lm.utils import _parse_size
-
+from ..diagnosis.machine import parse_size
 from ..errors import InputError
 from ..model.own_rope import OWN_ROPE_HELP, OWN_ROPES
 from ..scaling import SCALINGS
@@ -41,13 +40,6 @@ _SHARES = "".join(
     for name, kind in SCALINGS.items()
     if kind.learning_rate_share != 1
 )
-
-
-def _size(text: str) -> int:
-    try:
-        return _parse_size(text)
-    except (KeyError, ArithmeticError) as error:
-        raise argparse.ArgumentTypeError(f"must be a size such as 4GB, got {text!r}") from error
 
 
 def _listed(choices: Mapping[str, str]) -> str:
@@ -347,7 +339,7 @@ class TrainingOptions:
         unit="bytes",
         least=0,
         may_change=True,
-        parse=_size,
+        parse=parse_size,
     )
 
     def __post_init__(self) -> None:

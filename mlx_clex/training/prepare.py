@@ -15,6 +15,7 @@ import numpy as np
 from mlx_lm.tuner.callbacks import get_reporting_callbacks
 
 from ..checkpoint.digest import weights_digest
+from ..checkpoint.files import read_json
 from ..data.corpus import Corpus, load_corpora
 from ..errors import InputError, say
 from ..evaluation.perplexity import check_lengths, check_targets
@@ -30,7 +31,7 @@ from .options import DEFAULT_LENGTH, TWO_STAGE, TrainingOptions
 from .ranks import Ranks
 from .recipe import with_stage_2
 from .resume import go_on, load_adapters, names_of_adapters, open_folder, settings_to_keep
-from .saves import Checkpoints, read_json
+from .saves import Checkpoints
 from .setup import build_optimizer, choose_trained, learning_rate_schedule
 from .step import TrainingStep
 

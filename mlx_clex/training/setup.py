@@ -27,6 +27,8 @@ OPTIMIZERS: dict[str, Any] = {
     "sgd": optim.SGD,
     "adafactor": optim.Adafactor,
 }
+# Numbers that each keeps for a weight that it trains.
+OPTIMIZER_STATES = {"adam": 2, "adamw": 2, "muon": 1, "sgd": 1, "adafactor": 0}
 # Settings of ours, which `optimizer_config` may replace.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "adafactor": {"relative_step": False},  # True would ignore the learning rate

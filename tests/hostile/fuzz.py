@@ -31,7 +31,7 @@ from mlx_clex.convert.read import gguf_file, source, torch_bin
 
 from mlx_clex import load
 from mlx_clex.checkpoint import adapters, fingerprint, prompt_cache, safetensors_file
-from mlx_clex.checkpoint.config import normalise_config, unread_keys
+from mlx_clex.checkpoint.config import normalise_config
 from mlx_clex.data import corpus
 from mlx_clex.data.stop_strings import StopStrings
 from mlx_clex.errors import InputError, RunError, one_line
@@ -161,7 +161,7 @@ def targets(folder: Path) -> Iterator[Target]:
         ),
         _VALUES,
     )
-    yield Target("config.json", configs, lambda c: unread_keys(normalise_config(c)), 18_000)
+    yield Target("config.json", configs, normalise_config, 18_000)
 
     header: dict[str, Any] = {
         "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},

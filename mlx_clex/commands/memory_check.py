@@ -1,0 +1,83 @@
+"""Warn of runs that are not expected to fit the machine, and refuse those that cannot.
+
+On a Mac, a run that needs much more memory than there is can end in a kernel panic.
+
+Not covered: the estimate itself (`diagnosis/memory.py`).
+"""
+
+import argparse
+import contextlib
+from pathlib import Path
+
+from ..bundled import PREFIX
+from ..diagnosis.machine import Machine, size_text, this_machine
+from ..diagnosis.memory import REFUSED, Reading, Training, peak, verdict
+from ..diagnosis.plan import Change, advice, changes
+from ..diagnosis.sizes import Sizes, sizes_of
+from ..diagnosis.source import find_source
+from ..errors import InputError, say
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """Add --force."""
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help=f"Run even if it is expected to need more than {REFUSED:g} times the memory of this "
+        "machine.",
+    )
+
+
+class MemoryCheck:
+    """Checks runs of one model on this machine, and warns once."""
+
+    def __init__(self, model: str | Path, *, force: bool, machine: Machine | None = None) -> None:
+        """Look up the sizes of a model; nothing is loaded.
+
+        Args:
+            model: a folder, a file, or bundled:NAME. One on the hub is not checked.
+            force: warn where a run would be refused.
+            machine: None: this one.
+        """
+        self._force = force
+        self._machine = machine or this_machine()
+        self._warned = False
+        self._sizes: Sizes | None = None
+        if not str(model).startswith(PREFIX) and not Path(model).expanduser().exists():
+            return
+        # Loading says what is wrong with a model that cannot be built.
+        with contextlib.suppress(InputError):
+            self._sizes = sizes_of(find_source(model))
+
+    def __call__(self, run: Reading | Training, what: str) -> None:
+        """Check a run.
+
+        Args:
+            run: what is to be read or trained.
+            what: subject of the message, such as "Reading 5,000 tokens".
+
+        Raises:
+            InputError: it needs more than 1.3 times the memory, and is not forced.
+        """
+        if self._sizes is None:
+            return
+        machine = self._machine
+        asked = Change("", self._sizes, run)
+        needed = peak(asked.parts(machine.back_end))
+        found = verdict(needed, machine)
+        if found == "fits" or (self._warned and found == "tight"):
+            return
+        hint = advice(changes(self._sizes, run), machine)
+        text = (
+            f"{what} is expected to need {size_text(needed)}; MLX can use "
+            f"{size_text(machine.usable)} of the {size_text(machine.memory)} here. {hint}"
+        )
+        if found == "too large" and not self._force:
+            raise InputError(f"{text} --force runs it anyway.")
+        self._warned = True
+        say(text)
+
+    def reading(self, length: int, *, step: int, kv_bits: int | None = None) -> None:
+        """Check a text that is read and continued up to `length` tokens; see `__call__`."""
+        run = Reading(length=max(1, length), step=step, kv_bits=kv_bits)
+        self(run, f"Reading and continuing {run.length:,} tokens")

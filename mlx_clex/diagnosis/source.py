@@ -1,0 +1,102 @@
+"""Find the config of a model and build the model without its weights.
+
+MLX is lazy: the weights are neither read nor made up, so a model of any size takes seconds.
+
+Not covered: what is said about the model (`model_report.py`), and its memory (`memory.py`).
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.nn as nn
+
+from .. import bundled
+from ..checkpoint.folder import check_hub_id, files_of, held_by, read_config
+from ..checkpoint.sizes import Held
+from ..errors import InputError, one_line
+from ..model_file import Model, ModelArgs
+
+_MISSING = re.compile(r"missing \d+ required positional arguments?: (.*)")
+
+
+class Source(NamedTuple):
+    """Where a model is."""
+
+    name: str
+    config: dict[str, Any]
+    path: Path | None  # its folder or .gguf file; None: on the hub
+    held: Held | None = None  # what its files can hold; None: see `held_by_files`
+    download: int = 0  # bytes of its files on the hub
+
+
+def find_source(path_or_hub_id: str | Path) -> Source:
+    """Find a model; only config.json is downloaded.
+
+    Args:
+        path_or_hub_id: a folder, a .gguf file, a Hugging Face id, or bundled:NAME.
+
+    Raises:
+        InputError: the model is not found, or has no readable config.json.
+    """
+    if str(path_or_hub_id).startswith(bundled.PREFIX):
+        path_or_hub_id = bundled.folder(str(path_or_hub_id).removeprefix(bundled.PREFIX))
+    path = Path(path_or_hub_id).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        from ..convert.read.gguf_file import config_of, header, read
+
+        gguf = read(path)
+        return Source(str(path), config_of(gguf), path, Held.of(header(gguf).values()))
+    if path.is_dir():
+        return Source(str(path), read_config(path), path)
+    hub_id = check_hub_id(str(path_or_hub_id))
+    from huggingface_hub import hf_hub_download
+
+    from ..convert.read.hub import guarded, look_up
+
+    listing = look_up(hub_id)
+    file = listing.config or guarded(
+        hub_id, None, lambda: Path(hf_hub_download(hub_id, "config.json"))
+    )
+    size = sum(listing.sizes.values())
+    return Source(hub_id, read_config(file.parent), None, Held.in_bytes(size), size)
+
+
+def held_by_files(folder: Path) -> Held:
+    """Return what the weight files of a folder can hold.
+
+    Raises:
+        InputError: a file is broken.
+    """
+    from ..convert.read.torch_pickle import read_tensors
+
+    files = files_of(folder)
+    bins = [file for file in files if file.suffix == ".bin"]
+    if bins and not any(file.suffix == ".safetensors" for file in files):
+        return Held.of(tensor.info for file in bins for tensor in read_tensors(file).values())
+    return held_by(folder)
+
+
+def build(config: dict[str, Any], held: Held | None = None) -> nn.Module:
+    """Return the model of a config, with random weights that are never computed.
+
+    Args:
+        config: of the model.
+        held: what its files can hold; a config that asks for more is refused. None: any.
+
+    Raises:
+        InputError: the config does not make a model; the message names what it lacks.
+    """
+    try:
+        return Model(ModelArgs.from_dict(config), held=held)
+    except InputError:
+        raise
+    except Exception as error:  # model files raise anything on settings they do not take
+        if missing := _MISSING.search(str(error)):
+            raise lacks(missing[1].replace("'", "")) from error
+        raise InputError(f"config.json does not make a model: {one_line(error)}") from error
+
+
+def lacks(what: str) -> InputError:
+    """Return the error for a config without the entries it needs."""
+    return InputError(f"config.json lacks {what}. Copy the model's own config.json.")

@@ -1,0 +1,89 @@
+"""`plan` says what fits, what to change, and which input it cannot use."""
+
+import json
+
+import pytest
+
+from mlx_clex import plan
+from mlx_clex.commands.run_command import run_command
+
+from .diagnosis.test_memory import LLAMA_7B
+
+
+def run(*argv):
+    """Run the command and return its status; argparse ends with 2 by itself."""
+    try:
+        return run_command(
+            plan.add_arguments, plan.run, prog="mlx_clex.plan", description="", argv=argv
+        )
+    except SystemExit as ended:
+        return ended.code
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A LLaMA 7B with CLEX: its config alone."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    return str(tmp_path)
+
+
+def test_what_fits_three_macs(model, capsys):
+    """64k tokens of CLEX-7B in 4 bits: not on 16 GB, with options on 32 GB, as it is on 64 GB."""
+    said = {}
+    for memory in ("16GB", "32GB", "64GB"):
+        options = ("--q-bits", "4", "--context", "65536", "--train", "16384")
+        assert run(model, *options, "--memory", memory, "--backend", "metal") == 0
+        said[memory] = capsys.readouterr().out
+    assert "Metal, 16.00 GB, of which MLX can use 10.67 GB" in said["16GB"]
+    assert "Not measured" in said["16GB"]
+    assert "Reading: 65,536 tokens do not fit;" in said["16GB"]
+    assert "fit with --prefill-step-size 512 --kv-bits 4." in said["32GB"]
+    assert "Reading: 65,536 tokens fit as they are." in said["64GB"]
+    assert "Training: 16,384 tokens fit with --grad-checkpoint." in said["64GB"]
+    assert "Training: 16,384 tokens do not fit;" in said["16GB"]
+
+
+def test_this_machine_and_the_default_context(capsys):
+    """Without options: the reach of the model, on this machine."""
+    assert run("bundled:clex") == 0
+    said = capsys.readouterr().out
+    assert "reading 2,048 tokens" in said
+    assert "Reading: 2,048 tokens fit as they are." in said
+
+
+def test_a_picture(model, tmp_path, capsys):
+    """Memory against length, for what was planned and for what needs least."""
+    path = tmp_path / "memory.png"
+    assert run(model, "--memory", "32GB", "--output", str(path)) == 0
+    assert path.stat().st_size > 10_000
+    assert "Drew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--memory", "big"], "must be a size such as 4GB, got 'big'"),
+        (["--memory", "3 apples"], "must be a size such as 4GB"),
+        (["--memory", "0"], "--memory must be more than 0"),
+        (["--context", "0"], "--context must be at least 1, got 0"),
+        (["--train", "512", "-1"], "--train must be at least 1, got -1"),
+        (["--kv-bits", "7"], "--kv-bits must be 2, 3, 4, 5, 6 or 8, got 7"),
+        (["--backend", "vulkan"], "invalid choice: 'vulkan'"),
+        (["--output", "memory.gif"], "A picture is a .png or .svg file"),
+    ],
+)
+def test_options_that_cannot_be_used(model, capsys, options, words):
+    """One line, and exit status 2."""
+    assert run(model, *options) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_attention_heads", "num_hidden_layers"])
+def test_a_config_that_lacks_what_a_plan_needs(tmp_path, capsys, name):
+    """The error names the entry, not a Python function."""
+    config = {key: value for key, value in LLAMA_7B.items() if key != name}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert run(str(tmp_path)) == 2
+    assert f"config.json lacks {name}" in capsys.readouterr().err
