@@ -31,7 +31,7 @@ from .evaluation.perplexity import (
     exp,
     windows_of,
 )
-from .evaluation.results import Results, open_results
+from .evaluation.results import Results, alone, open_results
 from .loading import load, resolve
 from .model.scaled_model import scaled
 from .pictures.draw import picture
@@ -91,6 +91,11 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.windows < 1:
         raise InputError(f"--windows must be at least 1, got {args.windows}.")
+    with alone(args.output):
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     a, tokenizer = _load(args, "a")
     corpus = corpus_of(args.data, args.split, tokenizer)
     b, tokenizer = _load(args, "b")

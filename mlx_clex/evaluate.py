@@ -23,7 +23,7 @@ from .commands.help import point_elsewhere
 from .commands.options import scale_policy
 from .commands.run_command import run_command
 from .errors import InputError, say
-from .evaluation.results import Results, open_results, read_results
+from .evaluation.results import Results, alone, open_results, read_results
 from .evaluation.ruler import RULER_THRESHOLD, effective_length, ruler_tasks
 from .loading import load, resolve
 from .model.scaled_model import scaled
@@ -133,7 +133,11 @@ def run(args: argparse.Namespace) -> None:
     """
     _check(args)
     metadata = _json_object(args, "metadata")
-    results = _evaluate(args, metadata) if args.tasks else read_results(args.output, "evaluate")
+    if args.tasks:
+        with alone(args.output):
+            results = _evaluate(args, metadata)
+    else:
+        results = read_results(args.output, "evaluate")
     if args.effective_length:
         _report_effective_length(results)
 

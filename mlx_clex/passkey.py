@@ -29,7 +29,7 @@ from .evaluation.candidates import (
     only_bundled,
 )
 from .evaluation.reader import Reader
-from .evaluation.results import Results, open_results
+from .evaluation.results import Results, alone, open_results
 from .evaluation.tasks import TASKS
 from .loading import resolve
 from .model.scaled_model import scaled
@@ -116,6 +116,11 @@ def run(args: argparse.Namespace) -> None:
         RunError: MLX failed.
     """
     _check(args)
+    with alone(args.output):
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     # Find all models before the first is measured, which may take hours.
     models = labels_of(args.model, args.adapter_path)
     for path in models.values():

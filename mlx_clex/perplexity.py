@@ -172,6 +172,12 @@ def run(args: argparse.Namespace) -> None:
         InputError: an option, the text, a length or a model cannot be used.
     """
     _check(args)
+    output = args.output or (None if args.model else _BUNDLED_OUTPUT)
+    with alone(output):
+        _run(args, output)
+
+
+def _run(args: argparse.Namespace, output: str | None) -> None:
     loader = Loader(
         scale=args.scale,
         adapter_path=args.adapter_path,
@@ -181,28 +187,26 @@ def run(args: argparse.Namespace) -> None:
     corpus, lengths, lines = _checked(args, loader)
     options = {f.name: getattr(args, f.name) for f in fields(Measuring) if f.name != "targets"}
     measuring = Measuring(targets=_targets(args, corpus, lengths, lines), **options)
-    output = args.output or (None if args.model else _BUNDLED_OUTPUT)
-    with alone(output):
-        results = open_results(
-            output,
-            kind="perplexity",
-            settings=_settings(measuring, corpus, lengths, lines),
-            keys=_KEYS,
+    results = open_results(
+        output,
+        kind="perplexity",
+        settings=_settings(measuring, corpus, lengths, lines),
+        keys=_KEYS,
+    )
+    for line in lines:
+        results.check_model(line.label, line.model)
+    try:
+        rows = measure(
+            measuring,
+            loader,
+            results,
+            corpus,
+            lengths,
+            lines,
+            show=_silence if args.json else tqdm.write,
         )
-        for line in lines:
-            results.check_model(line.label, line.model)
-        try:
-            rows = measure(
-                measuring,
-                loader,
-                results,
-                corpus,
-                lengths,
-                lines,
-                show=_silence if args.json else tqdm.write,
-            )
-        finally:
-            picture(results)
+    finally:
+        picture(results)
     if args.json:
         print(json.dumps({"protocol": args.protocol, "results": rows}))
 

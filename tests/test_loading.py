@@ -326,6 +326,20 @@ def test_a_stock_model_is_checked_too(tmp_path, converted):
         load(folder)
 
 
+def test_weights_of_signed_integers_are_refused(tmp_path, converted):
+    """MLX computes with them, so a damaged header gave nonsense and exit status 0."""
+    folder = stock_folder(tmp_path, converted("clex_llama"))
+    path = next(folder.glob("model*.safetensors"))
+    weights = mx.load(str(path))
+    weights["lm_head.weight"] = (100 * weights["lm_head.weight"]).astype(mx.int32)
+    mx.eval(weights)
+    mx.save_safetensors(str(path), weights, metadata={"format": "mlx"})
+    with pytest.raises(
+        InputError, match=r"lm_head\.weight has the type int32\. Weights are floats"
+    ):
+        load(folder)
+
+
 def test_large_sums_of_finite_weights_load(tmp_path, converted):
     """The sum of a float16 tensor may overflow though each of its values is fine."""
     folder = stock_folder(tmp_path, converted("clex_llama"))

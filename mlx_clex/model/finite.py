@@ -29,6 +29,13 @@ def check_finite(model: nn.Module) -> None:
             wrong, the tensor with the largest values.
     """
     flat: Any = tree_flatten(model.parameters())
+    for name, tensor in flat:
+        if mx.issubdtype(tensor.dtype, mx.signedinteger) or tensor.dtype == mx.bool_:
+            raise InputError(
+                f"The tensor {name} has the type {str(tensor.dtype).removeprefix('mlx.core.')}. "
+                "Weights are floats, or unsigned integers where they are quantised. The file is "
+                "damaged: use another copy."
+            )
     tensors = {name: a for name, a in flat if mx.issubdtype(a.dtype, mx.floating) and a.size}
     # A sum with NaN or infinity in it is neither finite; one of large numbers may not be either.
     sums = [tensor.sum().astype(mx.float32) for tensor in tensors.values()]

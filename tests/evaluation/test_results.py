@@ -9,8 +9,12 @@ import sys
 
 import pytest
 
+from mlx_clex import compare, evaluate, passkey, perplexity
+from mlx_clex.commands.run_command import run_command
 from mlx_clex.errors import InputError, RunError
 from mlx_clex.evaluation.results import open_results, read_results
+
+from ..checkpoint.test_lock import holder
 
 KEYS = ("label", "length")
 SETTINGS = {"protocol": "whole", "chunks": (1, 2)}
@@ -162,3 +166,25 @@ def test_a_folder_that_cannot_be_written_is_bad_input(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--output .* cannot be written \(.*\)\. Give another"):
         open_results(tmp_path / "file" / "x", kind="k", settings={}, keys=["a"])
+
+
+@pytest.mark.parametrize(
+    ("command", "argv"),
+    [
+        (perplexity, ("--model", "no/model")),
+        (passkey, ("--model", "no/model")),
+        (compare, ("no/model", "no/model")),
+        (evaluate, ("--model", "no/model", "--tasks", "longbench")),
+    ],
+    ids=["perplexity", "passkey", "compare", "evaluate"],
+)
+def test_two_runs_with_one_output_take_turns(command, argv, tmp_path, capsys):
+    """Each read the file, measured for hours, and wrote it without the other's rows."""
+    first = holder(tmp_path / "out.json", 3)
+    assert first.stdout.readline() == "held\n"
+    argv = [*argv, "--output", str(tmp_path / "out")]
+    assert run_command(command.add_arguments, command.run, prog="x", description="", argv=argv) == 2
+    error = capsys.readouterr().err
+    assert f"Waiting for process {first.pid}" in error
+    assert "no/model" in error  # only then was the model looked for
+    first.communicate(timeout=60)
