@@ -19,7 +19,6 @@ from .commands.memory_check import MemoryCheck, add_force
 from .commands.run_command import check_seed, run_command
 from .commands.scaling_options import add_scaling_arguments, scaling_from
 from .diagnosis.memory import Training
-from .loading import resolve
 from .model.sharding import one_voice
 from .training.option_fields import add_options, with_config
 from .training.options import DEFAULT_LENGTH, TrainingOptions
@@ -79,7 +78,7 @@ def _check_memory(options: TrainingOptions, processes: int, *, force: bool) -> N
         states=OPTIMIZER_STATES[options.optimizer],
     )
     what = f"Training on {run.batch} x {run.length:,} tokens"
-    MemoryCheck(resolve(options.model), force=force)(run, what)
+    MemoryCheck(options.model, force=force)(run, what)
 
 
 def main() -> None:
