@@ -92,7 +92,7 @@ def attached(name: str, method: str) -> str:
 
 
 def loads(folder: Path) -> str:
-    """Load a folder as published and compare its logits with mlx-lm's."""
+    """Load a folder as published, with its tokenizer; its logits must be numbers."""
     model, tokenizer = load(folder)
     assert tokenizer.encode("text")
     assert mx.isfinite(model(_ids())).all()

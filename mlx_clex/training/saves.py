@@ -23,6 +23,7 @@ import mlx.core as mx
 from ..checkpoint.adapters import ADAPTER_SCALING, CURRENT, EXTRA_WEIGHTS
 from ..checkpoint.files import flush
 from ..checkpoint.safetensors_file import array_bytes, info_of, write
+from ..errors import InputError
 
 ADAPTERS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -49,9 +50,21 @@ class Checkpoints:
 
     @property
     def newest(self) -> Path | None:
-        """The newest complete save, or None."""
+        """The newest complete save, or None.
+
+        Raises:
+            InputError: the save lacks its state; a run that began anew would overwrite it.
+        """
         current = self.folder / CURRENT
-        return current.resolve() if (current / STATE).is_file() else None
+        if not current.exists() and not current.is_symlink():
+            return None
+        if not (current / STATE).is_file():
+            raise InputError(
+                f"The save {current.resolve()} is damaged: it has no {STATE}. To go on from an "
+                f"older one beside it, point the link {current} there, or give another "
+                "--adapter-path."
+            )
+        return current.resolve()
 
     def save(
         self, step: int, arrays: Mapping[str, Arrays], config: Mapping[str, Any], state: Any

@@ -122,7 +122,7 @@ def test_possible_scalings_of_a_stock_model_are_listed(tmp_path):
     """The report must also say why the others are not possible."""
     found = lines(folder_of(tmp_path, LLAMA_70B | {"num_hidden_layers": 2}))
     assert found["scaling"] == ["none"]
-    assert found["possible"][0].endswith("none|linear|ntk|dynamic|yarn|clex|gene")
+    assert found["possible"][0].endswith("none|linear|ntk|dynamic|yarn|yarn-t|clex|gene")
     assert found["not possible"][0].startswith("gene-param: ")
     assert "key heads" in found["not possible"][0]
 

@@ -47,13 +47,18 @@ def test_the_root_changes_in_one_step(base, texts, tmp_path):
     assert config["trained_scaling"] is True
 
 
-@pytest.mark.parametrize("name", ["optimizer.safetensors", "state.json"])
-def test_a_damaged_save_is_one_line(base, texts, tmp_path, name, capsys):
-    """And says how to go on from the save before."""
+@pytest.mark.parametrize(
+    ("name", "kept"), [("optimizer.safetensors", 50), ("state.json", 50), ("state.json", 0)]
+)
+def test_a_damaged_save_is_one_line(base, texts, tmp_path, name, kept, capsys):
+    """It says how to go on; without a state a resumed run began anew, over the saves."""
     adapters = tmp_path / "a"
     assert call(argv_for(base, texts, adapters, "--iters 4 --save-every 2")) == 0
     file = adapters / "current" / name
-    file.write_bytes(file.read_bytes()[:50])
+    data = file.read_bytes()
+    file.unlink()
+    if kept:
+        file.write_bytes(data[:kept])
     argv = argv_for(base, texts, adapters, "--iters 6 --save-every 2", "--resume")
     assert call(argv) == 2
     assert f"point the link {adapters / 'current'} there" in capsys.readouterr().err
