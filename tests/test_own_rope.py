@@ -58,7 +58,7 @@ def test_every_command_starts_from_the_same_model(choice, length, source, tmp_pa
     assert mx.abs(tuned(IDS) - here(IDS)).max() < 0.1, "one small step from the same model"
 
     capsys.readouterr()
-    settings = ["--data", texts, "--lengths", 48, "--windows", 2, "--json"]
+    settings = ["--data", texts, "--protocol", "whole", "--lengths", 48, "--windows", 2, "--json"]
     assert call(perplexity, "--model", source, "--scalings", "none", *settings, *option) == 0
     measured = json.loads(capsys.readouterr().out)["results"][0]["perplexity"]
     plain = convert(source, tmp_path / "plain", scaling={"type": "none"}, own_rope=choice)

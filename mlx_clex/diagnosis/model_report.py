@@ -30,7 +30,7 @@ from ..scaling.check import check_frequencies
 from .machine import size_text, this_machine
 from .plan import memory_rows
 from .sizes import caches_of, sizes_of
-from .source import Source, build, find_source, held_by_files
+from .source import Source, build, find_source
 
 Row = tuple[str, str]
 
@@ -54,10 +54,7 @@ def report(path_or_hub_id: str) -> list[Row]:
     source = find_source(path_or_hub_id)
     rows = [("model", source.name), *_files(source)]
     try:
-        held = source.held
-        if held is None and source.path is not None:
-            held = held_by_files(source.path)
-        model = build(source.config, held)
+        model = build(source)
         config = normalise_config(source.config)
     except InputError as error:
         return [*rows, (_PROBLEM, str(error))]

@@ -89,7 +89,7 @@ def sizes_of(source: Source, q_bits: int | None = None, model: nn.Module | None 
     Raises:
         InputError: its config does not make a model, or lacks a size.
     """
-    model = model or build(source.config)
+    model = model or build(source)
     header = _header(source.path)
     itemsize = _itemsize(source, header)
     quantisation = source.config.get("quantization") or {}

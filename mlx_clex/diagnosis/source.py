@@ -17,6 +17,7 @@ from ..checkpoint.sizes import Held
 from ..errors import InputError, one_line
 from ..model_file import Model, ModelArgs
 
+_LARGEST = 1 << 42  # bytes
 _MISSING = re.compile(r"missing \d+ required positional arguments?: (.*)")
 
 
@@ -63,7 +64,7 @@ def find_source(path_or_hub_id: str | Path) -> Source:
 
 
 def held_by_files(folder: Path) -> Held:
-    """Return what the weight files of a folder can hold.
+    """Return what the weight files of a folder can hold; without any, what a large model has.
 
     Raises:
         InputError: a file is broken.
@@ -72,23 +73,25 @@ def held_by_files(folder: Path) -> Held:
 
     files = files_of(folder)
     bins = [file for file in files if file.suffix == ".bin"]
+    if not bins and not any(file.suffix == ".safetensors" for file in files):
+        return Held.in_bytes(_LARGEST)
     if bins and not any(file.suffix == ".safetensors" for file in files):
         return Held.of(tensor.info for file in bins for tensor in read_tensors(file).values())
     return held_by(folder)
 
 
-def build(config: dict[str, Any], held: Held | None = None) -> nn.Module:
+def build(source: Source) -> nn.Module:
     """Return the model of a config, with random weights that are never computed.
 
-    Args:
-        config: of the model.
-        held: what its files can hold; a config that asks for more is refused. None: any.
-
     Raises:
-        InputError: the config does not make a model; the message names what it lacks.
+        InputError: the config does not make a model, or asks for more than the model's files can
+            hold; the message names what it lacks.
     """
+    held = source.held
+    if held is None and source.path is not None:
+        held = held_by_files(source.path)
     try:
-        return Model(ModelArgs.from_dict(config), held=held)
+        return Model(ModelArgs.from_dict(source.config), held=held)
     except InputError:
         raise
     except Exception as error:  # model files raise anything on settings they do not take

@@ -28,7 +28,7 @@ def test_perplexity_by_length(tmp_path, figures, named, legend):
         *("hollow: beyond its reach", "95 % interval"),
         *("trained length 128", "reach 128, 512 and 2,048"),
     ]
-    assert axes.get_ylabel() == "Perplexity, whole windows"
+    assert axes.get_ylabel() == ("Perplexity, whole windows\n1,024 to 16,384 tokens scored at each")
 
 
 def test_the_title_names_the_text_and_the_models(tmp_path, figures):
