@@ -27,6 +27,7 @@ COMMANDS = {
     },
     "Look": {
         "plan": "The memory that a model needs at a length, before anything is loaded.",
+        "cache": "What mlx_clex keeps in ~/.cache/mlx_clex; delete it.",
         "doctor": "What a model or this machine is, and what would go wrong.",
     },
 }

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -159,16 +159,28 @@ def _depth(value: Any) -> int:
 def delete_leftovers(target: Path) -> None:
     """Delete the temporary files and folders that killed processes left of this target."""
     mine = re.compile(
-        rf"{re.escape(target.name)}\.incomplete-(\d+)"
-        rf"|\.{re.escape(target.stem)}\.incomplete-(\d+){re.escape(target.suffix)}"
+        rf"{re.escape(target.name)}\.incomplete-\d+"
+        rf"|\.{re.escape(target.stem)}\.incomplete-\d+{re.escape(target.suffix)}"
     )
-    for path in target.parent.glob("*.incomplete-*"):
-        match = mine.fullmatch(path.name)
-        if match and not _runs(int(match[1] or match[2])):
+    _delete_leftovers(path for path in target.parent.iterdir() if mine.fullmatch(path.name))
+
+
+def delete_all_leftovers(folder: Path) -> list[Path]:
+    """Delete what killed processes left of any target in a folder, and return the paths."""
+    return _delete_leftovers(folder.iterdir()) if folder.is_dir() else []
+
+
+def _delete_leftovers(paths: Iterable[Path]) -> list[Path]:
+    deleted = []
+    for path in paths:
+        match = re.search(r"\.incomplete-(\d+)", path.name)
+        if match and not _runs(int(match[1])):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+            deleted.append(path)
+    return deleted
 
 
 def flush(path: Path) -> None:
