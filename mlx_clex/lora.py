@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         # One process for all: the others of a distributed run would wait for it.
         folder = Path(options.adapter_path).expanduser()
         writes = options.train and ranks.first and folder.name
-        with locked(folder) if writes else nullcontext():
+        with locked(folder, f"--adapter-path {folder}") if writes else nullcontext():
             for stage in stages(options):
                 with ranks.starting():
                     _check_memory(stage, ranks.size, force=args.force)

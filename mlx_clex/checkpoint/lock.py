@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import say
+from ..errors import InputError, say
 
 
 @contextmanager
-def locked(target: Path) -> Iterator[None]:
+def locked(target: Path, option: str = "") -> Iterator[None]:
     """Hold the lock of a file or folder, and wait with a note while another process holds it.
 
     The lock is `.NAME.lock` beside the target, which has the number of the process. The
@@ -19,9 +19,20 @@ def locked(target: Path) -> Iterator[None]:
 
     Args:
         target: what is going to be written; its folder is made where it is missing.
+        option: the option and value that gave the target, for messages.
+
+    Raises:
+        InputError: the folder of the target cannot be made or written.
     """
     path = target.with_name(f".{target.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        reason = "Not a directory" if isinstance(error, FileExistsError) else error.strerror
+        raise InputError(
+            f"{option or target} cannot be written ({reason}). Give another path."
+        ) from error
     told = False
     while True:
         with path.open("a+", encoding="ascii") as file:

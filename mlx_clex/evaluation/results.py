@@ -11,7 +11,7 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -126,15 +126,11 @@ def alone(prefix: str | Path | None) -> Iterator[None]:
     Raises:
         InputError: the folder of the files cannot be written.
     """
-    with ExitStack() as stack:
-        if prefix is not None:
-            try:
-                path = Path(str(prefix).removesuffix(".json")).expanduser()
-                stack.enter_context(locked(_path(path, ".json")))
-            except OSError as error:
-                raise InputError(
-                    f"--output {prefix} cannot be written ({error.strerror}). Give another path."
-                ) from error
+    if prefix is None:
+        yield
+        return
+    path = Path(str(prefix).removesuffix(".json")).expanduser()
+    with locked(_path(path, ".json"), f"--output {prefix}"):
         yield
 
 

@@ -179,4 +179,4 @@ def test_a_folder_that_cannot_be_made_is_one_line(base, texts, tmp_path, capsys)
     """It was an errno, and exit status 1."""
     (tmp_path / "file").write_text("")
     assert call(argv_for(base, texts, tmp_path / "file" / "a", "--iters 1")) == 2
-    assert "cannot be made (Not a directory): give another" in capsys.readouterr().err
+    assert "cannot be written (Not a directory). Give another" in capsys.readouterr().err
