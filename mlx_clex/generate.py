@@ -29,7 +29,7 @@ from .loading import load, resolve
 from .model.plans import plan_at, plan_of, planned_caches, single_caches
 from .model.scaled_model import make_prompt_cache, scaled
 from .model.sharding import one_voice, shared_seed
-from .serving.prompt import cap_max_tokens, encode_prompt, template_options
+from .serving.prompt import cap_max_tokens, encode_prompt, pass_size, template_options
 
 _LONG_PROMPT = 256  # tokens, above which a bar shows how much is read
 
@@ -138,12 +138,15 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
     else:
         caches = saved
         _plan_on(model, caches, expected)
+    step = args.prefill_step_size
+    if args.scale != "grow" and args.kv_bits is None:  # there, the answer depends on the passes
+        step = pass_size(len(prompt), step)
 
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "sampler": _sampler(args, tokenizer),
         "prompt_cache": caches,
-        "prefill_step_size": args.prefill_step_size,
+        "prefill_step_size": step,
         "kv_bits": args.kv_bits,
         "kv_group_size": args.kv_group_size,
         "quantized_kv_start": args.quantized_kv_start,

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from mlx_lm.models.cache import save_prompt_cache
 
 from mlx_clex import generate, load, make_prompt_cache
 from mlx_clex.commands.run_command import run_command
+from mlx_clex.serving import prompt
 
 from .conftest import GOLDEN, GOLDEN_NAMES, stock_folder
 
@@ -166,6 +168,15 @@ def test_a_long_prefill_shows_its_progress(cli, model, monkeypatch):
     assert "Reading" in err
     assert "100%" in err
     assert "Reading" not in out
+
+
+def test_a_bar_moves_before_the_first_full_pass(cli, model, monkeypatch):
+    """A prompt shorter than --prefill-step-size jumped from nothing to 100 %."""
+    monkeypatch.setattr(generate, "_LONG_PROMPT", 16)
+    monkeypatch.setattr(prompt, "_SMALLEST_PASS", 8)
+    _, _, err = cli("--model", model, "--prompt", SENTENCE * 4, "-m", "4")
+    shares = {int(share) for share in re.findall(r"(\d+)%", err)}
+    assert len(shares - {0, 100}) >= 4, err
 
 
 def test_max_tokens_stops_at_a_hard_reach(cli, model):
