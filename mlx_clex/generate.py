@@ -14,11 +14,13 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from huggingface_hub import try_to_load_from_cache
 from mlx_lm.generate import DEFAULT_PROMPT, setup_arg_parser, stream_generate
 from mlx_lm.sample_utils import make_sampler
 
-from .bundled import DEFAULT, OPENING
+from .bundled import DEFAULT, OPENING, PREFIX
 from .checkpoint.fingerprint import fingerprint
+from .checkpoint.folder import check_hub_id
 from .checkpoint.prompt_cache import is_ours, load_cache, metadata_of, quantised
 from .commands.memory_check import MemoryCheck, add_force
 from .commands.options import check_cache_options, check_ranges, scale_policy
@@ -175,6 +177,13 @@ def _default_model(args: argparse.Namespace) -> str:
     if model is None:
         raise InputError(
             f"{args.prompt_cache_file} does not name the model that wrote it: give it as --model."
+        )
+    here = model.startswith(PREFIX) or Path(model).exists()
+    if not here and not try_to_load_from_cache(check_hub_id(model), "config.json"):
+        # A stranger's file must not choose what is downloaded.
+        raise InputError(
+            f"{args.prompt_cache_file} was written with {model}, which is not on this machine. "
+            f"Give --model {model} to download it."
         )
     return model
 

@@ -194,6 +194,19 @@ def with_tensor(folder, target, name):
     return target
 
 
+def test_a_cache_does_not_choose_what_is_downloaded(cli, folders, tmp_path):
+    """Without --model, the model that a stranger's file names was fetched and loaded."""
+    mine, file = folders("clex_llama"), tmp_path / "c.safetensors"
+    assert cli(cache_prompt, "--model", mine, "--prompt-cache-file", file, "--prompt", "A")[0] == 0
+    arrays, metadata = mx.load(str(file), return_metadata=True)
+    renamed = {k: v.replace(str(mine), "someone/their-model") for k, v in metadata.items()}
+    assert renamed != metadata
+    mx.save_safetensors(str(file), arrays, metadata=renamed)
+    status, _, err = cli(generate, "--prompt-cache-file", file, "--prompt", "A", "-m", "1")
+    assert status == 2
+    assert "someone/their-model, which is not on this machine. Give --model" in err
+
+
 def test_caches_of_another_model_adapter_or_scaling_are_refused(cli, folders, tmp_path):
     """Each of them would silently give a wrong answer."""
     mine, file = folders("clex_llama"), tmp_path / "c.safetensors"
