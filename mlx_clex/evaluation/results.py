@@ -27,6 +27,7 @@ _NUMBERS = {"length", "depth", "trials", "correct", "accuracy", "windows", "firs
 _MAYBE_NUMBERS = {"perplexity", "low", "high", "reach", "trained_length", "scale", "kl", "flips"}
 _MAYBE_NUMBERS |= {"loss", "ratio", "ratio_low", "ratio_high"}
 _TEXTS = {"label", "task", "text"}
+_NO_NUMBER = {("evaluate", "length")}  # kind and column; a task without lengths has null
 _LOSSES = "losses"  # of each window, the only list
 _LONGEST, _LARGEST = 10_000, 1e100  # characters of a cell, and size of a number in one
 _PARTS = {"kind": str, "settings": dict, "keys": list, "versions": dict, "rows": list}
@@ -225,7 +226,11 @@ def _is_result(whole: Any) -> bool:
         and all(isinstance(whole.get(name), kind) for name, kind in _PARTS.items())
         and all(isinstance(row, dict) for row in whole["rows"])
         and all(key in row for row in whole["rows"] for key in whole["keys"])
-        and all(_is_cell(name, cell) for row in whole["rows"] for name, cell in row.items())
+        and all(
+            _is_cell(name, cell) or (cell is None and (whole["kind"], name) in _NO_NUMBER)
+            for row in whole["rows"]
+            for name, cell in row.items()
+        )
     )
 
 
