@@ -282,8 +282,6 @@ def _saves() -> Iterator[Case]:
         "adapters of NaN": _nan_adapters,
         "a deep config": put("current/adapter_config.json", deep()),
     }.items():
-        if name in ("no state", "a state that is a pipe"):  # no save: a run of its own
-            continue
         yield Case("saves", name, "saves", edit, ("resume",), status=_SAVED.get(name, REFUSED))
     for name, edit in {
         "a log of noise": put("log.jsonl", bytes(range(256))),
