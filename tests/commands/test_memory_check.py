@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from mlx_clex.checkpoint.sizes import Held
 from mlx_clex.commands.memory_check import MemoryCheck
 from mlx_clex.diagnosis.machine import described
 from mlx_clex.diagnosis.memory import Training
@@ -68,6 +69,9 @@ def test_commands_refuse_before_they_load(command, tmp_path, monkeypatch, capsys
     options = {"lora": ["--train", "--data", str(tmp_path)]}.get(command, [])
     monkeypatch.setattr(
         "mlx_clex.commands.memory_check.this_machine", lambda: described(4e9, "metal")
+    )
+    monkeypatch.setattr(
+        "mlx_clex.diagnosis.source.held_by_files", lambda folder: Held.in_bytes(1 << 40)
     )
     monkeypatch.setattr("mlx_clex.loading.needs_conversion", lambda *_: False)
     monkeypatch.setattr(sys, "argv", [command, "--model", str(tmp_path), *options])
