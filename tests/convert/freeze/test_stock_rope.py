@@ -100,9 +100,11 @@ EXPRESSED = {
 def test_every_method_finds_its_simplest_words(tmp_path, name):
     """ntk, dynamic and fresh CLEX are another rope_theta, which every family reads."""
     source = tmp_path / "source"
-    shutil.copytree(GOLDEN / "clex_phi", source)
+    # yarn-t raises all of a query. Stock yarn raises what is rotated, a part of a head of Phi.
+    shutil.copytree(GOLDEN / ("gene_param_llama" if name == "yarn-t" else "clex_phi"), source)
     loaded: Any = mx.load(str(source / "model.safetensors"))
-    plain = {key: value for key, value in loaded.items() if "clex_layer" not in key}
+    learned = ("clex_layer", "_coef")
+    plain = {k: value for k, value in loaded.items() if not any(word in k for word in learned)}
     mx.save_safetensors(str(source / "model.safetensors"), plain)
     config = config_of(source) | {"rope_scaling": None}
     (source / "config.json").write_text(json.dumps(config))
