@@ -32,8 +32,12 @@ def say(text: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the message of an exception in one line, cut if it is very long."""
+    """Return the message of an exception in one line, cut if it is very long.
+
+    Control characters, which a file may have put there, are escaped.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
 
 

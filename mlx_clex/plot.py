@@ -150,10 +150,7 @@ def _log(path: Path) -> list[dict[str, Any]]:
     file = _log_file(path)
     if not file.is_file():
         raise InputError(f"{file} is not there: give the --adapter-path of a mlx_clex lora run.")
-    try:
-        lines: list[Any] = read_log(file)
-    except ValueError:
-        lines = [None]
+    lines: list[Any] = read_log(file)
     if not all(isinstance(line, dict) and "iteration" in line for line in lines):
         raise InputError(f"{file} is no log of mlx_clex lora: give the {LOG} of a run.")
     return lines

@@ -1,8 +1,8 @@
-"""Errors of MLX say what helps."""
+"""Errors are one line, and those of MLX say what helps."""
 
 import pytest
 
-from mlx_clex.errors import RunError, generating
+from mlx_clex.errors import RunError, generating, one_line
 from mlx_clex.training.ranks import Ranks
 
 
@@ -15,3 +15,8 @@ def test_the_watchdog_of_macos_is_told_apart_from_a_lack_of_memory(text):
         raise RuntimeError(f"[METAL] Command buffer execution failed: {text}")
     with pytest.raises(RunError, match="If memory was short"), Ranks().running():
         raise RuntimeError("[METAL] Insufficient Memory")
+
+
+def test_control_characters_of_a_file_are_escaped():
+    """An escape sequence in a tensor's name could rewrite the terminal."""
+    assert one_line(ValueError("a \x1b[2J b\n c")) == r"a \x1b[2J b c"

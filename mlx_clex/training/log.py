@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..errors import InputError
+
 LOG = "log.jsonl"  # in the adapters' folder
 
 
@@ -53,7 +55,11 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return all whole lines of a log; an empty list where there is no file."""
+    """Return all whole lines of a log; an empty list where there is no file.
+
+    Raises:
+        InputError: a line is not JSON.
+    """
     return [line for line, _ in _lines(path)]
 
 
@@ -69,8 +75,10 @@ def _lines(path: Path, *, broken_ends: bool = False) -> Iterator[tuple[dict[str,
             end += len(text)
             try:
                 line = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError) as error:
                 if broken_ends:
                     return  # after a power cut
-                raise
+                raise InputError(
+                    f"{path} is no log of mlx_clex lora: give the {LOG} of a run."
+                ) from error
             yield line, end

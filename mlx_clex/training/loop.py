@@ -194,6 +194,8 @@ class Run:
                         self._save(same)
                         save_due = False
                     if stop:
+                        # mlx.launch kills all when one has ended; the first may be saving still.
+                        self.ranks.each(0)
                         raise KeyboardInterrupt
 
     def _iterate(self, log: Log, pace: Pace) -> bool:

@@ -162,7 +162,15 @@ class ResultFiles(Scene):
     def argv(self, box: Path) -> list[str]:
         lengths = ["--lengths", "8", "12", "16", "24", "32", "48", "64", "--windows", "5"]
         options = ["--data", self.base("text.txt"), "--output", str(box / "results")]
-        return ["perplexity", "--model", self.base("ours"), *options, *lengths]
+        return [
+            "perplexity",
+            "--model",
+            self.base("ours"),
+            "--protocol",
+            "whole",
+            *options,
+            *lengths,
+        ]
 
     def result(self, box: Path) -> Any:
         file = box / "results.json"

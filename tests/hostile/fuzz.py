@@ -409,12 +409,13 @@ def _stop_strings(drawn: tuple[list[str], list[str]]) -> None:
     assert passed == text[: first[2]], (strings, pieces, passed)
 
 
-def run(target: Target, count: int) -> str | None:
+def run(target: Target, count: int, *, derandomize: bool) -> str | None:
     """Give a parser this many inputs; return what failed, or None."""
 
     @settings(
         max_examples=count,
         deadline=None,
+        derandomize=derandomize,
         database=None,
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
@@ -435,6 +436,7 @@ def main() -> None:
     """Fuzz every parser, print the counts, and exit."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--inputs", type=int, default=_DEFAULT, help="inputs of all parsers")
+    parser.add_argument("--derandomize", action="store_true", help="the same inputs in every run")
     parser.add_argument("--only", default="", help="parsers whose name has this text")
     args = parser.parse_args()
     began = time.monotonic()
@@ -448,7 +450,8 @@ def main() -> None:
             if args.only not in target.name:
                 continue
             started = time.monotonic()
-            fault = run(target, max(1, round(args.inputs * target.share / whole)))
+            share = max(1, round(args.inputs * target.share / whole))
+            fault = run(target, share, derandomize=args.derandomize)
             count = target.taken + target.refused
             inputs += count
             lost += fault is not None
