@@ -41,6 +41,7 @@ _REQUIRED = (  # that are whole numbers in every family
     "vocab_size",
 )
 _LONGEST = 1 << 40  # tokens
+_LARGEST_BASE = 1e30  # of rope_theta; float32 holds its frequencies
 _LENGTH_KEYS = ("max_position_embeddings", "max_sequence_length", "n_positions")
 # Settings of the model that transformers 5 keeps inside rope_parameters.
 _MODEL_KEYS = ("rope_theta", "partial_rotary_factor")
@@ -176,10 +177,10 @@ def _set_base(config: dict[str, Any]) -> None:
         config.pop("rope_theta", None)
         return
     number = isinstance(base, int | float) and not isinstance(base, bool)
-    if not number or not 1 < base < float("inf"):
+    if not number or not 1 < base < _LARGEST_BASE:
         raise InputError(
-            f"config.json has rope_theta = {shown(base)}. It must be a number above 1, such as "
-            "10000."
+            f"config.json has rope_theta = {shown(base)}. It must be a number above 1 and below "
+            f"{_LARGEST_BASE:g}, such as 10000."
         )
     config["rope_theta"] = float(base)
 

@@ -84,7 +84,7 @@ def check_seed(seed: int | None) -> None:
     Raises:
         InputError: the message has the range.
     """
-    # Of a YAML file; searching a range for anything but an int would take minutes.
+    # A YAML file may give any type; searching a range for another type than int takes minutes.
     if seed is not None and not (type(seed) is int and seed in _SEEDS):
         raise InputError(f"--seed must be within 0..{_SEEDS[-1]}, got {shown(seed)}.")
 

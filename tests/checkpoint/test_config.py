@@ -220,3 +220,10 @@ def test_normalising_twice_changes_nothing_more(config):
         return
 
     assert json.dumps(normalise_config(once), sort_keys=True) == json.dumps(once, sort_keys=True)
+
+
+@pytest.mark.parametrize("base", [10**400, float("inf"), 1, True, "1e4"])
+def test_a_base_that_float32_cannot_hold_is_refused(base):
+    """A whole number of 400 digits ended in an OverflowError."""
+    with pytest.raises(InputError, match=r"rope_theta = .* above 1 and below 1e"):
+        normalise_config({"rope_theta": base})
