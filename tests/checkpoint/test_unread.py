@@ -22,7 +22,7 @@ def notes(config):
 
 @pytest.mark.parametrize("name", [n for n, c in CONFIGS.items() if "mlx_lm_cannot" not in c])
 def test_a_published_config_that_differs_from_transformers_is_told(name):
-    """gpt-oss, Phi-3 and GLM-4 answered otherwise than in transformers without a word."""
+    """gpt-oss, Phi-3 and GLM-4 gave other answers than in transformers, with no warning."""
     differs = "rotations_differ" in CONFIGS[name] and name not in REPAIRED
     assert bool(notes(scaled(name))) == differs
 
