@@ -5,8 +5,15 @@ Not covered: options of a scaling (`scaling_options.py`).
 
 import argparse
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
+from mlx_lm.sample_utils import make_sampler
 
 from ..errors import InputError
+from ..model.own_rope import OWN_ROPE_HELP, OWN_ROPES
 
 # Ranges of options that mlx-lm does not check, or checks late.
 _RANGES = (
@@ -38,6 +45,103 @@ def scale_policy(text: str) -> str | float:
     return scale
 
 
+# Options that several commands have: arguments of `add_argument`.
+_SHARED: dict[str, dict[str, Any]] = {
+    "--model": {"help": "A folder, a .gguf file or a Hugging Face id."},
+    "--adapter-path": {"help": "A folder of adapters to put on top of the model."},
+    "--trust-remote-code": {
+        "action": "store_true",
+        "help": "Let the tokenizer run its own Python.",
+    },
+    "--scale": {"type": scale_policy, "default": "prompt", "metavar": "prompt|grow|NUMBER"},
+    "--own-rope": {
+        "choices": OWN_ROPES,
+        "help": f"Needs a scaling. {OWN_ROPE_HELP} Default: keep.",
+    },
+    "--freeze": {
+        "type": float,
+        "metavar": "SCALE",
+        "help": "Fix the scale and write a checkpoint that runs without mlx_clex. Default: keep "
+        "the scaling.",
+    },
+    "--upload-repo": {"help": "Hub id to publish the result under. Default: none."},
+    "--prompt-file": {
+        "metavar": "FILE",
+        "help": "Read the text from a UTF-8 file of any size ('-' reads from stdin).",
+    },
+    "--data": {
+        "help": "A .txt, .md or .jsonl file, a folder of them, or OWNER/NAME of a dataset on the "
+        "hub. Default: the bundled text."
+    },
+    "--split": {
+        "default": "train",
+        "choices": ("train", "valid", "test"),
+        "help": "Split of a folder or dataset. Default: train, which holds all files of a folder "
+        "without splits.",
+    },
+    "--max-kv-size": {"type": int, "help": "Refused: it would drop old text from the cache."},
+    "--prefill-step-size": {
+        "type": int,
+        "default": 2048,
+        "help": "Tokens of a prompt read in one pass.",
+    },
+    "--kv-bits": {"type": int, "help": "Bits of the KV cache. Default: not quantised."},
+    "--kv-group-size": {
+        "type": int,
+        "default": 64,
+        "help": "Values of the KV cache that share a quantisation scale.",
+    },
+    "--quantized-kv-start": {
+        "type": int,
+        "default": DEFAULT_QUANTIZED_KV_START,
+        "metavar": "TOKENS",
+        "help": "Quantise the KV cache from this length on.",
+    },
+    "--output": {
+        "metavar": "PREFIX",
+        "help": "Write PREFIX.json, PREFIX.csv and PREFIX.png. An interrupted run continues from "
+        "them. Default: no files.",
+    },
+    "--json": {"action": "store_true", "help": "Print one JSON object."},
+}
+
+
+def add_shared(
+    parser: argparse.ArgumentParser, *options: str, aliases: Sequence[str] = (), **changes: Any
+) -> None:
+    """Add options of several commands.
+
+    Args:
+        parser: parser of the command.
+        options: keys of `_SHARED`.
+        aliases: other names of the option.
+        changes: arguments of `add_argument` that replace those in `_SHARED`.
+    """
+    for option in options:
+        parser.add_argument(option, *aliases, **{**_SHARED[option], **changes})
+
+
+def loading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `load` that the options give."""
+    return {
+        "scale": args.scale if isinstance(args.scale, float) else None,
+        "adapter_path": args.adapter_path,
+        "trust_remote_code": args.trust_remote_code,
+    }
+
+
+def sampler_at(
+    temperature: float, args: argparse.Namespace, tokenizer: Any
+) -> Callable[[mx.array], mx.array]:
+    """Return mlx-lm's sampler at this temperature, with the other options as given."""
+    names = ("top_p", "min_p", "min_tokens_to_keep", "top_k", "xtc_probability", "xtc_threshold")
+    return make_sampler(
+        temperature,
+        **{name: getattr(args, name) for name in names if hasattr(args, name)},
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )
+
+
 def check_cache_options(args: argparse.Namespace) -> None:
     """Refuse cache options that cannot be used.
 
@@ -51,8 +155,7 @@ def check_cache_options(args: argparse.Namespace) -> None:
         )
     if args.kv_bits not in (None, 2, 3, 4, 5, 6, 8):
         raise InputError(f"--kv-bits must be 2, 3, 4, 5, 6 or 8, got {args.kv_bits}.")
-    if args.quantized_kv_start < 0:
-        raise InputError(f"--quantized-kv-start must be at least 0, got {args.quantized_kv_start}.")
+    check_least(args, "quantized_kv_start", 0)
 
 
 def check_ranges(args: argparse.Namespace) -> None:
@@ -73,11 +176,12 @@ def check_ranges(args: argparse.Namespace) -> None:
 
 
 def check_least(args: argparse.Namespace, name: str, least: int) -> None:
-    """Refuse an option below its least value; None stands for a default.
+    """Refuse an option below its least value; None stands for a default, a list for its values.
 
     Raises:
         InputError: the message names the option.
     """
     value = getattr(args, name)
-    if value is not None and value < least:
-        raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}.")
+    for one in value if isinstance(value, list) else [value]:
+        if one is not None and one < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {one}.")
