@@ -156,11 +156,7 @@ def _title(path: Path) -> str:
         return f"Training run {file.parent.name or file}"
     scaling = (run.get("rope_scaling") or {}).get("type")
     method = f" with {scaling} scaling" if scaling else ""
-    return f"{run['data']}: training of {_short(run['model'])}{method}"
-
-
-def _short(model: object) -> str:
-    return Path(str(model)).name.removeprefix(PREFIX)
+    return f"{run['data']}: training of {Path(str(run['model'])).name.removeprefix(PREFIX)}{method}"
 
 
 def _together(results: dict[Path, Results]) -> Results:

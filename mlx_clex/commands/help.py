@@ -77,7 +77,8 @@ class _Elsewhere(argparse.Action):
     """An option of mlx-lm's command that has another name here."""
 
     def __init__(self, *args: Any, advice: str, **kwargs: Any) -> None:
-        super().__init__(*args, nargs="?", metavar="VALUE", default=argparse.SUPPRESS, **kwargs)
+        kwargs |= {"nargs": "?", "metavar": "VALUE", "default": argparse.SUPPRESS}
+        super().__init__(*args, **kwargs)
         self.advice = advice
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:

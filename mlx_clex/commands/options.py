@@ -1,4 +1,4 @@
-"""Parse and check options that several commands share.
+"""Add, parse and check options that several commands share.
 
 Not covered: options of a scaling (`scaling_options.py`).
 """
@@ -45,64 +45,55 @@ def scale_policy(text: str) -> str | float:
     return scale
 
 
+def _option(text: str, **arguments: Any) -> dict[str, Any]:
+    return {"help": text, **arguments}
+
+
 # Options that several commands have: arguments of `add_argument`.
-_SHARED: dict[str, dict[str, Any]] = {
-    "--model": {"help": "A folder, a .gguf file or a Hugging Face id."},
-    "--adapter-path": {"help": "A folder of adapters to put on top of the model."},
-    "--trust-remote-code": {
-        "action": "store_true",
-        "help": "Let the tokenizer run its own Python.",
-    },
-    "--scale": {"type": scale_policy, "default": "prompt", "metavar": "prompt|grow|NUMBER"},
-    "--own-rope": {
-        "choices": OWN_ROPES,
-        "help": f"Needs a scaling. {OWN_ROPE_HELP} Default: keep.",
-    },
-    "--freeze": {
-        "type": float,
-        "metavar": "SCALE",
-        "help": "Fix the scale and write a checkpoint that runs without mlx_clex. Default: keep "
-        "the scaling.",
-    },
-    "--upload-repo": {"help": "Hub id to publish the result under. Default: none."},
-    "--prompt-file": {
-        "metavar": "FILE",
-        "help": "Read the text from a UTF-8 file of any size ('-' reads from stdin).",
-    },
-    "--data": {
-        "help": "A .txt, .md or .jsonl file, a folder of them, or OWNER/NAME of a dataset on the "
-        "hub. Default: the bundled text."
-    },
-    "--split": {
-        "default": "train",
-        "choices": ("train", "valid", "test"),
-        "help": "Split of a folder or dataset. Default: train, which holds all files of a folder "
-        "without splits.",
-    },
-    "--max-kv-size": {"type": int, "help": "Refused: it would drop old text from the cache."},
-    "--prefill-step-size": {
-        "type": int,
-        "default": 2048,
-        "help": "Tokens of a prompt read in one pass.",
-    },
-    "--kv-bits": {"type": int, "help": "Bits of the KV cache. Default: not quantised."},
-    "--kv-group-size": {
-        "type": int,
-        "default": 64,
-        "help": "Values of the KV cache that share a quantisation scale.",
-    },
-    "--quantized-kv-start": {
-        "type": int,
-        "default": DEFAULT_QUANTIZED_KV_START,
-        "metavar": "TOKENS",
-        "help": "Quantise the KV cache from this length on.",
-    },
-    "--output": {
-        "metavar": "PREFIX",
-        "help": "Write PREFIX.json, PREFIX.csv and PREFIX.png. An interrupted run continues from "
-        "them. Default: no files.",
-    },
-    "--json": {"action": "store_true", "help": "Print one JSON object."},
+_SHARED = {
+    "--model": _option("A folder, a .gguf file or a Hugging Face id."),
+    "--adapter-path": _option("A folder of adapters to put on top of the model."),
+    "--trust-remote-code": _option("Let the tokenizer run its own Python.", action="store_true"),
+    "--scale": _option("", type=scale_policy, default="prompt", metavar="prompt|grow|NUMBER"),
+    "--own-rope": _option(f"Needs a scaling. {OWN_ROPE_HELP} Default: keep.", choices=OWN_ROPES),
+    "--freeze": _option(
+        "Fix the scale and write a checkpoint that runs without mlx_clex. Default: keep the "
+        "scaling.",
+        type=float,
+        metavar="SCALE",
+    ),
+    "--upload-repo": _option("Hub id to publish the result under. Default: none."),
+    "--prompt-file": _option(
+        "Read the text from a UTF-8 file of any size ('-' reads from stdin).", metavar="FILE"
+    ),
+    "--data": _option(
+        "A .txt, .md or .jsonl file, a folder of them, or OWNER/NAME of a dataset on the hub. "
+        "Default: the bundled text."
+    ),
+    "--split": _option(
+        "Split of a folder or dataset. Default: train, which holds all files of a folder without "
+        "splits.",
+        default="train",
+        choices=("train", "valid", "test"),
+    ),
+    "--max-kv-size": _option("Refused: it would drop old text from the cache.", type=int),
+    "--prefill-step-size": _option("Tokens of a prompt read in one pass.", type=int, default=2048),
+    "--kv-bits": _option("Bits of the KV cache. Default: not quantised.", type=int),
+    "--kv-group-size": _option(
+        "Values of the KV cache that share a quantisation scale.", type=int, default=64
+    ),
+    "--quantized-kv-start": _option(
+        "Quantise the KV cache from this length on.",
+        type=int,
+        default=DEFAULT_QUANTIZED_KV_START,
+        metavar="TOKENS",
+    ),
+    "--output": _option(
+        "Write PREFIX.json, PREFIX.csv and PREFIX.png. An interrupted run continues from them. "
+        "Default: no files.",
+        metavar="PREFIX",
+    ),
+    "--json": _option("Print one JSON object.", action="store_true"),
 }
 
 
