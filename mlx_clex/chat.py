@@ -13,6 +13,7 @@ import importlib
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from mlx_lm.chat import setup_arg_parser
@@ -20,7 +21,7 @@ from mlx_lm.chat import setup_arg_parser
 from .commands.chat_options import add_chat_arguments, check_chat_options, load_conversation
 from .commands.progress import reading_bar
 from .commands.run_command import command
-from .errors import InputError, RunError
+from .errors import InputError, RunError, one_line
 from .serving.conversation import Conversation, Progress, Stopped
 from .serving.prompt import read_text
 
@@ -68,8 +69,10 @@ def run(args: argparse.Namespace) -> None:
             print("\nNothing to stop; Ctrl-D or /quit leaves.")
         except Stopped:
             print("Stopped; the conversation is as it was before.")
-        except (InputError, RunError) as error:
-            print(f"error: {' '.join(str(error).split())}")
+        except BrokenPipeError:
+            raise
+        except (InputError, RunError, OSError) as error:
+            print(f"error: {one_line(error)}")
 
 
 def _obey(conversation: Conversation, line: str) -> None:
@@ -89,6 +92,10 @@ def _obey(conversation: Conversation, line: str) -> None:
         )
     if COMMANDS[command].startswith("FILE") and not file:
         raise InputError(f"{command} needs a file: {command} FILE.")
+    try:
+        Path(file).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{file}: there is no such user. Give the path without ~.") from error
     if command == "/help":
         print("\n".join(f"{name:10}{text}" for name, text in COMMANDS.items()))
     elif command == "/reset":
@@ -115,7 +122,7 @@ def _obey(conversation: Conversation, line: str) -> None:
     elif command == "/restore":
         conversation.restore(file)
         if conversation.messages:
-            print(f"... {conversation.messages[-1]['content'][-200:].strip()}")
+            print(one_line(f"... {conversation.messages[-1]['content'][-200:]}"))
         print(f"Restored: {conversation.context()}")
 
 

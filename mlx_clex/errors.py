@@ -31,8 +31,8 @@ def say(text: str) -> None:
     print(f"[mlx_clex] {text}", file=sys.stderr)
 
 
-def one_line(error: BaseException) -> str:
-    """Return the message of an exception in one line, cut if it is very long.
+def one_line(error: BaseException | str) -> str:
+    """Return a text, or the message of an exception, in one line, cut if it is very long.
 
     Control characters, which a file may have put there, are escaped.
     """
