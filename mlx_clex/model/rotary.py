@@ -269,7 +269,8 @@ class Pass:
         if layer not in self._tables:
             positions = self.positions
             if positions is None:
-                positions = positions_from(offset, x.shape[-2])
+                made = next(iter(self._tables.values()), None)
+                positions = made[0] if made else positions_from(offset, x.shape[-2])
             self._tables[layer] = (positions, *cos_sin(positions, self.inv_freq[layer]))
         positions, cos, sin = self._tables[layer]
         inv_freq = self.inv_freq[layer]
