@@ -15,7 +15,7 @@ Not covered: the scale of a pass, and keys that are already cached.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -252,6 +252,10 @@ class Pass:
     position_gain: Any = None
     _tables: dict[int, tuple[mx.array, mx.array, mx.array]] = field(default_factory=dict)
     _gains: mx.array | None = None  # on queries, computed in the first layer
+
+    def at_other_positions(self) -> "Pass":
+        """Return the same scale and gain, with nothing computed from the positions of this one."""
+        return replace(self, _tables={}, _gains=None)
 
     @cached_property
     def _gain_array(self) -> mx.array:
