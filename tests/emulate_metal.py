@@ -55,7 +55,7 @@ def _rope(
     """Rotate as the kernel of Metal does; the arguments are those of `mx.fast.rope`."""
     if freqs is None:
         assert base is not None
-        inv_freq = mx.exp2(-mx.arange(dims // 2) / (dims // 2) * float(np.log2(base)))
+        inv_freq = mx.power(2.0, -mx.arange(dims // 2) / (dims // 2) * float(np.log2(base)))
     else:
         inv_freq = 1.0 / _without_gradient(freqs.astype(mx.float32))
     start = offset if isinstance(offset, mx.array) else mx.array(offset)

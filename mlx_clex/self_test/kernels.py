@@ -1,6 +1,7 @@
 """Compare MLX's kernels with plain operations and float64, and measure their memory."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -97,7 +98,7 @@ def attention_memory() -> Iterator[Measurement]:
     which quadruple; there the figures are of shorter sequences, and information.
     """
     lengths = (4096, 8192) if on_metal() else (512, 1024)
-    peaks = [peak_of(lambda n=n: _attention_gradients(n)) for n in lengths]
+    peaks = [peak_of(partial(_attention_gradients, n)) for n in lengths]
     for length, peak in zip(lengths, peaks, strict=True):
         yield Measurement(f"attention backward at {length:,}, MB", peak / 1e6)
     bound = 2.5 if on_metal() else None

@@ -119,7 +119,7 @@ class TrainingStep:
     def _compile(self) -> None:
         self._state = [self.model.state, self.optimizer.state, mx.random.state]
         compiled: Any = partial(mx.compile, inputs=self._state, outputs=self._state)
-        self._apart = self._gradient, self._update
+        self._apart: Any = self._gradient, self._update
         self._compiled: Any = self._step
         if self.parts == 1:
             self._compiled = compiled(self._step)
@@ -258,7 +258,8 @@ class TrainingStep:
             return tree
         mx.eval(tree)
         with mx.stream(mx.cpu):
-            average = nn.average_gradients({"all": tree}, self.group, communication_stream=mx.cpu)
+            stream = mx.default_stream(mx.cpu)
+            average = nn.average_gradients({"all": tree}, self.group, communication_stream=stream)
             tree = tree_map(lambda value: value * self.parts, average["all"])
         mx.eval(tree)
         return tree
