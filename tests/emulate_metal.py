@@ -18,7 +18,7 @@ import os
 import runpy
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import mlx_clex  # isort: skip  # noqa: F401 - before mlx.core: on Linux it looks for OpenBLAS
 
@@ -57,7 +57,7 @@ def _rope(
         assert base is not None
         inv_freq = mx.power(2.0, -mx.arange(dims // 2) / (dims // 2) * float(np.log2(base)))
     else:
-        inv_freq = 1.0 / _without_gradient(freqs.astype(mx.float32))
+        inv_freq = mx.reciprocal(cast(mx.array, _without_gradient(freqs.astype(mx.float32))))
     start = offset if isinstance(offset, mx.array) else mx.array(offset)
     first = start.reshape(-1, *(1,) * (x.ndim - 1)).astype(mx.float32)
     positions = first + mx.arange(x.shape[-2], dtype=mx.float32)[:, None]
@@ -115,19 +115,19 @@ def _rounding(product: Callable[..., Any], count: int) -> Callable[..., Any]:
 
 def install() -> None:
     """Replace MLX's functions, for the rest of the process."""
-    mx.fast.rope = _rope
-    fast: Any = mx.fast
+    core: Any = mx
+    core.fast.rope = _rope
     for owner, name, count in (
-        (mx, "matmul", 2),
-        (mx.array, "__matmul__", 2),
-        (mx, "quantized_matmul", 1),
-        (mx, "gather_qmm", 1),
-        (mx, "gather_mm", 2),
-        (fast, "scaled_dot_product_attention", 3),
+        (core, "matmul", 2),
+        (core.array, "__matmul__", 2),
+        (core, "quantized_matmul", 1),
+        (core, "gather_qmm", 1),
+        (core, "gather_mm", 2),
+        (core.fast, "scaled_dot_product_attention", 3),
     ):
         setattr(owner, name, _rounding(getattr(owner, name), count))
-    stock = mx.addmm
-    mx.addmm = lambda c, a, b, *rest, **other: _rounding(
+    stock = core.addmm
+    core.addmm = lambda c, a, b, *rest, **other: _rounding(
         lambda a, b: stock(c, a, b, *rest, **other), 2
     )(a, b)
 
