@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from .checkpoint.lock import locked
 from .commands.memory_check import MemoryCheck, add_force
-from .commands.run_command import check_seed, run_command
+from .commands.run_command import check_seed, command
 from .commands.scaling_options import add_scaling_arguments, scaling_from
 from .diagnosis.memory import Training
 from .model.sharding import one_voice
@@ -81,19 +81,13 @@ def _check_memory(options: TrainingOptions, processes: int, *, force: bool) -> N
     MemoryCheck(options.model, force=force)(run, what)
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.lora",
-            description="Fine-tune a model for texts longer than it was trained on.",
-            example="mlx_clex lora --train --model bundled:base --scaling clex --data texts "
-            "--iters 200 --eval-lengths 64 256 1024",
-        )
-    )
+main = command(
+    "lora",
+    add_arguments,
+    run,
+    "--train --model bundled:base --scaling clex --data texts --iters 200 --eval-lengths 64 256",
+)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
