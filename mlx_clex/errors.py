@@ -95,6 +95,11 @@ def generating(where: Callable[[], str]) -> Iterator[None]:
         raise RunError(f"MLX failed {where()}: {error}{watchdog_advice(error)}") from error
 
 
+def failed_after(tokens: int, error: RuntimeError) -> RunError:
+    """Return the error for a failure of MLX in a conversation."""
+    return RunError(f"MLX failed after {tokens} tokens: {error}{watchdog_advice(error)}")
+
+
 def watchdog_advice(error: BaseException, *, training: bool = False) -> str:
     """Return what to do if macOS ended a computation on the GPU that took too long, else ""."""
     if not any(text in str(error) for text in ("Timeout", "Impacting Interactivity")):

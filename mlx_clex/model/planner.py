@@ -102,6 +102,24 @@ class Planner:
         learns = caches is None and model.training
         return self._enter(self._pass(scales, lengths, learns))
 
+    def go_on(self) -> None:
+        """Begin another part of the same pass: the scale and gain stay, the positions move on."""
+        assert self.current.now is not None
+        self._enter(self.current.now.at_other_positions())
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a layer, at least 1."""
+        return self.scaling.shape.heads or 1
+
+    def cached(self, caches: Sequence[Any]) -> int:
+        """Return how many tokens are cached, in the longest row of a batch."""
+        if not self.keys:
+            return 0
+        cache: Any = self.keys[0].cache(caches)
+        end = getattr(cache, "_idx", cache.offset)  # a batch's offset is an array
+        return end if isinstance(end, int) else 0
+
     def _enter(self, now: Pass) -> CurrentPass:
         self.current.count += 1
         self.current.now = now

@@ -25,6 +25,7 @@ from . import quantised_attention  # noqa: F401 - replaces a function of mlx-lm
 from .cache import ScaledKVCache
 from .find_ropes import Site, find_sites
 from .own_rope import length_of, own_rope_settled
+from .parts import FEWEST, read_in_parts
 from .planner import Planner, beyond_reach
 from .rotary import CurrentPass, Pass, Rope
 from .stock import config_of, model_name, stock_caches, stock_class
@@ -361,8 +362,13 @@ def _scaled_class(stock: type) -> type:
         if tokens is None or not tokens.size:
             tokens = kwargs.get("input_embeddings", tokens)
         cache = args[cache_at] if len(args) > cache_at else kwargs.get("cache")
-        current = self._planner.begin(self, tokens.shape[1], cache)
+        planner = self._planner
+        current = planner.begin(self, tokens.shape[1], cache)
         try:
+            if cache is not None and tokens.shape[1] > FEWEST:
+                given = dict(zip(names, args, strict=False)) | kwargs
+                read = functools.partial(stock.__call__, self)
+                return read_in_parts(read, given, tokens, planner)
             return stock.__call__(self, *args, **kwargs)
         finally:
             current.now = None
