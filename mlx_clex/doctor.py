@@ -27,7 +27,7 @@ from mlx_lm.models import llama
 
 from ._blas import use_openblas
 from .commands.run_command import run_command
-from .diagnosis.model_report import report
+from .diagnosis.model_report import PROBLEM, report
 from .errors import RunError
 from .model.rotary import rotate, rotate_at
 from .model.scaled_model import attach, make_prompt_cache
@@ -277,7 +277,7 @@ def run(args: argparse.Namespace) -> None:
 
     Raises:
         InputError: the model is not found.
-        RunError: a check of the self-test failed.
+        RunError: a check of the self-test failed, or the model has a problem.
     """
     rows = report(args.model) if args.model is not None else []
     print("```")
@@ -296,6 +296,9 @@ def run(args: argparse.Namespace) -> None:
     print("```")
     if args.self_test and failed:
         raise RunError(f"{failed} of {len(CHECKS)} checks failed. Please report the block above.")
+    problems = sum(name == PROBLEM for name, _ in rows)
+    if problems:
+        raise RunError(f"{args.model} has {problems} problem(s), named above.")
 
 
 def main() -> None:

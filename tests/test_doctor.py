@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,19 @@ def test_runs_as_a_command(tmp_path):
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("```\nmlx-clex")
+
+
+def test_a_problem_is_in_the_status(tmp_path, converted, capsys):
+    """A script could not see it: the status was 0."""
+    folder = tmp_path / "model"
+    shutil.copytree(converted("clex_llama"), folder)
+    assert run_doctor(str(folder)) == 0
+    for file in folder.glob("*token*"):
+        file.unlink()
+    assert run_doctor(str(folder)) == 1
+    printed = capsys.readouterr()
+    assert "No tokenizer" in printed.out
+    assert "has 1 problem" in printed.err
 
 
 def test_shipped_data_is_what_the_script_makes(tmp_path, monkeypatch):
