@@ -18,9 +18,9 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import dequantize_model, save_model
 
-from .checkpoint.adapters import adapter_files, other_base
+from .checkpoint.adapters import other_base, read_adapters
 from .checkpoint.config import BASE_ROPE, SHIM, is_ours, normalise_config
-from .checkpoint.files import read_json, write_json
+from .checkpoint.files import write_json
 from .checkpoint.folder import files_of, read_config
 from .commands.help import point_elsewhere
 from .commands.options import add_shared
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     model, _ = load(
         args.model, adapter_path=args.adapter_path, trust_remote_code=args.trust_remote_code
     )
-    adapters = read_json(adapter_files(Path(args.adapter_path)) / "adapter_config.json")
+    _, adapters = read_adapters(Path(args.adapter_path))
     config = _merged_config(base, model, dropped=adapters.get("own_rope") == "drop")
     merge(model, dequantize=args.dequantize)
     if args.dequantize:

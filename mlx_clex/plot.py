@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .bundled import PREFIX
-from .checkpoint.files import read_json
+from .checkpoint.files import check_link, read_json
 from .commands.help import Formatter
 from .commands.options import add_shared
 from .commands.run_command import command
@@ -141,16 +141,14 @@ def _log(path: Path) -> list[dict[str, Any]]:
     file = _log_file(path)
     if not file.is_file():
         raise InputError(f"{file} is not there: give the --adapter-path of a mlx_clex lora run.")
-    lines: list[Any] = read_log(file)
-    if not all(isinstance(line, dict) and "iteration" in line for line in lines):
-        raise InputError(f"{file} is no log of mlx_clex lora: give the {LOG} of a run.")
-    return lines
+    return read_log(file)
 
 
 def _title(path: Path) -> str:
     """Name the data and the model of a run, from the settings beside its log."""
     file = _log_file(path)
     settings = file.with_name("adapter_config.json")
+    check_link(settings, file.parent)
     run = read_json(settings) if settings.is_file() else {}
     if not isinstance(run, dict) or not {"data", "model"} <= run.keys():
         return f"Training run {file.parent.name or file}"

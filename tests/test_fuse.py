@@ -115,7 +115,7 @@ def test_bad_input_is_one_line(base, converted, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
     assert merge(base, tmp_path / "nowhere", tmp_path / "fused") == 2
     assert "adapter_config.json" in capsys.readouterr().err
-    save_config({"fine_tune_type": "full"}, tmp_path / "adapter_config.json")
+    save_config({"fine_tune_type": "full", "num_layers": 2}, tmp_path / "adapter_config.json")
     save_model(tmp_path, load(converted("clex_phi"))[0])
     (tmp_path / "model.safetensors").rename(tmp_path / "adapters.safetensors")
     assert merge(base, tmp_path, tmp_path / "fused") == 2

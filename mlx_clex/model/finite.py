@@ -1,9 +1,10 @@
-"""Check that the tensors and logits of a loaded model are finite.
+"""Checks of tensors that were read: a model's and its first logits, and those of a save.
 
 MLX does not stop at NaN or infinity, so damaged weights would only show as nonsense text.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -54,6 +55,30 @@ def check_finite(model: nn.Module) -> None:
             f"The model's logits are {what}. Its largest weight is {value:.3g}, in {name}. "
             f"{_ADVICE}"
         )
+
+
+def check_like(given: Mapping[str, mx.array], like: Mapping[str, mx.array]) -> None:
+    """Refuse tensors of a file that cannot replace others.
+
+    Args:
+        given: the file's, by name.
+        like: those to be replaced.
+
+    Raises:
+        InputError: a name is missing or unknown, a shape or a kind of number differs, or values
+            are not finite; the message names the first such tensor.
+    """
+    for name in sorted(given.keys() | like.keys()):
+        there, here = given.get(name), like.get(name)
+        if there is None or here is None:
+            raise InputError(f"The tensor {name} is {'missing' if there is None else 'unknown'}.")
+        if there.shape != here.shape or there.dtype != here.dtype:
+            raise InputError(
+                f"The tensor {name} is {there.dtype} {there.shape}; it must be {here.dtype} "
+                f"{here.shape}."
+            )
+        if mx.issubdtype(there.dtype, mx.floating) and not mx.isfinite(there).all().item():
+            raise InputError(f"The tensor {name} has values that are not finite.")
 
 
 def _largest(tensors: dict[str, mx.array]) -> tuple[str, float]:

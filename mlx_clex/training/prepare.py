@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.tuner.callbacks import get_reporting_callbacks
 
+from ..checkpoint.adapters import read_adapters
 from ..checkpoint.digest import weights_digest
-from ..checkpoint.files import read_json
 from ..data.corpus import Corpus, load_corpora
 from ..errors import InputError, say
 from ..evaluation.perplexity import check_lengths, check_targets
@@ -350,7 +350,7 @@ def _adapter_config(
     if options.num_layers <= 0 or options.num_layers > len(model.layers):
         config["num_layers"] = len(model.layers)
     if _under_scaling(options):
-        below = read_json(Path(str(_adapters_below(options))) / "adapter_config.json")
+        _, below = read_adapters(Path(str(_adapters_below(options))))
         config |= {key: below[key] for key in ("fine_tune_type", "num_layers", "lora_parameters")}
     elif options.fine_tune_type == "scaling":
         # For mlx-lm's loader: adapters in no layer.

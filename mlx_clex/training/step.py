@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ..data.batch import Batch
 from ..model.chunked_loss import chunk_length, loss_for_gradient
+from ..model.finite import check_like
 from ..model.rotary import Pass, Rope
 from ..model.scaled_model import given_pass
 from ..scaling import Scaling
@@ -111,7 +112,12 @@ class TrainingStep:
         return dict(tree_flatten(self.optimizer.state))
 
     def restore(self, arrays: Mapping[str, mx.array]) -> None:
-        """Set the optimizer's state from what `optimizer_arrays` returned."""
+        """Set the optimizer's state from what `optimizer_arrays` returned.
+
+        Raises:
+            InputError: they are of another optimizer, or not finite.
+        """
+        check_like(arrays, self.optimizer_arrays())
         state = tree_map_with_path(lambda name, _: arrays[name], self.optimizer.state)
         self.optimizer.state = state
         self._compile()

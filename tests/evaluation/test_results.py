@@ -129,6 +129,17 @@ def test_other_files_are_refused(tmp_path, text):
             read(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("length", 0), ("length", -1), ("perplexity", 0.0), ("perplexity", -1.0), ("high", 1e308)],
+)
+def test_figures_that_cannot_be_are_refused(tmp_path, name, value):
+    """A negative perplexity was drawn as any other."""
+    opened(tmp_path / "out").add(row("base", 128, 5.0) | {name: value})
+    with pytest.raises(InputError, match=r"out\.json is not a result file"):
+        read_results(tmp_path / "out")
+
+
 def test_a_missing_file_and_another_kind_are_refused(tmp_path):
     """The error must name the file, and the kinds that were found and expected."""
     with pytest.raises(InputError, match=r"none\.json cannot be read \(No such file"):
