@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from .checkpoint.lock import locked
 from .commands.memory_check import MemoryCheck, add_force
-from .commands.run_command import check_seed, run_command
+from .commands.run_command import check_seed, command
 from .commands.scaling_options import add_scaling_arguments, scaling_from
 from .diagnosis.memory import Training
 from .model.sharding import one_voice
@@ -100,19 +100,14 @@ def _check_rows_of_stage_2(options: TrainingOptions, *, force: bool) -> None:
     MemoryCheck(options.model, force=force)(run, what, state=True)
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.lora",
-            description="Fine-tune a model for texts longer than it was trained on.",
-            example="mlx_clex lora --train --model bundled:base --scaling clex --data texts "
-            "--iters 200 --eval-lengths 64 256 1024",
-        )
-    )
+main = command(
+    "lora",
+    add_arguments,
+    run,
+    "--train --model bundled:base --scaling clex --data texts --iters 200 "
+    "--eval-lengths 64 256 1024",
+)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

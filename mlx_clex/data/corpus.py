@@ -174,7 +174,11 @@ def find_files(path: Path) -> dict[str, list[Path]]:
 def _texts(folder: Path) -> list[Path]:
     files = (file for file in folder.rglob("*") if file.is_file() and file.suffix in _TEXT)
     # macOS writes a file `._name.txt` beside each file on a foreign file system.
-    return sorted(file for file in files if not file.name.startswith("."))
+    return sorted(
+        file
+        for file in files
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
 
 
 def _write(target: Path, name: str, texts: Documents) -> None:

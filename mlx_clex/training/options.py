@@ -37,7 +37,7 @@ _SAVED = "saves and reports"
 _MEMORY = "memory"
 # Scalings whose tensors train at another learning rate than the model.
 _SHARES = "".join(
-    f", {kind.learning_rate_share:g} times it for {name}"
+    f"; for {name} {f'{kind.learning_rate_share:g} times it' if kind.learning_rate_share else '0'}"
     for name, kind in SCALINGS.items()
     if kind.learning_rate_share != 1
 )
