@@ -163,7 +163,7 @@ class Run:
             network: let it ask the network.
         """
         self.box = box
-        self.limit = 10 * seconds  # by the clock: the machine may be busy
+        self.limit: float = 10 * seconds  # by the clock: the machine may be busy
         (box / "home").mkdir(parents=True, exist_ok=True)
         for name, text in (("stdin", stdin), ("stdout", ""), ("stderr", ""), ("seen", "")):
             (box / f"{name}.txt").write_text(text, errors="surrogateescape")
