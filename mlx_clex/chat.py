@@ -20,7 +20,7 @@ from mlx_lm.chat import setup_arg_parser
 
 from .commands.chat_options import add_chat_arguments, check_chat_options, load_conversation
 from .commands.progress import reading_bar
-from .commands.run_command import run_command
+from .commands.run_command import command
 from .errors import InputError, RunError, one_line
 from .serving.conversation import Conversation, Progress, Stopped
 from .serving.prompt import read_text
@@ -175,19 +175,10 @@ def _bar(least: int = 1) -> Iterator[Progress]:
         yield progress
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_chat_arguments,
-            run,
-            prog="mlx_clex.chat",
-            description="Talk with a model in the terminal, long documents included.",
-            parents=[setup_arg_parser()],
-            example="mlx_clex chat --model long-model --max-tokens 512",
-        )
-    )
+main = command(
+    "chat", add_chat_arguments, run, "--model long-model --max-tokens 512", parent=setup_arg_parser
+)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -7,11 +7,8 @@ import sys
 import mlx.core as mx
 import pytest
 from mlx_clex.convert import convert
-from mlx_lm.chat import setup_arg_parser
 
-from mlx_clex.chat import run
-from mlx_clex.commands.chat_options import add_chat_arguments as add_arguments
-from mlx_clex.commands.run_command import run_command
+from mlx_clex.chat import main
 
 from .conftest import GOLDEN
 
@@ -253,10 +250,7 @@ def test_a_broken_file_is_one_line_and_the_talk_stays(model, tmp_path, monkeypat
             return line
 
         monkeypatch.setattr("builtins.input", ask)
-        options = ["--model", str(model), "--max-tokens", "4"]
-        parents = [setup_arg_parser()]
-        common = {"prog": "mlx_clex.chat", "description": "", "argv": options, "parents": parents}
-        assert run_command(add_arguments, run, **common) == 0
+        assert main(["--model", str(model), "--max-tokens", "4"]) == 0
         return shown[1:]
 
     file = tmp_path / "talk.safetensors"
@@ -307,14 +301,7 @@ def test_a_broken_file_is_one_line_and_the_talk_stays(model, tmp_path, monkeypat
 )
 def test_bad_options_are_one_line(options, reason, capsys):
     """Each is refused before the model is loaded."""
-    status = run_command(
-        *(add_arguments, run),
-        prog="mlx_clex.chat",
-        description="",
-        argv=options,
-        parents=[setup_arg_parser()],
-    )
-    assert status == 2
+    assert main(options) == 2
     err = capsys.readouterr().err
     assert re.fullmatch(r"mlx_clex chat: error: .*\n", err)
     assert reason in err
