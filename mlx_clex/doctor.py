@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from .commands.run_command import run_command
+from .commands.run_command import command
 from .diagnosis.machine import versions
 from .diagnosis.model_report import PROBLEM, report
 from .errors import RunError
@@ -63,18 +63,8 @@ def run(args: argparse.Namespace) -> None:
         raise RunError(f"{args.model} has {problems} problem(s), named above.")
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.doctor",
-            description="Print versions and device, describe a model, run a self-test.",
-            example="mlx_clex doctor my-model",
-        )
-    )
+main = command("doctor", add_arguments, run, "my-model")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
