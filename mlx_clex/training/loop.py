@@ -23,7 +23,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from ..checkpoint.adapters import ADAPTER_SCALING, EXTRA_WEIGHTS
+from ..checkpoint.adapters import ADAPTER_SCALING, ADAPTERS, EXTRA_WEIGHTS
 from ..checkpoint.files import read_json
 from ..data.corpus import Corpus
 from ..errors import InputError, RunError, one_line
@@ -35,7 +35,7 @@ from .draws import Draws
 from .log import LOG, Log
 from .progress_bars import Pace, with_bar
 from .ranks import Ranks
-from .saves import ADAPTERS, CURRENT, OPTIMIZER, STATE, Checkpoints
+from .saves import CURRENT, OPTIMIZER, STATE, Checkpoints
 from .step import Result, TrainingStep
 
 # What reading a damaged save raises.

@@ -20,12 +20,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoint.adapters import ADAPTER_SCALING, CURRENT, EXTRA_WEIGHTS
+from ..checkpoint.adapters import ADAPTER_SCALING, ADAPTERS, CURRENT, EXTRA_WEIGHTS
 from ..checkpoint.files import flush
 from ..checkpoint.safetensors_file import array_bytes, info_of, write
 from ..errors import InputError
 
-ADAPTERS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
