@@ -20,9 +20,9 @@ from mlx_lm.chat import setup_arg_parser
 from .commands.chat_options import add_chat_arguments, check_chat_options, load_conversation
 from .commands.progress import reading_bar
 from .commands.run_command import run_command
+from .data.text import read_text
 from .errors import InputError, RunError
 from .serving.conversation import Conversation, Progress, Stopped
-from .serving.prompt import read_text
 
 COMMANDS = {
     "/load": "FILE: read a text file into the context",

@@ -22,12 +22,13 @@ class Letters:
     """A tokenizer with one token for each letter and a chat template with turn tokens 3 and 4."""
 
     eos_token_id = 0
+    bos_token, bos_token_id = "<s>", 1
     chat_template = "turns"
 
     def get_vocab(self):
         return {chr(i): i for i in range(128)}
 
-    def encode(self, text, add_special_tokens=True):
+    def encode(self, text, add_special_tokens=True, verbose=True):
         return ([1] if add_special_tokens else []) + [ord(c) for c in text]
 
     def apply_chat_template(
