@@ -19,7 +19,7 @@ from mlx_lm.chat import setup_arg_parser
 
 from .commands.chat_options import add_chat_arguments, check_chat_options, load_conversation
 from .commands.progress import reading_bar
-from .commands.run_command import run_command
+from .commands.run_command import command
 from .data.text import read_text
 from .errors import InputError, RunError
 from .serving.conversation import Conversation, Progress, Stopped
@@ -168,19 +168,10 @@ def _bar(least: int = 1) -> Iterator[Progress]:
         yield progress
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_chat_arguments,
-            run,
-            prog="mlx_clex.chat",
-            description="Talk with a model in the terminal, long documents included.",
-            parents=[setup_arg_parser()],
-            example="mlx_clex chat --model long-model --max-tokens 512",
-        )
-    )
+main = command(
+    "chat", add_chat_arguments, run, "--model long-model --max-tokens 512", parent=setup_arg_parser
+)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

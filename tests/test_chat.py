@@ -7,11 +7,8 @@ import sys
 import mlx.core as mx
 import pytest
 from mlx_clex.convert import convert
-from mlx_lm.chat import setup_arg_parser
 
-from mlx_clex.chat import run
-from mlx_clex.commands.chat_options import add_chat_arguments as add_arguments
-from mlx_clex.commands.run_command import run_command
+from mlx_clex.chat import main
 
 from .conftest import GOLDEN
 
@@ -241,14 +238,7 @@ def test_commands_and_their_mistakes(chat, model):
 )
 def test_bad_options_are_one_line(options, reason, capsys):
     """Each is refused before the model is loaded."""
-    status = run_command(
-        *(add_arguments, run),
-        prog="mlx_clex.chat",
-        description="",
-        argv=options,
-        parents=[setup_arg_parser()],
-    )
-    assert status == 2
+    assert main(options) == 2
     err = capsys.readouterr().err
     assert re.fullmatch(r"mlx_clex chat: error: .*\n", err)
     assert reason in err

@@ -61,7 +61,7 @@ class Planner:
         self.layers = layers
         self.keys = keys  # cached keys; in a pipeline, only of this process's layers
         self.pick = _picker(keys)
-        # Longer sequences get worse answers or are refused.
+        # Sequences longer than this get worse answers or are refused.
         self.made_for = None if scaling.grows else scaling.reach
         if fixed_scale is not None:
             self.made_for = int(fixed_scale * scaling.trained_length)

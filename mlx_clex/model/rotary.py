@@ -131,16 +131,9 @@ def _slopes(
     return positions * (g2 * o1 - g1 * o2)
 
 
-def _rotate_fused(x: mx.array, periods: mx.array, offset: Offset, traditional: bool) -> mx.array:
-    return mx.fast.rope(
-        x,
-        2 * periods.shape[-1],
-        traditional=traditional,
-        base=None,
-        scale=1.0,
-        offset=offset,
-        freqs=periods,
-    )
+def _rotate_fused(x: mx.array, periods: Any, offset: Offset, traditional: bool) -> mx.array:
+    how: dict[str, Any] = {"traditional": traditional, "base": None, "scale": 1.0}
+    return mx.fast.rope(x, 2 * periods.shape[-1], **how, offset=offset, freqs=periods)
 
 
 def positions_from(offset: Offset, length: int) -> mx.array:
@@ -348,15 +341,7 @@ class Rope(nn.Module):
             )
         if now.fused_only and self._all_rotate:
             # The usual case at inference, kept fast.
-            return mx.fast.rope(
-                x,
-                self.dims,
-                traditional=self.traditional,
-                base=None,
-                scale=1.0,
-                offset=offset,
-                freqs=now.periods,
-            )
+            return _rotate_fused(x, now.periods, offset, self.traditional)
         out = now.rotate(x, offset, self.layer, self.traditional)
         out = keep_still(out, x, self.dims, self.pairs, self.traditional)
         if now.gains:

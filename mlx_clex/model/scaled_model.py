@@ -329,14 +329,11 @@ def _check_moves(model: nn.Module, constant: bool, sites: list[Site]) -> None:
     """Refuse a growing scale if cached keys cannot be rotated to it."""
     why = next((site.unmovable for site in sites if site.unmovable), None)
     if why is not None and not constant:
+        static = [name for name, its in SCALINGS.items() if its.static and its.options_for(2)]
         raise InputError(
             f"{model_name(model)} needs a fixed scale: {why}, so cached keys cannot be rotated "
-            f"to another scale. Pass scale=, or use one of: {', '.join(_static_methods())}."
+            f"to another scale. Pass scale=, or use one of: {', '.join(static)}."
         )
-
-
-def _static_methods() -> list[str]:
-    return [name for name, method in SCALINGS.items() if method.static and method.options_for(2)]
 
 
 def _follow_pipeline(body: Any, planner: Planner) -> None:
