@@ -148,6 +148,20 @@ def random_adapters(model, folder, seed):
     return folder
 
 
+def as_peft(adapters, folder, **settings):
+    """Write adapters of mlx-lm in the layout of PEFT."""
+    lora = json.loads((adapters / "adapter_config.json").read_text())["lora_parameters"]
+    folder.mkdir()
+    tensors = {}
+    for name, tensor in mx.load(str(adapters / "adapters.safetensors")).items():
+        peft = name.replace("lora_a", "lora_A.weight").replace("lora_b", "lora_B.weight")
+        tensors[f"base_model.model.{peft}"] = mx.contiguous(tensor.T)
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), tensors)
+    config = {"peft_type": "LORA", "r": lora["rank"], "lora_alpha": lora["scale"] * lora["rank"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config | settings))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tokens():
     """(4, 300) token ids below 64."""

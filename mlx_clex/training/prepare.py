@@ -30,7 +30,14 @@ from .loop import LoopOptions, Run
 from .options import DEFAULT_LENGTH, PAYING_LENGTH, TWO_STAGE, TrainingOptions
 from .ranks import Ranks
 from .recipe import with_stage_2
-from .resume import go_on, load_adapters, names_of_adapters, open_folder, settings_to_keep
+from .resume import (
+    adapters_below,
+    go_on,
+    load_adapters,
+    names_of_adapters,
+    open_folder,
+    settings_to_keep,
+)
 from .saves import Checkpoints
 from .setup import build_optimizer, choose_trained, learning_rate_schedule
 from .step import TrainingStep
@@ -133,7 +140,7 @@ def _under_scaling(options: TrainingOptions) -> bool:
 def _adapters_below(options: TrainingOptions) -> Path | str | None:
     """The folder of adapters that the model is loaded with."""
     if _under_scaling(options):
-        return Path(str(options.resume_adapter_file)).expanduser().parent
+        return adapters_below(Path(str(options.resume_adapter_file)).expanduser())
     return None if options.train else (options.adapter_path or None)
 
 
@@ -207,7 +214,7 @@ def _training(
     going_on = options.resume and checkpoints.newest is not None
     kept: frozenset[str] = frozenset()
     if _under_scaling(options):
-        kept, extra = names_of_adapters(Path(str(options.resume_adapter_file)).expanduser())
+        kept, extra = names_of_adapters(Path(str(_adapters_below(options))))
     elif options.resume_adapter_file is not None and not going_on:
         load_adapters(model, Path(options.resume_adapter_file).expanduser())
     batches = _batches(options, corpora["train"])
