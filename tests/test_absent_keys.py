@@ -17,7 +17,7 @@ from .conftest import GOLDEN
 BOUND = 1e-3  # of the largest logit; mlx-lm's gelu of Gemma and StarCoder2 is the exact one
 IDS = np.random.default_rng(0).integers(3, 500, (1, 40))
 SIZES = {
-    **dict.fromkeys(("hidden_size", "intermediate_size"), 64),
+    **{"hidden_size": 64, "intermediate_size": 256},  # mlx-lm's GPT-NeoX has no other ratio
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 4),
     **{"num_hidden_layers": 2, "vocab_size": 512, "head_dim": 16, "pad_token_id": 0},
 }

@@ -242,11 +242,10 @@ def _fields(family: str) -> dict[str, bool]:
     """Return the names that mlx-lm's class of a family reads, and which have a fraction."""
     try:
         module = import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(family, family)}")
-    except ImportError:  # the builder of the model says so
+        found = dataclasses.fields(module.ModelArgs)
+    except (AttributeError, ImportError, ValueError):  # the builder of the model says so
         return {}
-    fields = {
-        field.name: field.type in (float, "float") for field in dataclasses.fields(module.ModelArgs)
-    }
+    fields = {field.name: field.type in (float, "float") for field in found}
     fields.pop("rope_theta", None)  # set by itself
     return fields
 
