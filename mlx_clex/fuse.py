@@ -18,12 +18,13 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import dequantize_model, save_model
 
-from .checkpoint.adapters import adapter_files, other_base
+from .checkpoint.adapters import other_base, read_adapters
 from .checkpoint.config import BASE_ROPE, SHIM, is_ours, normalise_config
-from .checkpoint.files import read_json, write_json
+from .checkpoint.files import write_json
 from .checkpoint.folder import files_of, read_config
 from .commands.help import point_elsewhere
-from .commands.run_command import run_command
+from .commands.options import add_shared
+from .commands.run_command import command
 from .convert import convert
 from .convert.write.card import licence_of
 from .convert.write.output import check_target
@@ -50,19 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter-path", default="adapters", help="The folder with the trained adapters."
     )
-    parser.add_argument("--upload-repo", help="Hub id to publish the result under. Default: none.")
+    add_shared(parser, "--upload-repo", "--freeze", "--trust-remote-code")
     parser.add_argument(
         "-d", "--dequantize", action="store_true", help="Write an unquantised model."
-    )
-    parser.add_argument(
-        "--freeze",
-        type=float,
-        metavar="SCALE",
-        help="Fix the scale and write a checkpoint that runs without mlx_clex. Default: keep the "
-        "scaling.",
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="Let the tokenizer run its own Python."
     )
     parser.add_argument(
         "--force",
@@ -88,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     model, _ = load(
         args.model, adapter_path=args.adapter_path, trust_remote_code=args.trust_remote_code
     )
-    adapters = read_json(adapter_files(Path(args.adapter_path)) / "adapter_config.json")
+    _, adapters = read_adapters(Path(args.adapter_path))
     scaling = model.scaling if isinstance(model, ScaledModel) else None
     dropped = adapters.get("own_rope") == "drop"
     config = merged_config(read_config(base), scaling, dropped=dropped)
@@ -160,18 +151,10 @@ def merged_config(
     }
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.fuse",
-            description="Merge adapters and their scaling into a complete checkpoint.",
-            example="mlx_clex fuse --model base-model --adapter-path adapters --save-path tuned",
-        )
-    )
+main = command(
+    "fuse", add_arguments, run, "--model base-model --adapter-path adapters --save-path tuned"
+)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

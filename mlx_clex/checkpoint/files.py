@@ -112,6 +112,31 @@ def open_regular(path: Path, *, pipe: bool = False) -> BinaryIO:
     return os.fdopen(handle, "rb")
 
 
+def check_link(file: Path, folder: Path) -> None:
+    """Refuse a link that leads out of the folder that the user named.
+
+    Args:
+        file: a path in the folder; it need not be a link.
+        folder: the folder, or a link to it.
+
+    Raises:
+        InputError: it leads out, or to nothing.
+    """
+    if not file.is_symlink():
+        return
+    inside = folder.resolve()
+    # In the hub's cache the files of a snapshot are links to blobs two folders up.
+    allowed = (inside, inside.parent.parent / "blobs")
+    try:
+        target = file.resolve(strict=True)
+    except (OSError, RuntimeError):  # RuntimeError: links in a circle, before Python 3.13
+        raise InputError(f"{file} is a link to a file that is not there. Copy it again.") from None
+    if not any(target.is_relative_to(top) for top in allowed):
+        raise InputError(
+            f"{file} is a link that leads out of its folder. Replace it by a copy of the file."
+        )
+
+
 def largest_size(name: str) -> int:
     """Return the most bytes of a text or JSON file of a checkpoint, by its name."""
     small = name.endswith(("config.json", "_map.json", ".jinja"))

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..scaling import SCALINGS
 from .config import SHIM, normalise_config, set_tied
 from .digest import samples_by_name
-from .files import largest_size, read_json
+from .files import check_link, largest_size, read_json
 from .safetensors_file import read_header
 from .sizes import Held
 
@@ -69,8 +69,7 @@ def files_of(folder: Path) -> list[Path]:
     files = []
     entries = [*folder.iterdir(), *(folder / _TEMPLATES).glob("*")]
     for file in sorted(entry for entry in entries if not entry.name.startswith(".")):
-        if file.is_symlink():
-            _check_link(file, folder)
+        check_link(file, folder)
         regular = file.is_file()
         if not regular and file.suffix in _OPENED:
             raise InputError(f"{file} is not a regular file. Copy the checkpoint again.")
@@ -81,20 +80,6 @@ def files_of(folder: Path) -> list[Path]:
         if regular and file.parent == folder:
             files.append(file)
     return files
-
-
-def _check_link(file: Path, folder: Path) -> None:
-    inside = folder.resolve()
-    # In the hub's cache the files of a snapshot are links to blobs two folders up.
-    allowed = (inside, inside.parent.parent / "blobs")
-    try:
-        target = file.resolve(strict=True)
-    except (OSError, RuntimeError):  # RuntimeError: links in a circle, before Python 3.13
-        raise InputError(f"{file} is a link to a file that is not there. Copy it again.") from None
-    if not any(target.is_relative_to(top) for top in allowed):
-        raise InputError(
-            f"{file} is a link that leads out of its folder. Replace it by a copy of the file."
-        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

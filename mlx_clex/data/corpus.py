@@ -9,6 +9,7 @@ Not covered: cutting tokens into batches (`training/batches.py`).
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,20 @@ import numpy as np
 from mlx_lm.tuner.datasets import create_dataset
 
 from ..checkpoint.digest import digest_of
-from ..checkpoint.files import new_folder, open_regular
+from ..checkpoint.files import check_link, new_folder, open_regular
 from ..checkpoint.lock import locked
-from ..errors import InputError, one_line, reading, say
+from ..errors import InputError, reading, say
 from ..loading import expect_long_texts
 from .gene_turns import for_training
-from .hub_data import Entries, documents, fingerprint_of, is_hub_id, load_hub_data, name_of
+from .hub_data import (
+    Entries,
+    checked_ids,
+    documents,
+    fingerprint_of,
+    is_hub_id,
+    load_hub_data,
+    name_of,
+)
 
 SPLITS = ("train", "valid", "test")
 _TEXT = (".txt", ".md")
@@ -153,7 +162,7 @@ def find_files(path: Path) -> dict[str, list[Path]]:
     all texts belong to the split train.
 
     Raises:
-        InputError: the path is not a folder or a text.
+        InputError: the path is not a folder or a text, or a file is a link that leads out of it.
     """
     found: dict[str, list[Path]] = {split: [] for split in SPLITS}
     if path.is_file() and path.suffix in (*_TEXT, ".jsonl"):
@@ -165,6 +174,8 @@ def find_files(path: Path) -> dict[str, list[Path]]:
         )
     jsonl = {split: path / f"{split}.jsonl" for split in SPLITS}
     if any(file.is_file() for file in jsonl.values()):
+        for file in jsonl.values():
+            check_link(file, path)
         return {split: [file] if file.is_file() else [] for split, file in jsonl.items()}
     if (path / "train").is_dir():
         return {split: _texts(path / split) for split in SPLITS}
@@ -174,7 +185,14 @@ def find_files(path: Path) -> dict[str, list[Path]]:
 def _texts(folder: Path) -> list[Path]:
     files = (file for file in folder.rglob("*") if file.is_file() and file.suffix in _TEXT)
     # macOS writes a file `._name.txt` beside each file on a foreign file system.
-    return sorted(file for file in files if not file.name.startswith("."))
+    texts = sorted(
+        file
+        for file in files
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    for file in texts:
+        check_link(file, folder)
+    return texts
 
 
 def _write(target: Path, name: str, texts: Documents) -> None:
@@ -205,7 +223,7 @@ def _documents(files: list[Path], tokenizer: Any, mask_prompt: bool) -> Document
 def _plain_text(file: Path, tokenizer: Any) -> Documents:
     first = True
     try:
-        with file.open(encoding="utf-8") as lines:
+        with io.TextIOWrapper(open_regular(file), encoding="utf-8") as lines:
             # Pieces of whole lines: no word is cut, and a large text does not fill the memory.
             while piece := lines.readlines(_PIECE):
                 yield (
@@ -231,21 +249,14 @@ def _json_lines(file: Path, tokenizer: Any, mask_prompt: bool) -> Documents:
                 record = json.loads(line)
             if not isinstance(record, dict):
                 raise InputError(f'{where} is not a JSON object such as {{"text": "..."}}.')
-            try:
+            keys = ", ".join(record)[:80] or "none"
+            with reading(
+                f"{where} cannot be used; its keys: {keys}. Allowed: text, or messages, or prompt "
+                "and completion, as in the first line. The error"
+            ):
                 dataset = dataset or create_dataset([record], tokenizer, options)
-                ids, prompt = dataset.process(record)
-                if not all(type(token) is int for token in ids):
-                    raise TypeError("its text is not one text")
-            except (KeyError, TypeError, ValueError, IndexError) as error:
-                keys = ", ".join(record)[:80] or "none"
-                raise InputError(
-                    f"{where} cannot be used ({type(error).__name__}: {error}); its keys: {keys}. "
-                    "Allowed: text, or messages, or prompt and completion, as in the first line."
-                ) from error
-            except Exception as error:
-                # A chat template may raise any exception.
-                raise InputError(f"{where}: the chat template failed: {one_line(error)}") from error
-            yield list(ids), prompt
+                ids, prompt = checked_ids(*dataset.process(record))
+            yield ids, prompt
 
 
 def _megabytes(files: list[Path]) -> float:

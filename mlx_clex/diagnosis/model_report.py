@@ -19,6 +19,7 @@ import mlx.nn as nn
 from ..checkpoint.config import base_config, normalise_config
 from ..checkpoint.files import read_json
 from ..checkpoint.folder import SHIM, files_of, needs_conversion
+from ..checkpoint.safetensors_file import read_tensors
 from ..checkpoint.unread import unread_settings
 from ..errors import InputError, one_line
 from ..model.find_ropes import Site, find_sites
@@ -35,7 +36,7 @@ from .source import Source, build, find_source
 Row = tuple[str, str]
 
 _KV_BITS = (8, 4)
-_PROBLEM = "problem"
+PROBLEM = "problem"
 
 
 def report(path_or_hub_id: str) -> list[Row]:
@@ -57,8 +58,8 @@ def report(path_or_hub_id: str) -> list[Row]:
         model = build(source)
         config = normalise_config(source.config)
     except InputError as error:
-        return [*rows, (_PROBLEM, str(error))]
-    rows += [(_PROBLEM, note) for note in unread_settings(base_config(config), model)]
+        return [*rows, (PROBLEM, str(error))]
+    rows += [(PROBLEM, note) for note in unread_settings(base_config(config), model)]
     rows.append(("family", f"{config.get('model_type')} ({model_name(model)})"))
     if isinstance(model, ScaledModel):
         rows += _curve(source.path, config, model.scaling)
@@ -85,7 +86,7 @@ def _files(source: Source) -> Iterator[Row]:
     try:
         published = needs_conversion(names, config, folder)
     except InputError as error:
-        yield _PROBLEM, str(error)
+        yield PROBLEM, str(error)
         return
     kind = "mlx-lm reads them as they are"
     if config.get("model_file") == SHIM:
@@ -94,16 +95,16 @@ def _files(source: Source) -> Iterator[Row]:
         kind = "a published checkpoint: load converts it once"
     size = sum((folder / name).stat().st_size for name in weights)
     yield "weights", f"{size_text(size)} in {len(weights)} files, {kind}"
-    for index in sorted(folder.glob("*.index.json")):
+    for index in sorted(folder.glob("[!.]*.index.json")):
         try:
             wanted = set(read_json(index)["weight_map"].values())
         except (InputError, KeyError, AttributeError, TypeError):
-            yield _PROBLEM, f"{index.name} is not a readable index of weights. Copy it again."
+            yield PROBLEM, f"{index.name} is not a readable index of weights. Copy it again."
             continue
         for name in sorted(wanted - set(names)):
-            yield _PROBLEM, f"{index.name} lists {name}, which is missing. Download it again."
+            yield PROBLEM, f"{index.name} lists {name}, which is missing. Download it again."
     if not any(name.startswith(("tokenizer.", "vocab.")) for name in names):
-        yield _PROBLEM, "No tokenizer. Copy the tokenizer files of the base model here."
+        yield PROBLEM, "No tokenizer. Copy the tokenizer files of the base model here."
 
 
 def _ropes(model: nn.Module, sites: list[Site]) -> Iterator[Row]:
@@ -133,14 +134,14 @@ def _curve(folder: Path | None, config: dict[str, Any], scaling: Scaling) -> Ite
     learned: dict[str, mx.array] = {}
     try:
         for file in sorted(folder.glob("model*.safetensors")):
-            loaded: Any = mx.load(str(file))
+            loaded, _ = read_tensors(file)
             learned |= {name: array for name, array in loaded.items() if name.startswith(PREFIX)}
         scaling.take_weights(learned)
         message = check_frequencies(scaling, strict=True)
     except (InputError, RuntimeError, ValueError) as error:
         message = one_line(error)
     if message is not None:
-        yield _PROBLEM, message
+        yield PROBLEM, message
 
 
 def _stand_in(model: Any) -> None:
@@ -183,7 +184,7 @@ def _memory(model: nn.Module, source: Source, length: int) -> Iterator[Row]:
     try:
         yield from memory_rows(sizes_of(source, model=model), this_machine(), length)
     except InputError as error:
-        yield _PROBLEM, f"Its memory is not known: {error}"
+        yield PROBLEM, f"Its memory is not known: {error}"
 
 
 def _exports(model: Any, config: dict[str, Any]) -> Iterator[Row]:
@@ -216,7 +217,7 @@ def _without_scaling(model: nn.Module, source: Source, config: dict[str, Any]) -
     try:
         sites = find_sites(model)
     except InputError as error:
-        yield _PROBLEM, f"mlx_clex cannot attach a scaling: {error}"
+        yield PROBLEM, f"mlx_clex cannot attach a scaling: {error}"
         return
     yield from _ropes(model, sites)
     if own is not None:

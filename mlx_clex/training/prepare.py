@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.tuner.callbacks import get_reporting_callbacks
 
+from ..checkpoint.adapters import read_adapters
 from ..checkpoint.digest import weights_digest
-from ..checkpoint.files import read_json
 from ..data.corpus import Corpus, load_corpora
 from ..errors import InputError, say
 from ..evaluation.perplexity import check_lengths, check_targets
@@ -27,7 +27,7 @@ from .best import Best
 from .draws import Draws, procedure_for
 from .job import Job
 from .loop import LoopOptions, Run
-from .options import DEFAULT_LENGTH, TWO_STAGE, TrainingOptions
+from .options import DEFAULT_LENGTH, PAYING_LENGTH, TWO_STAGE, TrainingOptions
 from .ranks import Ranks
 from .recipe import with_stage_2
 from .resume import go_on, load_adapters, names_of_adapters, open_folder, settings_to_keep
@@ -174,9 +174,13 @@ def _length(options: TrainingOptions, model: Any, draws: Draws | None) -> int:
         length = options.max_seq_length
     else:
         longest = draws.longest if draws else model.reach if model.scaling.hard_reach else None
-        length = min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
+        limits = {longest or DEFAULT_LENGTH: "the scaling allows no more"}
+        if draws and draws.procedure.sampling == SKIPS:
+            enough = PAYING_LENGTH * model.scaling.trained_length
+            limits[enough] = f"{PAYING_LENGTH} trained lengths, which measured best"
+        length = min(DEFAULT_LENGTH, *limits)
         if length < DEFAULT_LENGTH:
-            say(f"--max-seq-length is {length} tokens: the scaling allows no more.")
+            say(f"--max-seq-length is {length} tokens: {limits[length]}.")
     if draws:
         draws.check(length)
     return length
@@ -346,7 +350,7 @@ def _adapter_config(
     if options.num_layers <= 0 or options.num_layers > len(model.layers):
         config["num_layers"] = len(model.layers)
     if _under_scaling(options):
-        below = read_json(Path(str(_adapters_below(options))) / "adapter_config.json")
+        _, below = read_adapters(Path(str(_adapters_below(options))))
         config |= {key: below[key] for key in ("fine_tune_type", "num_layers", "lora_parameters")}
     elif options.fine_tune_type == "scaling":
         # For mlx-lm's loader: adapters in no layer.

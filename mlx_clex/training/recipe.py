@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.adapters import ADAPTERS
 from ..data.corpus import Corpus
 from ..errors import InputError
 from ..evaluation.perplexity import check_targets
 from ..scaling.procedure import FIXED, PIECES
 from .options import TWO_STAGE, TrainingOptions
-from .saves import ADAPTERS
 
 _FIRST = "stage-1"  # folder of stage 1 in that of the run
 _UPDATE = 4  # rows whose gradients make an update of stage 2

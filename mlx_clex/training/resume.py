@@ -9,19 +9,19 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..checkpoint.adapters import ADAPTER_SCALING, EXTRA_WEIGHTS
+from ..checkpoint.adapters import ADAPTER_SCALING, ADAPTERS, EXTRA_WEIGHTS
 from ..checkpoint.digest import weights_digest
 from ..checkpoint.folder import read_config
+from ..checkpoint.safetensors_file import read_header, read_tensors
 from ..data.corpus import Corpus
-from ..errors import InputError, say
+from ..errors import InputError, reading, say
 from ..loading import resolve
 from .loop import Run
 from .options import TrainingOptions
-from .saves import ADAPTERS, Checkpoints
+from .saves import Checkpoints
 
 
 def open_folder(options: TrainingOptions) -> Checkpoints:
@@ -57,10 +57,8 @@ def load_adapters(model: Any, file: Path) -> None:
     """
     files = [file, *(file.with_name(name) for name in (ADAPTER_SCALING, EXTRA_WEIGHTS))]
     for part in files[:1] + [other for other in files[1:] if other.is_file()]:
-        try:
-            weights: Any = mx.load(str(part))
-        except (ValueError, RuntimeError, OSError) as error:
-            raise InputError(f"--resume-adapter-file {part} does not load: {error}") from error
+        with reading(f"--resume-adapter-file {part} does not load"):
+            weights, _ = read_tensors(part)
         trained: Any = tree_flatten(model.trainable_parameters())
         shapes = {name: value.shape for name, value in trained}
         for name, value in sorted(weights.items()):
@@ -79,9 +77,9 @@ def names_of_adapters(file: Path) -> tuple[frozenset[str], frozenset[str]]:
     Args:
         file: `--resume-adapter-file`, already loaded.
     """
-    adapters: Any = mx.load(str(file))
+    adapters = read_header(file)
     beside = file.with_name(EXTRA_WEIGHTS)
-    extra: Any = mx.load(str(beside)) if beside.is_file() else {}
+    extra = read_header(beside) if beside.is_file() else {}
     return frozenset(adapters) | frozenset(extra), frozenset(extra)
 
 

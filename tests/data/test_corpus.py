@@ -272,7 +272,7 @@ def test_datasets_of_a_yaml_file_are_joined(hub, tmp_path):
 def test_an_unusable_dataset_of_the_hub_is_refused(hub, tmp_path, monkeypatch):
     """A missing package, a wrong name and a bad row must each end in one line."""
     hub["owner/name"] = {"train": Table([{"text": "ab"}, {"text": None}], "1")}
-    with pytest.raises(InputError, match=r"owner/name, row 1, cannot be used \(TypeError"):
+    with pytest.raises(InputError, match=r"owner/name, row 1, cannot be used: "):
         load_from(Path("owner/name"), tmp_path)
     with pytest.raises(InputError, match="Not found Hugging Face dataset: owner/none"):
         load_from(Path("owner/none"), tmp_path)
