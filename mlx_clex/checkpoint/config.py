@@ -198,7 +198,7 @@ def read_by_transformers(config: Mapping[str, Any]) -> Any:
     """Return the config object that transformers makes of a config.json, or None if it cannot."""
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-    family = config.get("model_type")
+    family = str(config.get("model_type"))
     known = family in CONFIG_MAPPING
     reader: Any = CONFIG_MAPPING[family] if known else PreTrainedConfig
     logger = logging.getLogger("transformers")
