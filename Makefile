@@ -60,7 +60,9 @@ test-hostile: .venv/dev
 test-crash: .venv/dev
 	$(BIN)/python -m tests.hostile.crash --kills $(KILLS)
 
+# atheris guides a part of the inputs; some systems and versions of Python have no wheel of it.
 fuzz: .venv/dev
+	-$(BIN)/python -m pip install --quiet --only-binary :all: 'atheris>=2.2'
 	$(BIN)/python -m tests.hostile.fuzz --inputs $(FUZZ)
 
 soak: .venv/dev

@@ -13,14 +13,15 @@ import importlib
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from mlx_lm.chat import setup_arg_parser
 
 from .commands.chat_options import add_chat_arguments, check_chat_options, load_conversation
 from .commands.progress import reading_bar
-from .commands.run_command import run_command
-from .errors import InputError, RunError
+from .commands.run_command import command
+from .errors import InputError, RunError, one_line
 from .serving.conversation import Conversation, Progress, Stopped
 from .serving.prompt import read_text
 
@@ -68,8 +69,10 @@ def run(args: argparse.Namespace) -> None:
             print("\nNothing to stop; Ctrl-D or /quit leaves.")
         except Stopped:
             print("Stopped; the conversation is as it was before.")
-        except (InputError, RunError) as error:
-            print(f"error: {' '.join(str(error).split())}")
+        except BrokenPipeError:
+            raise
+        except (InputError, RunError, OSError) as error:
+            print(f"error: {one_line(error)}")
 
 
 def _obey(conversation: Conversation, line: str) -> None:
@@ -89,6 +92,10 @@ def _obey(conversation: Conversation, line: str) -> None:
         )
     if COMMANDS[command].startswith("FILE") and not file:
         raise InputError(f"{command} needs a file: {command} FILE.")
+    try:
+        Path(file).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{file}: there is no such user. Give the path without ~.") from error
     if command == "/help":
         print("\n".join(f"{name:10}{text}" for name, text in COMMANDS.items()))
     elif command == "/reset":
@@ -115,7 +122,7 @@ def _obey(conversation: Conversation, line: str) -> None:
     elif command == "/restore":
         conversation.restore(file)
         if conversation.messages:
-            print(f"... {conversation.messages[-1]['content'][-200:].strip()}")
+            print(one_line(f"... {conversation.messages[-1]['content'][-200:]}"))
         print(f"Restored: {conversation.context()}")
 
 
@@ -168,19 +175,10 @@ def _bar(least: int = 1) -> Iterator[Progress]:
         yield progress
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_chat_arguments,
-            run,
-            prog="mlx_clex.chat",
-            description="Talk with a model in the terminal, long documents included.",
-            parents=[setup_arg_parser()],
-            example="mlx_clex chat --model long-model --max-tokens 512",
-        )
-    )
+main = command(
+    "chat", add_chat_arguments, run, "--model long-model --max-tokens 512", parent=setup_arg_parser
+)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

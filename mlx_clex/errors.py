@@ -31,8 +31,8 @@ def say(text: str) -> None:
     print(f"[mlx_clex] {text}", file=sys.stderr)
 
 
-def one_line(error: BaseException) -> str:
-    """Return the message of an exception in one line, cut if it is very long.
+def one_line(error: BaseException | str) -> str:
+    """Return a text, or the message of an exception, in one line, cut if it is very long.
 
     Control characters, which a file may have put there, are escaped.
     """
@@ -96,6 +96,11 @@ def generating(where: Callable[[], str]) -> Iterator[None]:
         raise InputError(f"mlx-lm does not accept an option: {error}{hint}") from error
     except RuntimeError as error:
         raise RunError(f"MLX failed {where()}: {error}{watchdog_advice(error)}") from error
+
+
+def failed_after(tokens: int, error: RuntimeError) -> RunError:
+    """Return the error for a failure of MLX in a conversation."""
+    return RunError(f"MLX failed after {tokens} tokens: {error}{watchdog_advice(error)}")
 
 
 def watchdog_advice(error: BaseException, *, training: bool = False) -> str:

@@ -23,7 +23,8 @@ from .checkpoint.config import BASE_ROPE, SHIM, is_ours, normalise_config
 from .checkpoint.files import write_json
 from .checkpoint.folder import files_of, read_config
 from .commands.help import point_elsewhere
-from .commands.run_command import run_command
+from .commands.options import add_shared
+from .commands.run_command import command
 from .convert import convert
 from .convert.write.card import licence_of
 from .convert.write.output import check_target
@@ -49,19 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter-path", default="adapters", help="The folder with the trained adapters."
     )
-    parser.add_argument("--upload-repo", help="Hub id to publish the result under. Default: none.")
+    add_shared(parser, "--upload-repo", "--freeze", "--trust-remote-code")
     parser.add_argument(
         "-d", "--dequantize", action="store_true", help="Write an unquantised model."
-    )
-    parser.add_argument(
-        "--freeze",
-        type=float,
-        metavar="SCALE",
-        help="Fix the scale and write a checkpoint that runs without mlx_clex. Default: keep the "
-        "scaling.",
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="Let the tokenizer run its own Python."
     )
     parser.add_argument(
         "--force",
@@ -156,18 +147,10 @@ def _merged_config(base: Path, model: Any, *, dropped: bool) -> dict[str, Any]:
     return config
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.fuse",
-            description="Merge adapters and their scaling into a complete checkpoint.",
-            example="mlx_clex fuse --model base-model --adapter-path adapters --save-path tuned",
-        )
-    )
+main = command(
+    "fuse", add_arguments, run, "--model base-model --adapter-path adapters --save-path tuned"
+)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from .checkpoint.lock import locked
 from .commands.memory_check import MemoryCheck, add_force
-from .commands.run_command import check_seed, run_command
+from .commands.run_command import check_seed, command
 from .commands.scaling_options import add_scaling_arguments, scaling_from
 from .diagnosis.memory import Training
 from .model.sharding import one_voice
@@ -55,9 +55,15 @@ def run(args: argparse.Namespace) -> None:
         folder = Path(options.adapter_path).expanduser()
         writes = options.train and ranks.first and folder.name
         with locked(folder, f"--adapter-path {folder}") if writes else nullcontext():
-            for stage in stages(options):
+            first, *later = stages(options)
+            with ranks.starting():
+                _check_memory(options, ranks.size, force=args.force)
+                job = prepare(first, scaling_from(args), ranks)
+                if later and ranks.first:
+                    _check_rows_of_stage_2(job.options, force=args.force)
+            job.run()
+            for stage in later:
                 with ranks.starting():
-                    _check_memory(stage, ranks.size, force=args.force)
                     job = prepare(stage, scaling_from(args), ranks)
                 job.run()
         if job.training:
@@ -81,19 +87,27 @@ def _check_memory(options: TrainingOptions, processes: int, *, force: bool) -> N
     MemoryCheck(options.model, force=force)(run, what)
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.lora",
-            description="Fine-tune a model for texts longer than it was trained on.",
-            example="mlx_clex lora --train --model bundled:base --scaling clex --data texts "
-            "--iters 200 --eval-lengths 64 256 1024",
-        )
+def _check_rows_of_stage_2(options: TrainingOptions, *, force: bool) -> None:
+    """Say what the rows of stage 2 need; warn of, or refuse, those that do not fit."""
+    assert options.model is not None
+    assert options.stage_2_length is not None
+    run = Training(
+        length=options.stage_2_length,
+        grad_checkpoint=options.grad_checkpoint,
+        states=OPTIMIZER_STATES[options.optimizer],
     )
+    what = f"Stage 2 on 1 x {run.length:,} tokens (--stage-2-length)"
+    MemoryCheck(options.model, force=force)(run, what, state=True)
+
+
+main = command(
+    "lora",
+    add_arguments,
+    run,
+    "--train --model bundled:base --scaling clex --data texts --iters 200 "
+    "--eval-lengths 64 256 1024",
+)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,7 +20,6 @@ from mlx_clex.convert import convert
 from mlx_lm import generate
 
 from mlx_clex import attach, fuse, load, lora
-from mlx_clex.commands.run_command import run_command
 from mlx_clex.diagnosis.model_report import report
 from mlx_clex.errors import InputError
 from mlx_clex.model_file import Model, ModelArgs
@@ -133,9 +132,7 @@ def told(folder: Path) -> str:
 def _call(command: Any, *argv: str) -> None:
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
-        status = run_command(
-            command.add_arguments, command.run, prog="x", description="", argv=list(argv)
-        )
+        status = command.main(argv)
     if status:
         raise InputError(errors.getvalue().splitlines()[-1])
 

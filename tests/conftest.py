@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from mlx_clex.scaling import SCALINGS
 # A shell that runs the tests in the background makes them ignore SIGINT, and with them every
 # program they start and stop by it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Whether the fused rotation takes fast cosines and sines.
+FAST_ROPE = mx.default_device() != mx.cpu or "tests.emulate_metal" in sys.modules
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())

@@ -374,7 +374,7 @@ FAMILIES: dict[str, Family] = {
     "muse_glimmer": Family(
         {"layer_types": _SLIDING_THEN_FULL, "layer_rope_theta": [1e4, 1e4]}, scaled=(1,)
     ),
-    "muse_spark": Family(absent="its kernel runs on Metal only"),
+    "muse_spark": Family(absent="its kernel rotates by itself, on Metal only; refused"),
     "nanbeige": Family(),
     "nanochat": Family(refused=_NO_ROPE),
     "nemotron": Family({"hidden_act": "relu2"}),

@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from mlx_clex.checkpoint.folder import files_of
 from mlx_clex.checkpoint.released_templates import template_for
 from mlx_clex.errors import InputError, reading
 
@@ -64,7 +65,8 @@ def write_tokenizer(
 
 def _copy(source: Path, folder: Path) -> dict[str, Any] | None:
     """Copy or rebuild the files; return the content of tokenizer_config.json."""
-    files = [file for pattern in TOKENIZER_FILES for file in sorted(source.glob(pattern))]
+    inside = files_of(source)
+    files = [file for pattern in TOKENIZER_FILES for file in inside if file.match(pattern)]
     names = {file.name for file in files}
     if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"} and not any(
         name.endswith(".tiktoken") for name in names

@@ -185,7 +185,11 @@ def find_files(path: Path) -> dict[str, list[Path]]:
 def _texts(folder: Path) -> list[Path]:
     files = (file for file in folder.rglob("*") if file.is_file() and file.suffix in _TEXT)
     # macOS writes a file `._name.txt` beside each file on a foreign file system.
-    texts = sorted(file for file in files if not file.name.startswith("."))
+    texts = sorted(
+        file
+        for file in files
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
     for file in texts:
         check_link(file, folder)
     return texts

@@ -95,7 +95,7 @@ def _files(source: Source) -> Iterator[Row]:
         kind = "a published checkpoint: load converts it once"
     size = sum((folder / name).stat().st_size for name in weights)
     yield "weights", f"{size_text(size)} in {len(weights)} files, {kind}"
-    for index in sorted(folder.glob("*.index.json")):
+    for index in sorted(folder.glob("[!.]*.index.json")):
         try:
             wanted = set(read_json(index)["weight_map"].values())
         except (InputError, KeyError, AttributeError, TypeError):

@@ -9,7 +9,6 @@ Not covered: sampling (answers are greedy), batches, and several processes.
 """
 
 import copy
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,7 +31,7 @@ from ..errors import InputError, RunError, generating, say
 from ..model.plans import plan_at
 from ..model.scaled_model import make_prompt_cache
 from .harness_tasks import Tasks, first_line
-from .reader import Reader
+from .reader import Reader, advancing
 
 _STEP = 512  # tokens whose logits are in memory together
 _ANSWER_TOKENS = 256  # for tasks without max_gen_toks; the harness's own default
@@ -109,8 +108,7 @@ class PlannedLM(MLXLM, TemplateLM):
             for request, (tokens, count, until) in zip(requests, prompts, strict=True):
                 # A stop text inside the model's thinking does not end the answer.
                 stops = () if think_end else until
-                progress = functools.partial(_advance, bar, bar.n)
-                reply = self._reader.answer(tokens, count, progress, stops)
+                reply = self._reader.answer(tokens, count, advancing(bar), stops)
                 reply = postprocess_generated_text(reply, None, think_end)
                 replies.append(cut(reply, until))
                 self.cache_hook.add_partial("generate_until", request.args, replies[-1])
@@ -210,10 +208,6 @@ class PlannedLM(MLXLM, TemplateLM):
             )
         self.cut += 1
         return prompt[:half] + prompt[-half:]
-
-
-def _advance(bar: Any, begin: int, tokens: int) -> None:
-    bar.update(begin + tokens - bar.n)
 
 
 def run_tasks(

@@ -124,7 +124,7 @@ class Results:
 def alone(prefix: str | Path | None) -> Iterator[None]:
     """Let one process at a time add rows to the files of a prefix; the others wait.
 
-    Two that read the files and then write them would lose each other's rows.
+    Two processes that read the files and then write them would lose each other's rows.
 
     Raises:
         InputError: the folder of the files cannot be written.

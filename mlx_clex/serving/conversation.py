@@ -24,7 +24,7 @@ from mlx_lm.generate import stream_generate, wired_limit
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from ..checkpoint.fingerprint import Fingerprint
-from ..errors import InputError, RunError
+from ..errors import InputError, failed_after
 from ..model.plans import planned_caches
 from ..model.scaled_model import make_prompt_cache, scaled
 from .prompt import encode_text, normalise_text, pass_size, render_messages, without_bos
@@ -238,7 +238,7 @@ class Conversation:
                     break
         except RuntimeError as error:
             failed = True
-            raise RunError(f"MLX failed after {len(produced)} tokens: {error}") from error
+            raise failed_after(len(produced), error) from error
         finally:
             parts.close()
             if failed or not produced:
@@ -368,7 +368,7 @@ class Conversation:
         except RuntimeError as error:
             done = self._cached - start
             self._drop_cache()
-            raise RunError(f"MLX failed after {done} tokens: {error}") from error
+            raise failed_after(done, error) from error
         except KeyboardInterrupt:
             # In the middle of a pass: some layers have its tokens, some do not.
             self._drop_cache()

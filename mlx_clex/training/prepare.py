@@ -27,7 +27,7 @@ from .best import Best
 from .draws import Draws, procedure_for
 from .job import Job
 from .loop import LoopOptions, Run
-from .options import DEFAULT_LENGTH, TWO_STAGE, TrainingOptions
+from .options import DEFAULT_LENGTH, PAYING_LENGTH, TWO_STAGE, TrainingOptions
 from .ranks import Ranks
 from .recipe import with_stage_2
 from .resume import go_on, load_adapters, names_of_adapters, open_folder, settings_to_keep
@@ -174,9 +174,13 @@ def _length(options: TrainingOptions, model: Any, draws: Draws | None) -> int:
         length = options.max_seq_length
     else:
         longest = draws.longest if draws else model.reach if model.scaling.hard_reach else None
-        length = min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
+        limits = {longest or DEFAULT_LENGTH: "the scaling allows no more"}
+        if draws and draws.procedure.sampling == SKIPS:
+            enough = PAYING_LENGTH * model.scaling.trained_length
+            limits[enough] = f"{PAYING_LENGTH} trained lengths, which measured best"
+        length = min(DEFAULT_LENGTH, *limits)
         if length < DEFAULT_LENGTH:
-            say(f"--max-seq-length is {length} tokens: the scaling allows no more.")
+            say(f"--max-seq-length is {length} tokens: {limits[length]}.")
     if draws:
         draws.check(length)
     return length

@@ -10,7 +10,6 @@ import sys
 import pytest
 
 from mlx_clex import compare, evaluate, passkey, perplexity
-from mlx_clex.commands.run_command import run_command
 from mlx_clex.errors import InputError, RunError
 from mlx_clex.evaluation.results import open_results, read_results
 
@@ -194,7 +193,7 @@ def test_two_runs_with_one_output_take_turns(command, argv, tmp_path, capsys):
     first = holder(tmp_path / "out.json", 3)
     assert first.stdout.readline() == "held\n"
     argv = [*argv, "--output", str(tmp_path / "out")]
-    assert run_command(command.add_arguments, command.run, prog="x", description="", argv=argv) == 2
+    assert command.main(argv) == 2
     error = capsys.readouterr().err
     assert f"Waiting for process {first.pid}" in error
     assert "no/model" in error  # only then was the model looked for
