@@ -165,7 +165,7 @@ class Run:
             network: let it ask the network.
         """
         self.box = box
-        self.limit = 20 * seconds  # a busy machine gives a process little of its time
+        self.limit: float = 20 * seconds  # a busy machine gives a process little of its time
         (box / "home").mkdir(parents=True, exist_ok=True)
         for name, text in (("stdin", stdin), ("stdout", ""), ("stderr", ""), ("seen", "")):
             (box / f"{name}.txt").write_text(text, errors="surrogateescape")
