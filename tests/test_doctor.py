@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import os
-import shutil
 import subprocess
 import sys
 
@@ -67,16 +66,3 @@ def test_a_model_that_is_not_there_is_one_line(argv, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.splitlines()) == 1
-
-
-def test_a_problem_is_in_the_status(tmp_path, converted, capsys):
-    """A script could not see it: the status was 0."""
-    folder = tmp_path / "model"
-    shutil.copytree(converted("clex_llama"), folder)
-    assert run_doctor(str(folder)) == 0
-    for file in folder.glob("*token*"):
-        file.unlink()
-    assert run_doctor(str(folder)) == 1
-    printed = capsys.readouterr()
-    assert "No tokenizer" in printed.out
-    assert "has 1 problem" in printed.err

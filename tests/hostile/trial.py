@@ -70,6 +70,7 @@ class Trial:
         self.usual: dict[str, list[str]] = {}  # what a valid run does outside
         self.peaks: dict[str, int] = {}
         self.answers: dict[str, str] = {}
+        self.problems: dict[str, set[str]] = {}
         make_bases(sandbox)
         sandbox.before = sandbox.state()
         for number, command in enumerate(COMMANDS):
@@ -84,6 +85,7 @@ class Trial:
             self.usual[command] = outcome.seen
             self.peaks[command] = outcome.peak
             self.answers[command] = _answer(command, outcome)
+            self.problems[command] = _problems(outcome)
             shutil.rmtree(box)
 
     def _prepare(self, case: Case, box: Path) -> None:
@@ -177,7 +179,7 @@ class Trial:
     def _faults(self, job: Job, outcome: Outcome) -> Iterator[str]:
         case, command = job.case, job.command
         expected = case.expected(command)
-        told = "doctor" in command and outcome.status == 1 and "\nproblem" in outcome.out
+        told = outcome.status == 0 and bool(_problems(outcome) - self.problems[command])
         if outcome.status != expected and not (expected == REFUSED and told):
             yield f"status {outcome.status}, not {expected}; {outcome.message[-3:]}"
         elif outcome.status != 0:
@@ -207,6 +209,11 @@ class Trial:
         same = answers and expected == 0 and not case.changes
         if (same or command == "restore") and _answer(command, outcome) != self.answers[command]:
             yield f"another answer: {_answer(command, outcome)[-300:]!r}"
+
+
+def _problems(outcome: Outcome) -> set[str]:
+    """Return the lines in which doctor says what is wrong."""
+    return {line for line in outcome.out.splitlines() if line.startswith("problem ")}
 
 
 def _answer(command: str, outcome: Outcome) -> str:
