@@ -24,6 +24,10 @@ from .answer_text import AnswerText
 from .fields import RequestError
 from .prompt_caches import PlannedPromptCache
 from .requests import check_tokens
+from .schedule import DueBatchGenerator
+
+# mlx_lm.server has no option for it.
+stock.BatchGenerator = DueBatchGenerator
 
 
 class ScaledModelProvider(stock.ModelProvider):
