@@ -9,10 +9,13 @@ Not covered: a model that one process cannot hold.
 
 import argparse
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from .checkpoint.lock import locked
 from .commands.memory_check import MemoryCheck, add_force
@@ -57,17 +60,19 @@ def run(args: argparse.Namespace) -> None:
         with locked(folder, f"--adapter-path {folder}") if writes else nullcontext():
             for stage in stages(options):
                 with ranks.starting():
-                    _check_memory(stage, ranks.size, force=args.force)
-                    job = prepare(stage, scaling_from(args), ranks)
+                    check = _memory_check(stage, ranks.size, force=args.force)
+                    job = prepare(stage, scaling_from(args), ranks, check)
                 job.run()
         if job.training:
             print(job.made())
 
 
-def _check_memory(options: TrainingOptions, processes: int, *, force: bool) -> None:
-    """Warn of, or refuse, training that does not fit this machine."""
-    if not options.train or options.model is None:
-        return
+def _memory_check(
+    options: TrainingOptions, processes: int, *, force: bool
+) -> Callable[[nn.Module], None] | None:
+    """Return what warns of, or refuses, training that does not fit this machine."""
+    if not options.train:
+        return None
     rank = options.lora_parameters.get("rank", 8)
     run = Training(
         length=options.max_seq_length or DEFAULT_LENGTH,
@@ -76,9 +81,14 @@ def _check_memory(options: TrainingOptions, processes: int, *, force: bool) -> N
         grad_checkpoint=options.grad_checkpoint,
         full=options.fine_tune_type == "full",
         states=OPTIMIZER_STATES[options.optimizer],
+        num_layers=options.num_layers,
+        learns=bool(options.scaling_learning_rate)
+        or options.release_recipe
+        or options.fine_tune_type == "scaling",
     )
     what = f"Training on {run.batch} x {run.length:,} tokens"
-    MemoryCheck(options.model, force=force)(run, what)
+    check = MemoryCheck(force=force)
+    return check.at_load(partial(check, run, what))
 
 
 def main() -> None:

@@ -66,14 +66,14 @@ def load_conversation(args: argparse.Namespace) -> Callable[[], Conversation]:
     """
     mx.random.seed(args.seed)
     folder = resolve(args.model)
-    check = MemoryCheck(folder, force=args.force)
+    check = MemoryCheck(force=args.force)
     check_length = partial(check.reading, step=args.prefill_step_size)
-    check_length(max(1, args.max_tokens))
     model, tokenizer = load(
         folder,
         scale=args.scale if isinstance(args.scale, float) else None,
         adapter_path=args.adapter_path,
         trust_remote_code=args.trust_remote_code,
+        before_reading=check.at_load(partial(check_length, args.max_tokens)),
     )
     identity = fingerprint(model, folder, args.adapter_path)
 

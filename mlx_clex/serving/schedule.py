@@ -30,6 +30,12 @@ class _Place:
 class DueBatchGenerator(BatchGenerator):
     """mlx-lm's batch generator, reading the prompt that is due first."""
 
+    completion_batch_size: int
+    prefill_batch_size: int
+    prefill_step_size: int
+    _unprocessed_sequences: deque[Any]
+    _currently_processing: list[Any]
+
     def __init__(self, *args: Any, **options: Any) -> None:
         """Take mlx-lm's arguments; `prefill_step_size` bounds the tokens of a pass of all rows."""
         super().__init__(*args, **options)
