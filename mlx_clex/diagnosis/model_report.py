@@ -120,7 +120,7 @@ def _loading(source: Source) -> Iterator[Row]:
         return
     try:
         with reading(f"{folder} does not load"):
-            _, config = open_model(folder, lazy=True)
+            _, config = open_model(folder)
         open_tokenizer(folder, config)
     except InputError as error:
         yield PROBLEM, str(error)

@@ -299,7 +299,7 @@ def _lazy_model() -> tuple[Any, Any]:
 
     from mlx_clex.loading import _load_model
 
-    model, _ = _load_model(_BUNDLED, None, None, lazy=True)
+    model, _ = _load_model(_BUNDLED, None, None)
     return model, load_tokenizer(_BUNDLED)
 
 
