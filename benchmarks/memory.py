@@ -34,12 +34,13 @@ SETTINGS: tuple[Reading | Training, ...] = (
     Reading(length=512, step=512),
     Reading(length=1024, step=128),
     Reading(length=512, step=256, kv_bits=8),
-    Training(length=128),
-    Training(length=256),
-    Training(length=128, batch=2, rank=32),
-    Training(length=256, grad_checkpoint=True),
-    Training(length=512, grad_checkpoint=True),
-    Training(length=128, batch=2, grad_checkpoint=True),
+    Training(length=128, learns=True),
+    Training(length=256, learns=True),
+    Training(length=128, batch=2, rank=32, learns=True),
+    Training(length=256, grad_checkpoint=True, learns=True),
+    Training(length=512, grad_checkpoint=True, learns=True),
+    Training(length=128, batch=2, grad_checkpoint=True, learns=True),
+    Training(length=256, num_layers=2),
 )
 
 
@@ -91,8 +92,10 @@ def _read(model: Any, run: Reading) -> int:
 
 def _train(model: Any, run: Training) -> int:
     model.freeze()
-    linear_to_lora_layers(model, -1, {"rank": run.rank, "scale": 20.0, "dropout": 0.0})
-    model.scaling.unfreeze()
+    settings = {"rank": run.rank, "scale": 20.0, "dropout": 0.0}
+    linear_to_lora_layers(model, run.num_layers, settings)
+    if run.learns:
+        model.scaling.unfreeze()
     model.train()
     mx.eval(model.parameters())
     step = TrainingStep(model, optim.Adam(learning_rate=1e-5), grad_checkpoint=run.grad_checkpoint)
@@ -115,6 +118,7 @@ def described(run: Reading | Training) -> str:
         bits = f", {run.kv_bits}-bit KV" if run.kv_bits else ""
         return f"read {run.length}, step {run.step}{bits}"
     ways = ", checkpointing" if run.grad_checkpoint else ""
+    ways += "" if run.learns else f", {run.num_layers} layers, network still"
     return f"train {run.batch} x {run.length}, rank {run.rank}{ways}"
 
 

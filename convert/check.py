@@ -65,4 +65,4 @@ def check_model(folder: Path) -> None:
         InputError: it does not load.
     """
     with reading("The converted checkpoint does not load. Check config.json of the source"):
-        open_model(folder, lazy=True)
+        open_model(folder)

@@ -24,10 +24,11 @@ from .checkpoint.prompt_cache import file_for, save_cache
 from .commands.options import add_shared, check_cache_options, loading_options
 from .commands.progress import reading_bar
 from .commands.run_command import command
+from .data.text import encode_text, without_bos
 from .errors import InputError, generating
 from .loading import load, resolve
 from .model.scaled_model import make_prompt_cache, scaled
-from .serving.prompt import encode_text, prompt_text, render_messages, without_bos
+from .serving.prompt import prompt_text, render_messages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,9 +21,9 @@ from mlx_lm.chat import setup_arg_parser
 from .commands.chat_options import add_chat_arguments, check_chat_options, load_conversation
 from .commands.progress import reading_bar
 from .commands.run_command import command
+from .data.text import read_text
 from .errors import InputError, RunError, one_line
 from .serving.conversation import Conversation, Progress, Stopped
-from .serving.prompt import read_text
 
 COMMANDS = {
     "/load": "FILE: read a text file into the context",

@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from .commands.run_command import run_command
+from .commands.run_command import command
 from .diagnosis.machine import versions
 from .diagnosis.model_report import report
 from .errors import RunError
@@ -60,18 +60,8 @@ def run(args: argparse.Namespace) -> None:
         raise RunError(f"{failed} of {total} checks failed. Please report the block above.")
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.doctor",
-            description="Print versions and device, describe a model, run a self-test.",
-            example="mlx_clex doctor my-model",
-        )
-    )
+main = command("doctor", add_arguments, run, "my-model")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

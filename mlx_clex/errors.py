@@ -37,6 +37,8 @@ def one_line(error: BaseException | str) -> str:
     Control characters, which a file may have put there, are escaped.
     """
     text = " ".join(str(error).split()) or type(error).__name__
+    if type(error) is KeyError:
+        text += " is missing"
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
 

@@ -32,6 +32,7 @@ from .errors import InputError, say
 from .loading import load, resolve
 from .model.own_rope import without_own_rope
 from .model.scaled_model import ScaledModel
+from .scaling import Scaling
 from .scaling.none import NoScaling
 
 _NOT_THE_TOKENIZER = (".safetensors", ".bin", ".gguf", ".py", ".md", ".index.json")
@@ -79,7 +80,9 @@ def run(args: argparse.Namespace) -> None:
         args.model, adapter_path=args.adapter_path, trust_remote_code=args.trust_remote_code
     )
     _, adapters = read_adapters(Path(args.adapter_path))
-    config = _merged_config(base, model, dropped=adapters.get("own_rope") == "drop")
+    scaling = model.scaling if isinstance(model, ScaledModel) else None
+    dropped = adapters.get("own_rope") == "drop"
+    config = merged_config(read_config(base), scaling, dropped=dropped)
     merge(model, dequantize=args.dequantize)
     if args.dequantize:
         config.pop("quantization", None)
@@ -123,28 +126,29 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> None:
     mx.eval(model.parameters())
 
 
-def _merged_config(base: Path, model: Any, *, dropped: bool) -> dict[str, Any]:
+def merged_config(
+    config: dict[str, Any], scaling: Scaling | None, *, dropped: bool
+) -> dict[str, Any]:
     """Return the config of the base model with the scaling of the adapters.
 
     Args:
-        base: the folder of the base model.
-        model: it, with the adapters.
+        config: config.json of the base model.
+        scaling: the scaling of the model with the adapters, or None.
         dropped: whether training started from a plain rope in place of the model's own.
     """
-    config = normalise_config(read_config(base))
+    config = normalise_config(config)
     if dropped:
         config = without_own_rope(config)
-    if isinstance(model, ScaledModel):
-        scaling = model.scaling
-        plain = isinstance(scaling, NoScaling) and config.get("rope_scaling") is None
-        if not plain:
-            before = config.get("rope_scaling")
-            if before is not None and not is_ours(config, before["type"]):
-                config[BASE_ROPE] = before
-            config["rope_scaling"] = scaling.entry()
-            config["model_file"] = SHIM
-            config["max_position_embeddings"] = scaling.trained_length
-    return config
+    before = config.get("rope_scaling")
+    if scaling is None or (isinstance(scaling, NoScaling) and before is None):
+        return config
+    if before is not None and not is_ours(config, before["type"]):
+        config[BASE_ROPE] = before
+    return config | {
+        "rope_scaling": scaling.entry(),
+        "model_file": SHIM,
+        "max_position_embeddings": scaling.trained_length,
+    }
 
 
 main = command(

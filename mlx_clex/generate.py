@@ -8,6 +8,7 @@ Not covered: images, and `--max-kv-size`, which would drop the start of a long t
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +98,15 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
     if args.model is None:
         args.model = _default_model(args)
     source = resolve(args.model)
-    check = MemoryCheck(source, force=args.force)
+    check = MemoryCheck(force=args.force, processes=group.size())
     limits: dict[str, Any] = {"step": args.prefill_step_size, "kv_bits": args.kv_bits}
-    check.reading(max(1, args.max_tokens), **limits)
     model, tokenizer = load(
         source,
         **loading_options(args),
         model_config={"quantize_activations": True} if args.quantize_activations else None,
         group=group,
         pipeline=args.pipeline,
+        before_reading=check.at_load(partial(check.reading, args.max_tokens, **limits)),
     )
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)

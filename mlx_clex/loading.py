@@ -8,7 +8,7 @@ Not covered: conversion itself (`mlx_clex.convert`).
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ def load(
     tokenizer_config: Mapping[str, Any] | None = None,
     group: mx.distributed.Group | None = None,
     pipeline: bool = False,
+    before_reading: Callable[[nn.Module], None] | None = None,
 ) -> tuple[nn.Module, Any]:
     """Load a model and its tokenizer.
 
@@ -70,6 +71,8 @@ def load(
         tokenizer_config: more options for the tokenizer.
         group: processes that share the model; each reads its own part.
         pipeline: split the layers among the processes instead of the heads.
+        before_reading: called with the whole model before its weights are read. An error that it
+            raises ends the load.
 
     Returns:
         (model, tokenizer), as `mlx_lm.load` gives them.
@@ -92,7 +95,6 @@ def load(
         folder,
         scale,
         adapter_path,
-        lazy=group is not None,
         model_config=model_config,
         trust_remote_code=trust_remote_code,
     )
@@ -106,11 +108,14 @@ def load(
         # Stored in half precision to keep the package small; a CPU is faster in float32.
         model.set_dtype(mx.float32)
     _fit_to_cpu(model, path_or_hub_id)
+    if before_reading is not None:
+        before_reading(model)
     if group is not None:
         share_out(model, group, pipeline=pipeline)
-    # A lazy array would belong to the streams of this thread, and a server
-    # generates in another one.
-    mx.eval(model.parameters())
+    with reading(f"{folder} does not load"):
+        # A lazy array would belong to the streams of this thread, and a server
+        # generates in another one.
+        mx.eval(model.parameters())
     if scaling is not None and (message := check_frequencies(scaling, scale)):
         warnings.warn(message, stacklevel=2)
     check_finite(model)
@@ -137,7 +142,7 @@ def load_scaling(path_or_hub_id: str | Path, adapter_path: str | Path | None = N
     Raises:
         InputError: as `load`, or the model has no mlx_clex scaling.
     """
-    model, _ = _load_model(resolve(path_or_hub_id), None, adapter_path, lazy=True)
+    model, _ = _load_model(resolve(path_or_hub_id), None, adapter_path)
     scaling = scaled(model).scaling
     if scaling is None:
         raise InputError(
@@ -154,16 +159,14 @@ def _load_model(
     scale: float | None,
     adapter_path: str | Path | None,
     *,
-    lazy: bool,
     model_config: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the model and its config; `lazy` reads weights when they are first needed."""
+    """Return the model and its config; weights are read when they are first needed."""
     with reading(f"{folder} does not load"):
         model, config = open_model(
             folder,
             scale=scale,
-            lazy=lazy,
             model_config=model_config,
             trust_remote_code=trust_remote_code,
         )

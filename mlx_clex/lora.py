@@ -9,10 +9,13 @@ Not covered: a model that one process cannot hold.
 
 import argparse
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from .checkpoint.lock import locked
 from .commands.memory_check import MemoryCheck, add_force
@@ -56,24 +59,27 @@ def run(args: argparse.Namespace) -> None:
         writes = options.train and ranks.first and folder.name
         with locked(folder, f"--adapter-path {folder}") if writes else nullcontext():
             first, *later = stages(options)
+            check = MemoryCheck(force=args.force)
+            at_load = partial(_before_reading, check, ranks.size)
             with ranks.starting():
-                _check_memory(options, ranks.size, force=args.force)
-                job = prepare(first, scaling_from(args), ranks)
+                job = prepare(first, scaling_from(args), ranks, at_load(first))
                 if later and ranks.first:
-                    _check_rows_of_stage_2(job.options, force=args.force)
+                    _check_rows_of_stage_2(check, job.options)
             job.run()
             for stage in later:
                 with ranks.starting():
-                    job = prepare(stage, scaling_from(args), ranks)
+                    job = prepare(stage, scaling_from(args), ranks, at_load(stage))
                 job.run()
         if job.training:
             print(job.made())
 
 
-def _check_memory(options: TrainingOptions, processes: int, *, force: bool) -> None:
-    """Warn of, or refuse, training that does not fit this machine."""
-    if not options.train or options.model is None:
-        return
+def _before_reading(
+    check: MemoryCheck, processes: int, options: TrainingOptions
+) -> Callable[[nn.Module], None] | None:
+    """Return what warns of, or refuses, training that does not fit this machine."""
+    if not options.train:
+        return None
     rank = options.lora_parameters.get("rank", 8)
     run = Training(
         length=options.max_seq_length or DEFAULT_LENGTH,
@@ -82,22 +88,26 @@ def _check_memory(options: TrainingOptions, processes: int, *, force: bool) -> N
         grad_checkpoint=options.grad_checkpoint,
         full=options.fine_tune_type == "full",
         states=OPTIMIZER_STATES[options.optimizer],
+        num_layers=options.num_layers,
+        learns=bool(options.scaling_learning_rate)
+        or options.release_recipe
+        or options.fine_tune_type == "scaling",
     )
     what = f"Training on {run.batch} x {run.length:,} tokens"
-    MemoryCheck(options.model, force=force)(run, what)
+    return check.at_load(partial(check, run, what))
 
 
-def _check_rows_of_stage_2(options: TrainingOptions, *, force: bool) -> None:
+def _check_rows_of_stage_2(check: MemoryCheck, options: TrainingOptions) -> None:
     """Say what the rows of stage 2 need; warn of, or refuse, those that do not fit."""
-    assert options.model is not None
     assert options.stage_2_length is not None
     run = Training(
         length=options.stage_2_length,
         grad_checkpoint=options.grad_checkpoint,
         states=OPTIMIZER_STATES[options.optimizer],
+        learns=True,
     )
     what = f"Stage 2 on 1 x {run.length:,} tokens (--stage-2-length)"
-    MemoryCheck(options.model, force=force)(run, what, state=True)
+    check(run, what, state=True)
 
 
 main = command(

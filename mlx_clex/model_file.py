@@ -91,16 +91,14 @@ def open_model(
     folder: Path,
     *,
     scale: float | None = None,
-    lazy: bool,
     model_config: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the model of a folder, with its weights, and its config.
+    """Return the model of a folder and its config; weights are read when they are first needed.
 
     Args:
         folder: the checkpoint, converted or not. The copy of this module in it is not run.
         scale: as in `Model`.
-        lazy: read weights when they are first needed.
         model_config: keys that replace those of config.json.
         trust_remote_code: let mlx-lm run a model file of the folder.
 
@@ -120,7 +118,7 @@ def open_model(
 
     return load_model(
         folder,
-        lazy=lazy,
+        lazy=True,
         model_config=overrides,
         get_model_classes=lambda config: (make, Args),
         trust_remote_code=trust_remote_code,

@@ -29,6 +29,7 @@ from .diagnosis.source import find_source
 from .errors import InputError
 from .pictures.memory import draw_memory
 from .pictures.style import check_path
+from .training.options import TrainingOptions
 
 _DEFAULT_TRAINING = 2048  # tokens, as `lora`
 _POINTS = 9  # lengths in the picture, each twice the one before
@@ -69,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--q-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="Plan for weights of so many bits."
     )
     add_shared(parser, "--kv-bits", "--prefill-step-size")
+    parser.add_argument(
+        "--num-layers",
+        type=int,
+        default=TrainingOptions.num_layers,
+        help="How many of the last layers to train; -1: all.",
+    )
     parser.add_argument("--rank", type=int, default=8, help="Rank of the adapters in training.")
     parser.add_argument(
         "--fine-tune-type",
@@ -99,6 +106,8 @@ def run(args: argparse.Namespace) -> None:
     check_cache_options(args)
     for name in ("context", "batch_size", "prefill_step_size", "rank", "train"):
         check_least(args, name, 1)
+    if args.num_layers != -1:
+        check_least(args, "num_layers", 1)
     if args.memory == 0:
         raise InputError("--memory must be more than 0.")
     if args.output is not None:
@@ -121,6 +130,7 @@ def run(args: argparse.Namespace) -> None:
             rank=args.rank,
             grad_checkpoint=args.grad_checkpoint,
             full=args.fine_tune_type == "full",
+            num_layers=args.num_layers,
         )
         for length in args.train or [_DEFAULT_TRAINING]
     ]

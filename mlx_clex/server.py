@@ -189,12 +189,11 @@ def run(args: argparse.Namespace) -> None:
         format="%(asctime)s - %(levelname)s - %(message)s",
     )
     provider = ScaledModelProvider(args)
-    if args.model is not None:
-        check = MemoryCheck(args.model, force=args.force)
-        provider.check_length = partial(
-            check.reading, step=args.prefill_step_size, kv_bits=args.kv_bits
-        )
-        provider.check_length(args.max_tokens)
+    check = MemoryCheck(force=args.force, processes=group.size())
+    provider.check_length = partial(
+        check.reading, step=args.prefill_step_size, kv_bits=args.kv_bits
+    )
+    provider.before_reading = check.at_load(partial(provider.check_length, args.max_tokens))
     provider.scale = args.scale if isinstance(args.scale, float) else None
     serve(args.port, provider, Access(args.host, args.allowed_origins, key or None), served)
 

@@ -9,12 +9,11 @@ import mlx.core as mx
 import pytest
 
 from mlx_clex import doctor
-from mlx_clex.commands.run_command import run_command
 from mlx_clex.diagnosis import machine
 
 
 def run_doctor(*argv: str) -> int:
-    return run_command(doctor.add_arguments, doctor.run, prog="doctor", description="", argv=argv)
+    return doctor.main(argv)
 
 
 def test_prints_versions_and_device_without_options(capsys):

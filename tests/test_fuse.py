@@ -11,7 +11,7 @@ from mlx_lm.utils import save_config, save_model
 
 from mlx_clex import fuse, generate, load, lora
 
-from .conftest import GOLDEN, stock_folder
+from .conftest import GOLDEN, as_peft, random_adapters, stock_folder
 from .model.test_gpt_neox import published
 
 IDS = mx.arange(3, 60)[None]
@@ -61,6 +61,14 @@ def test_the_fused_model_answers_as_the_adapters_do(kind, base, tmp_path):
     ours = load(tmp_path / "fused")[0](IDS)
     assert mx.abs(ours - wanted).max().item() < 1e-3
     assert not list(tmp_path.glob(".fused*"))
+
+
+def test_adapters_of_peft_are_fused(base, tmp_path):
+    """They ended with "cannot be loaded: num_layers"."""
+    adapters = random_adapters(base, tmp_path / "ours", 1)
+    wanted = load(base, adapter_path=adapters)[0](IDS)
+    assert merge(base, as_peft(adapters, tmp_path / "peft"), tmp_path / "fused") == 0
+    assert mx.abs(load(tmp_path / "fused")[0](IDS) - wanted).max().item() < 1e-3
 
 
 def test_a_quantised_base_stays_quantised_or_not(base, tmp_path):

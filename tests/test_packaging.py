@@ -26,7 +26,6 @@ def test_every_command_has_a_console_script():
     """`mlx_clex.server` ran as a module only."""
     files = [*(ROOT / "mlx_clex").glob("*.py"), ROOT / "convert" / "__main__.py"]
     there = {file for file in files if "\nmain = command(" in file.read_text()}
-    there.add(ROOT / "mlx_clex" / "doctor.py")
     scripts = PROJECT["project"]["scripts"]
 
     assert scripts.pop("mlx_clex") == "mlx_clex.__main__:main"

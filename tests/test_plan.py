@@ -64,6 +64,7 @@ def test_a_picture(model, tmp_path, capsys):
         (["--memory", "0"], "--memory must be more than 0"),
         (["--context", "0"], "--context must be at least 1, got 0"),
         (["--train", "512", "-1"], "--train must be at least 1, got -1"),
+        (["--num-layers", "0"], "--num-layers must be at least 1, got 0"),
         (["--kv-bits", "7"], "--kv-bits must be 2, 3, 4, 5, 6 or 8, got 7"),
         (["--backend", "vulkan"], "invalid choice: 'vulkan'"),
         (["--output", "memory.gif"], "A picture is a .png or .svg file"),

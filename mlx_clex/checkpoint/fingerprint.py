@@ -14,10 +14,11 @@ import mlx.nn as nn
 import numpy as np
 
 from ..model.scaled_model import scaled
-from .adapters import ADAPTERS, EXTRA_WEIGHTS, read_adapters
+from .adapters import read_adapters, tensor_files
 from .config import normalise_config
 from .digest import digest_of, weights_digest, weights_samples
 from .folder import read_config
+from .peft_adapters import PEFT_SETTINGS
 
 Fingerprint = dict[str, str]
 
@@ -113,8 +114,7 @@ def _adapter(path: str | Path | None) -> str:
     if path is None:
         return "none"
     folder, settings = read_adapters(Path(path))
-    what = {key: settings.get(key) for key in ("fine_tune_type", "lora_parameters", "num_layers")}
-    files = [folder / ADAPTERS, folder / EXTRA_WEIGHTS]
-    return digest_of(
-        [_text(what).encode(), *weights_samples([file for file in files if file.is_file()])]
-    )
+    keys = ("fine_tune_type", "lora_parameters", "num_layers")
+    what = {key: settings.get(key) for key in keys}
+    what |= {key: settings[key] for key in PEFT_SETTINGS if key in settings}
+    return digest_of([_text(what).encode(), *weights_samples(tensor_files(folder))])

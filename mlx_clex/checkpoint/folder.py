@@ -22,6 +22,7 @@ from .sizes import Held
 _PARSED = (".json", ".jinja", ".model", ".tiktoken")
 _OPENED = (*_PARSED, ".txt", ".safetensors", ".bin", ".gguf", ".py")
 _TEMPLATES = "additional_chat_templates"  # a folder that transformers reads
+_PACKED = ("awq", "gptq")  # whose weights are called qweight
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -101,9 +102,22 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def held_by(folder: Path) -> Held:
-    """Return what the .safetensors files of a folder hold, as their headers say."""
+    """Return what the .safetensors files of a folder hold, as their headers say.
+
+    Raises:
+        InputError: a file is broken, or config.json names a quantisation that no tensor has.
+    """
     files = [f for f in files_of(folder) if f.suffix == ".safetensors"]
-    return Held.of(info for file in files for info in read_header(file).values())
+    tensors = {name: info for file in files for name, info in read_header(file).items()}
+    quantised = read_config(folder).get("quantization_config")
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    if method in _PACKED and not any(name.endswith(".qweight") for name in tensors):
+        raise InputError(
+            f"{folder / 'config.json'} says that the weights are quantised with {method}, but no "
+            "tensor is (none is called qweight). Remove quantization_config, or download the "
+            "weights again."
+        )
+    return Held.of(tensors.values())
 
 
 def tied_override(folder: Path) -> dict[str, bool]:

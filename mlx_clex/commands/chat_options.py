@@ -54,10 +54,10 @@ def load_conversation(args: argparse.Namespace) -> Callable[[], Conversation]:
     """
     mx.random.seed(args.seed)
     folder = resolve(args.model)
-    check = MemoryCheck(folder, force=args.force)
+    check = MemoryCheck(force=args.force)
     check_length = partial(check.reading, step=args.prefill_step_size)
-    check_length(max(1, args.max_tokens))
-    model, tokenizer = load(folder, **loading_options(args))
+    before_reading = check.at_load(partial(check_length, max(1, args.max_tokens)))
+    model, tokenizer = load(folder, **loading_options(args), before_reading=before_reading)
     identity = fingerprint(model, folder, args.adapter_path)
 
     def start() -> Conversation:

@@ -7,14 +7,14 @@ Not covered: the estimate itself (`diagnosis/memory.py`).
 
 import argparse
 import contextlib
-from pathlib import Path
+from collections.abc import Callable
 
-from ..bundled import PREFIX
+import mlx.nn as nn
+
 from ..diagnosis.machine import Machine, size_text, this_machine
 from ..diagnosis.memory import REFUSED, Reading, Training, peak, verdict
 from ..diagnosis.plan import Change, advice, changes
-from ..diagnosis.sizes import Sizes, sizes_of
-from ..diagnosis.source import find_source
+from ..diagnosis.sizes import Sizes, sizes_of_model
 from ..errors import InputError, say
 
 
@@ -29,25 +29,33 @@ def add_force(parser: argparse.ArgumentParser) -> None:
 
 
 class MemoryCheck:
-    """Checks runs of one model on this machine, and warns once."""
+    """Checks runs of the model that was loaded last on this machine, and warns once."""
 
-    def __init__(self, model: str | Path, *, force: bool, machine: Machine | None = None) -> None:
-        """Look up the sizes of a model; nothing is loaded.
+    def __init__(self, *, force: bool, processes: int = 1, machine: Machine | None = None) -> None:
+        """Check nothing yet.
 
         Args:
-            model: a folder, a file, or bundled:NAME. One on the hub is not checked.
             force: warn where a run would be refused.
+            processes: how many share a model that is read.
             machine: None: this one.
         """
         self._force = force
+        self._processes = processes
         self._machine = machine or this_machine()
         self._warned = False
         self._sizes: Sizes | None = None
-        if not str(model).startswith(PREFIX) and not Path(model).expanduser().exists():
-            return
-        # Loading says what is wrong with a model that cannot be built.
-        with contextlib.suppress(InputError):
-            self._sizes = sizes_of(find_source(model))
+
+    def at_load(self, check: Callable[[], None]) -> Callable[[nn.Module], None]:
+        """Return what `load` calls before it reads the weights: it measures, then checks."""
+
+        def before_reading(model: nn.Module) -> None:
+            self._sizes = None
+            # A config that lacks a size is no reason not to load.
+            with contextlib.suppress(InputError):
+                self._sizes = sizes_of_model(model)
+            check()
+
+        return before_reading
 
     def __call__(self, run: Reading | Training, what: str, *, state: bool = False) -> None:
         """Check a run.
@@ -62,15 +70,17 @@ class MemoryCheck:
         """
         if self._sizes is None:
             return
-        machine = self._machine
-        asked = Change("", self._sizes, run)
+        machine, sizes = self._machine, self._sizes
+        if isinstance(run, Reading):
+            sizes = sizes.shared(self._processes)
+        asked = Change("", sizes, run)
         needed = peak(asked.parts(machine.back_end))
         found = verdict(needed, machine)
         if found == "fits" and state:
             say(f"{what} is expected to need {size_text(needed)}.")
         if found == "fits" or (self._warned and found == "tight"):
             return
-        hint = advice(changes(self._sizes, run), machine)
+        hint = advice(changes(sizes, run), machine)
         text = (
             f"{what} is expected to need {size_text(needed)}; MLX can use "
             f"{size_text(machine.usable)} of the {size_text(machine.memory)} here. {hint}"

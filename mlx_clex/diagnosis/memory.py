@@ -52,6 +52,8 @@ class Training:
     grad_checkpoint: bool = False
     full: bool = False  # all weights of the layers, not adapters
     states: int = 2  # numbers that the optimizer keeps for each weight it trains
+    num_layers: int = -1  # the last layers, which are trained; -1: all
+    learns: bool = False  # the scaling's tensors are trained, where they are not by default
 
 
 # In training: numbers for each token, times the width; copies of the scores of one layer.
@@ -105,7 +107,7 @@ def decoding(sizes: Sizes, run: Reading, back_end: str) -> Parts:
 def training(sizes: Sizes, run: Training, back_end: str) -> Parts:
     """Return the parts of the peak of a training step.
 
-    All layers are taken to need a backward pass, as they do where the scaling learns.
+    Layers below those that are trained need a backward pass only where the scaling learns.
     """
     item = sizes.itemsize
     tokens = run.batch * run.length
@@ -115,15 +117,18 @@ def training(sizes: Sizes, run: Training, back_end: str) -> Parts:
     def values(factors: dict[str, float]) -> float:
         return tokens * item * _width(sizes, factors)
 
+    learns = run.learns or sizes.learns_scaling
+    layers = sizes.layers if learns else _trained_layers(sizes, run)
+
     # The head computes its logits in float32, one chunk of tokens after the other.
     together = min(tokens, _CHUNKS * chunk_length(sizes.vocabulary))
     logits = 4.0 * together * sizes.vocabulary
     if run.grad_checkpoint:
         kept, kept_scores = values(_KEPT_CHECKPOINTED), 0.0
         backward, backward_scores = values(_BACKWARD_CHECKPOINTED), _BACKWARD_SCORES * scores
-        backward += values(_BACKWARD_LEARNING) if sizes.learns_scaling else 0.0
+        backward += values(_BACKWARD_LEARNING) if learns else 0.0
     else:
-        kept, kept_scores = values(_KEPT), sizes.layers * _KEPT_SCORES * scores
+        kept, kept_scores = values(_KEPT), layers * _KEPT_SCORES * scores
         backward, backward_scores = values(_BACKWARD), 0.0
     # The loss comes first, then the backward pass of one layer after the other.
     loss = _LOGITS * logits
@@ -134,7 +139,7 @@ def training(sizes: Sizes, run: Training, back_end: str) -> Parts:
     return {
         "weights": sizes.weights,
         "trained weights": _trained(sizes, run),
-        "kept for the backward pass": sizes.layers * kept,
+        "kept for the backward pass": layers * kept,
         "attention scores": kept_scores + backward_scores,
         "activations": backward,
         "logits": loss,
@@ -146,10 +151,15 @@ def _trained(sizes: Sizes, run: Training) -> float:
 
     Weights that are trained whole are counted as weights, adapters here.
     """
+    share = _trained_layers(sizes, run) / max(1, sizes.layers)
     if run.full:
-        return 4.0 * sizes.parameters * (run.states + 1)
-    adapters = run.rank * sum(inputs + outputs for inputs, outputs in sizes.linear)
+        return 4.0 * share * sizes.parameters * (run.states + 1)
+    adapters = share * run.rank * sum(inputs + outputs for inputs, outputs in sizes.linear)
     return 4.0 * adapters * (_TRAINED if run.states == 2 else run.states + 2)
+
+
+def _trained_layers(sizes: Sizes, run: Training) -> int:
+    return sizes.layers if run.num_layers < 0 else min(run.num_layers, sizes.layers)
 
 
 def fused(sizes: Sizes, tokens: int, back_end: str, *, training: bool = False) -> bool:

@@ -4,7 +4,7 @@ Everything comes out of config.json, the headers and sizes of the files and the 
 The model is built, but MLX is lazy: its weights are neither read nor made up, so a model of any
 size takes seconds.
 
-Not covered: whether the weights match the config, which loading checks.
+Not covered: the numbers in the weights, which loading checks.
 """
 
 import logging
@@ -20,12 +20,14 @@ from ..checkpoint.config import base_config, normalise_config
 from ..checkpoint.files import read_json
 from ..checkpoint.folder import SHIM, files_of, needs_conversion
 from ..checkpoint.safetensors_file import read_tensors
+from ..checkpoint.tokenizer import open_tokenizer
 from ..checkpoint.unread import unread_settings
-from ..errors import InputError, one_line
+from ..errors import InputError, one_line, reading
 from ..model.find_ropes import Site, find_sites
 from ..model.own_rope import length_of, original_length, own_entry
 from ..model.scaled_model import ScaledModel, attach
 from ..model.stock import model_name
+from ..model_file import open_model
 from ..scaling import PREFIX, SCALINGS, Scaling
 from ..scaling.check import check_frequencies
 from .machine import size_text, this_machine
@@ -59,6 +61,8 @@ def report(path_or_hub_id: str) -> list[Row]:
         config = normalise_config(source.config)
     except InputError as error:
         return [*rows, (PROBLEM, str(error))]
+    if not any(name == PROBLEM for name, _ in rows):
+        rows += _loading(source)
     rows += [(PROBLEM, note) for note in unread_settings(base_config(config), model)]
     rows.append(("family", f"{config.get('model_type')} ({model_name(model)})"))
     if isinstance(model, ScaledModel):
@@ -105,6 +109,21 @@ def _files(source: Source) -> Iterator[Row]:
             yield PROBLEM, f"{index.name} lists {name}, which is missing. Download it again."
     if not any(name.startswith(("tokenizer.", "vocab.")) for name in names):
         yield PROBLEM, "No tokenizer. Copy the tokenizer files of the base model here."
+
+
+def _loading(source: Source) -> Iterator[Row]:
+    """Yield what loading would refuse; the weights are mapped and not read."""
+    folder = source.path
+    if folder is None or not folder.is_dir():
+        return
+    if needs_conversion([file.name for file in files_of(folder)], source.config, folder):
+        return
+    try:
+        with reading(f"{folder} does not load"):
+            _, config = open_model(folder)
+        open_tokenizer(folder, config)
+    except InputError as error:
+        yield PROBLEM, str(error)
 
 
 def _ropes(model: nn.Module, sites: list[Site]) -> Iterator[Row]:

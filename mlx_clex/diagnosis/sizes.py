@@ -64,7 +64,7 @@ class Sizes:
     caches: Caches
     linear: tuple[tuple[int, int], ...]  # (inputs, outputs) of the linear maps of all layers
     parameters: int  # numbers in all layers
-    learns_scaling: bool  # its scaling has tensors
+    learns_scaling: bool  # its scaling has tensors, which are trained by default
     reach: int | None  # tokens the model is made for
 
     @property
@@ -76,6 +76,11 @@ class Sizes:
     def keys(self) -> int:
         """Return the width of a token's keys in a layer; values are taken to be as wide."""
         return self.caches.largest // 2
+
+    def shared(self, processes: int) -> "Sizes":
+        """Return the sizes for one of several processes that share the weights and caches."""
+        caches = replace(self.caches, growing=self.caches.growing // processes)
+        return replace(self, weights=self.weights / processes, caches=caches)
 
 
 def sizes_of(source: Source, q_bits: int | None = None, model: nn.Module | None = None) -> Sizes:
@@ -112,9 +117,11 @@ def sizes_of_model(model: nn.Module) -> Sizes:
     layers: list[nn.Module] = model.layers
     linear = [pair for layer in layers for pair in _linear(layer, model)]
     hidden = config_value(model, "hidden_size")
-    if hidden is None:
+    if hidden is None and linear:
         # Most maps of a layer take its input.
         hidden = Counter(inputs for inputs, _ in linear).most_common(1)[0][0]
+    if hidden is None:
+        raise lacks("hidden_size")
     heads = next((n for name in _HEADS if (n := config_value(model, name))), None)
     if heads is None:
         raise lacks(_HEADS[0])
@@ -122,6 +129,7 @@ def sizes_of_model(model: nn.Module) -> Sizes:
     if vocabulary is None:
         raise lacks("vocab_size")
     caches, head_dim = caches_of(model)
+    scaling = scaled(model).scaling
     arrays: Any = tree_flatten(model.parameters())
     floats = [a.dtype.size for _, a in arrays if mx.issubdtype(a.dtype, mx.floating)]
     return Sizes(
@@ -136,7 +144,8 @@ def sizes_of_model(model: nn.Module) -> Sizes:
         caches=caches,
         linear=tuple(linear),
         parameters=sum(a.size for layer in layers for _, a in _flat(layer.parameters())),
-        learns_scaling=bool(getattr(scaled(model).scaling, "learned", None)),
+        learns_scaling=scaling is not None
+        and bool(scaling.learned and scaling.learning_rate_share),
         reach=scaled(model).reach,
     )
 

@@ -27,6 +27,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from tqdm import tqdm
 
 from ..data.stop_strings import cut
+from ..data.text import encode_text
 from ..errors import InputError, RunError, generating, say
 from ..model.plans import plan_at
 from ..model.scaled_model import make_prompt_cache
@@ -89,7 +90,7 @@ class PlannedLM(MLXLM, TemplateLM):
         """Return the ids of a text; a rendered chat template already has its special tokens."""
         if add_special_tokens is None:
             add_special_tokens = not self.use_chat_template
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return encode_text(self.tokenizer, string, begins=add_special_tokens)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return a greedy answer for each request."""

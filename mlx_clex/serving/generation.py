@@ -24,6 +24,10 @@ from .answer_text import AnswerText
 from .fields import RequestError
 from .prompt_caches import PlannedPromptCache
 from .requests import check_tokens
+from .schedule import DueBatchGenerator
+
+# mlx_lm.server has no option for it.
+stock.BatchGenerator = DueBatchGenerator
 
 
 class ScaledModelProvider(stock.ModelProvider):
@@ -33,8 +37,9 @@ class ScaledModelProvider(stock.ModelProvider):
     loads = 0  # how often a model was loaded
     reach: int | None = None  # of the model that the server was started with, tokens
     longest_token = 1  # bytes of text, at most, that one token stands for
-    # Raises InputError where so many tokens do not fit this machine.
+    # Raises InputError where so many tokens of the loaded model do not fit this machine.
     check_length: Callable[[int], None] = staticmethod(lambda length: None)
+    before_reading: Callable[[nn.Module], None] | None = None  # see `load`
 
     def load(
         self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
@@ -66,6 +71,7 @@ class ScaledModelProvider(stock.ModelProvider):
             tokenizer_config=self._tokenizer_config,
             group=mx.distributed.init(),
             pipeline=self.cli_args.pipeline,
+            before_reading=self.before_reading,
         )
         if self.cli_args.use_default_chat_template and tokenizer.chat_template is None:
             tokenizer.chat_template = tokenizer.default_chat_template

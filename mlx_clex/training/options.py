@@ -297,7 +297,7 @@ class TrainingOptions:
     resume_adapter_file: str | None = option(
         None,
         _SAVED,
-        "Start a new run from these adapters, and from what was saved beside them.",
+        "Start a new run from a folder of adapters, or from one file in it.",
         default_text="none",
         may_change=True,  # a save holds what it gave
     )

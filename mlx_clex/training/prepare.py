@@ -6,11 +6,13 @@ back to the last save where the run goes on.
 Not covered: the run itself (`loop.py`), and what is printed about it (`job.py`).
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx_lm.tuner.callbacks import get_reporting_callbacks
 
@@ -30,7 +32,14 @@ from .loop import LoopOptions, Run
 from .options import DEFAULT_LENGTH, PAYING_LENGTH, TWO_STAGE, TrainingOptions
 from .ranks import Ranks
 from .recipe import with_stage_2
-from .resume import go_on, load_adapters, names_of_adapters, open_folder, settings_to_keep
+from .resume import (
+    adapters_below,
+    go_on,
+    load_adapters,
+    names_of_adapters,
+    open_folder,
+    settings_to_keep,
+)
 from .saves import Checkpoints
 from .setup import build_optimizer, choose_trained, learning_rate_schedule
 from .step import TrainingStep
@@ -38,13 +47,19 @@ from .step import TrainingStep
 _BEST_WINDOWS = 16  # of each length, where a validation decides which weights are kept
 
 
-def prepare(options: TrainingOptions, entry: dict[str, Any] | None, ranks: Ranks) -> Job:
+def prepare(
+    options: TrainingOptions,
+    entry: dict[str, Any] | None,
+    ranks: Ranks,
+    before_reading: Callable[[nn.Module], None] | None = None,
+) -> Job:
     """Load and check everything a run needs.
 
     Args:
         options: what to do.
         entry: rope_scaling of a scaling to switch on, for a base that has none.
         ranks: the processes that share the rows of a batch.
+        before_reading: called with the model before its weights are read; see `load`.
 
     Raises:
         InputError: options, data or a folder that cannot be used.
@@ -52,7 +67,7 @@ def prepare(options: TrainingOptions, entry: dict[str, Any] | None, ranks: Ranks
     _check(options, entry, ranks.size)
     checkpoints = open_folder(options) if options.train else None
     mx.random.seed(options.seed)
-    model, tokenizer = _load_model(options, entry)
+    model, tokenizer = _load_model(options, entry, before_reading)
     corpora = _load_data(options, tokenizer)
     draws = _draws(options, model) if options.train else None
     if options.recipe == TWO_STAGE and options.train:
@@ -100,13 +115,18 @@ def _check(options: TrainingOptions, entry: dict[str, Any] | None, processes: in
         )
 
 
-def _load_model(options: TrainingOptions, entry: dict[str, Any] | None) -> tuple[Any, Any]:
+def _load_model(
+    options: TrainingOptions,
+    entry: dict[str, Any] | None,
+    before_reading: Callable[[nn.Module], None] | None,
+) -> tuple[Any, Any]:
     """Load the model with its scaling, and its tokenizer."""
     assert options.model is not None
     model, tokenizer = load(
         options.model,
         adapter_path=_adapters_below(options),
         trust_remote_code=options.trust_remote_code,
+        before_reading=before_reading,
     )
     if entry is not None and not (_under_scaling(options) and isinstance(model, ScaledModel)):
         if isinstance(model, ScaledModel) and model.scaling.learned:
@@ -133,7 +153,7 @@ def _under_scaling(options: TrainingOptions) -> bool:
 def _adapters_below(options: TrainingOptions) -> Path | str | None:
     """The folder of adapters that the model is loaded with."""
     if _under_scaling(options):
-        return Path(str(options.resume_adapter_file)).expanduser().parent
+        return adapters_below(Path(str(options.resume_adapter_file)).expanduser())
     return None if options.train else (options.adapter_path or None)
 
 
@@ -207,7 +227,7 @@ def _training(
     going_on = options.resume and checkpoints.newest is not None
     kept: frozenset[str] = frozenset()
     if _under_scaling(options):
-        kept, extra = names_of_adapters(Path(str(options.resume_adapter_file)).expanduser())
+        kept, extra = names_of_adapters(Path(str(_adapters_below(options))))
     elif options.resume_adapter_file is not None and not going_on:
         load_adapters(model, Path(options.resume_adapter_file).expanduser())
     batches = _batches(options, corpora["train"])

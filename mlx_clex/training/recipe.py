@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.adapters import ADAPTERS
 from ..data.corpus import Corpus
 from ..errors import InputError
 from ..evaluation.perplexity import check_targets
@@ -35,7 +34,7 @@ def stages(options: TrainingOptions) -> list[TrainingOptions]:
     iters = options.stage_2_iters
     network: dict[str, Any] = {
         "fine_tune_type": "scaling",
-        "resume_adapter_file": str(first / ADAPTERS),
+        "resume_adapter_file": str(first),
         "train_norms_and_embeddings": False,
         "scale_draw": FIXED,
         "sampling": PIECES,

@@ -1,13 +1,18 @@
 """Runs that do not fit are told of before they begin, and refused where they would end badly."""
 
+import importlib
 import json
+import sys
 
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
-from mlx_clex.checkpoint.sizes import Held
+from mlx_clex import bundled
 from mlx_clex.commands.memory_check import MemoryCheck
 from mlx_clex.diagnosis.machine import described
 from mlx_clex.diagnosis.memory import Training
+from mlx_clex.diagnosis.source import build, find_source
 from mlx_clex.errors import InputError
 
 from ..diagnosis.test_memory import LLAMA_7B
@@ -18,8 +23,12 @@ def check(tmp_path):
     """A function from memory to a check of a LLaMA 7B of 13.5 GB on a Mac."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
 
-    def make(memory, *, force=False):
-        return MemoryCheck(tmp_path, force=force, machine=described(memory, "metal"))
+    def make(memory, *, force=False, **options):
+        checking = MemoryCheck(force=force, machine=described(memory, "metal"), **options)
+        model = build(find_source(tmp_path))
+        model.set_dtype(mx.float16)
+        checking.at_load(lambda: None)(model)
+        return checking
 
     return make
 
@@ -51,29 +60,30 @@ def test_a_run_of_much_more_than_the_memory_is_refused(check, capsys):
     assert "is expected to need" in capsys.readouterr().err
 
 
-def test_a_model_that_cannot_be_built_is_left_to_loading(tmp_path):
-    """The check must not hide the better message of `load`."""
-    (tmp_path / "config.json").write_text("{}")
-    MemoryCheck(tmp_path, force=False).reading(10**9, step=2048)
-    MemoryCheck("owner/name", force=False).reading(10**9, step=2048)
+def test_a_model_without_sizes_loads():
+    """A family whose config lacks a size must not be refused for it."""
+    model = nn.Module()
+    model.layers = []
+    check = MemoryCheck(force=False)
+    check.at_load(lambda: check.reading(10**9, step=2048))(model)
+
+
+def test_processes_share_what_is_read(check, capsys):
+    """A model too large for one machine was refused on two as well."""
+    check(24e9, processes=2).reading(16384, step=512)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("command", ["generate", "lora", "chat", "server"])
-def test_commands_refuse_before_they_load(command, tmp_path, monkeypatch, capsys):
-    """Each command that loads a model for long texts has the check."""
-    import importlib
-    import sys
-
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
-    (tmp_path / "model.safetensors").write_bytes(b"never read")
+def test_commands_refuse_before_they_read_weights(command, tmp_path, monkeypatch, capsys):
+    """On one machine or the hub; lora and server did not check a model that the hub names."""
+    (tmp_path / "a.txt").write_text("In the beginning")
     options = {"lora": ["--train", "--data", str(tmp_path)]}.get(command, [])
     monkeypatch.setattr(
-        "mlx_clex.commands.memory_check.this_machine", lambda: described(4e9, "metal")
+        "mlx_clex.commands.memory_check.this_machine", lambda: described(2e6, "metal")
     )
-    monkeypatch.setattr(
-        "mlx_clex.diagnosis.source.held_by_files", lambda folder: Held.in_bytes(1 << 40)
-    )
-    monkeypatch.setattr("mlx_clex.loading.needs_conversion", lambda *_: False)
-    monkeypatch.setattr(sys, "argv", [command, "--model", str(tmp_path), *options])
+    monkeypatch.setattr("mlx_clex.loading.check_finite", lambda model: pytest.fail("it was read"))
+    monkeypatch.setattr("mlx_clex.loading._from_hub", lambda *_: bundled.FOLDER / "base")
+    monkeypatch.setattr(sys, "argv", [command, "--model", "owner/name", *options])
     assert importlib.import_module(f"mlx_clex.{command}").main() == 2
     assert "--force runs it anyway" in capsys.readouterr().err

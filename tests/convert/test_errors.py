@@ -148,8 +148,8 @@ BROKEN = {
     "unknown family": ("clex_phi", config(model_type="nope"), "'nope'"),
     "key of the family missing": (
         "gene_param_llama",
-        without("rms_norm_eps"),
-        "rms_norm_eps",
+        without("intermediate_size"),
+        "intermediate_size",
     ),
     "cut safetensors": ("clex_phi", truncate("model.safetensors"), "corrupt or truncated"),
     "empty safetensors": ("clex_phi", overwrite("model.safetensors", b""), "corrupt or truncated"),

@@ -51,7 +51,7 @@ def test_the_peak_is_predicted_within_ten_per_cent():
     command = [sys.executable, "-m", "benchmarks.memory", "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     ratios = [float(row.split("|")[-2]) for row in done.stdout.splitlines()[2:]]
-    assert len(ratios) == 11
+    assert len(ratios) == 12
     assert all(0.9 <= ratio <= 1.1 for ratio in ratios), done.stdout
 
 
@@ -108,6 +108,9 @@ def test_what_saves_memory_is_predicted_to_save_it():
         steps = peak(training(sizes, train, back_end))
         assert peak(training(sizes, replace(train, grad_checkpoint=True), back_end)) < steps
         assert peak(training(sizes, replace(train, full=True), back_end)) > steps + 6e9 * 4
+        fewer = replace(train, num_layers=8)
+        assert peak(training(sizes, fewer, back_end)) < 0.6 * steps
+        assert peak(training(sizes, replace(fewer, learns=True), back_end)) > 0.9 * steps
 
 
 def test_the_longest_length_is_the_last_that_fits():

@@ -221,7 +221,7 @@ def targets(folder: Path) -> Iterator[Target]:
 
     def lines(data: bytes) -> object:
         file.with_suffix(".jsonl").write_bytes(data)
-        return list(corpus._documents([file.with_suffix(".jsonl")], tokenizer, False))
+        return list(corpus._documents([file.with_suffix(".jsonl")], tokenizer, False, []))
 
     yield Target("jsonl rows", st.one_of(rows, BYTES), lines, 5_000)
 
@@ -299,7 +299,7 @@ def _lazy_model() -> tuple[Any, Any]:
 
     from mlx_clex.loading import _load_model
 
-    model, _ = _load_model(_BUNDLED, None, None, lazy=True)
+    model, _ = _load_model(_BUNDLED, None, None)
     return model, load_tokenizer(_BUNDLED)
 
 

@@ -10,7 +10,6 @@ import mlx.core as mx
 import pytest
 
 from mlx_clex import doctor
-from mlx_clex.commands.run_command import run_command
 from mlx_clex.self_test import golden, kernels, run, running, training
 from mlx_clex.self_test.measurement import Measurement
 from mlx_clex.self_test.run import CHECKS, self_test
@@ -24,7 +23,7 @@ PLAIN = [
 
 
 def run_doctor(*argv: str) -> int:
-    return run_command(doctor.add_arguments, doctor.run, prog="doctor", description="", argv=argv)
+    return doctor.main(argv)
 
 
 @pytest.mark.parametrize("check", PLAIN, ids=lambda check: check.__name__)
