@@ -43,7 +43,7 @@ def drawn(monkeypatch):
 
 def write(prefix, kind, rows=None):
     results = open_results(prefix, kind=kind, settings={}, keys=("length",))
-    for number, row in enumerate(rows or ROWS[kind]()):
+    for number, row in enumerate(rows or ROWS[kind](), 1):
         results.rows.append({"length": number, **row})
     results.write()
 

@@ -88,7 +88,7 @@ def load_cache(
             another model, adapter or scaling; the message says what differs.
     """
     file = _existing(name)
-    with reading(f"{name} is no saved cache"):
+    with reading(f"{name} is no saved cache", always=True):
         _check_names([name for part in read_tensors(file) for name in part])
         caches, metadata = load_prompt_cache(str(file), return_metadata=True)
         metadata = dict(metadata or {})

@@ -136,7 +136,7 @@ def command(argv: Sequence[str]) -> Callable[[], Any]:
 
     def work() -> Any:
         sys.argv = [f"mlx_clex {argv[0]}", *argv[1:]]
-        return importlib.import_module(f"mlx_clex.{name}").main()
+        sys.exit(importlib.import_module(f"mlx_clex.{name}").main())
 
     return work
 
