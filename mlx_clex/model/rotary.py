@@ -132,8 +132,15 @@ def _slopes(
 
 
 def _rotate_fused(x: mx.array, periods: Any, offset: Offset, traditional: bool) -> mx.array:
-    how: dict[str, Any] = {"traditional": traditional, "base": None, "scale": 1.0}
-    return mx.fast.rope(x, 2 * periods.shape[-1], **how, offset=offset, freqs=periods)
+    return mx.fast.rope(
+        x,
+        2 * periods.shape[-1],
+        traditional=traditional,
+        base=None,
+        scale=1.0,
+        offset=offset,
+        freqs=periods,
+    )
 
 
 def positions_from(offset: Offset, length: int) -> mx.array:
