@@ -4,8 +4,10 @@
 
 Every case times blocks of stock mlx-lm, of ours and of stock again, in turns. The table has the
 median ratio of speeds with a 95 % bootstrap interval, beside that of stock against stock. A goal is
-met where the interval reaches it and the median is at most 0.02 below. A case that cannot run says
-why. Other programs on the machine widen the intervals.
+met where the interval reaches it and the median is at most 0.02 below; one of milliseconds, where
+the interval reaches it and the median is at most twice it. Growth is the time at this length over
+that at the first, ours / stock's. A case that cannot run says why. Other programs on the machine
+widen the intervals.
 """
 
 import argparse
@@ -15,6 +17,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,13 +26,20 @@ from typing import Any
 import mlx.core as mx
 
 import mlx_clex  # noqa: F401 - before mlx.core: on Linux it looks for OpenBLAS
-from mlx_clex.diagnosis.machine import BACK_ENDS, this_back_end
+from mlx_clex.diagnosis.machine import BACK_ENDS, size_text, this_back_end
 from mlx_clex.errors import one_line
 
-from .speed import CASES, Setup
+from . import speed, whole
+from .blocks import AGAIN, OURS, STOCK, Comparison, NotRun
+from .speed import Setup
 
+CASES: dict[str, Callable[[Setup], Iterator[Comparison | NotRun]]] = {
+    **speed.CASES,
+    **whole.CASES,
+}
 PACKAGES = ("mlx-clex", "mlx", "mlx-lm", "numpy")
-COLUMNS = "case | length | stock, s | ours, s | ours / stock | stock / stock | goal | met"
+COLUMNS = "case | length | stock, s | ours, s | ours / stock | stock / stock | growth | memory"
+COLUMNS += " | goal | met"
 
 
 def where() -> dict[str, Any]:
@@ -55,8 +66,20 @@ def cells(row: dict[str, Any]) -> str:
         f"{row[name]:.3f} ({row[f'{low}low']:.3f} to {row[f'{low}high']:.3f})"
         for name, low in (("ratio", ""), ("noise", "noise_"))
     ]
-    figures = [row["case"], f"{row['length']:,}", f"{row['stock_seconds']:.3f}"]
-    figures += [f"{row['seconds']:.3f}", *ratios, f"{row['goal']:g}", "yes" if row["met"] else "no"]
+    unit = "" if row["unit"] == "tokens" else f" {row['unit']}"
+    figures = [row["case"], f"{row['length']:,}{unit}", f"{row['stock_seconds']:.3f}"]
+    figures += [f"{row['seconds']:.3f}", *ratios]
+    figures.append(" / ".join(f"{growth:.2f}" for growth in row["growth"].values()) or "-")
+    memory = {kind: size_text(size) for kind, size in row["memory"].items() if kind != AGAIN}
+    figures.append(f"{memory[OURS]}, stock {memory[STOCK]}" if memory else "-")
+    goals = [] if row["goal"] is None else [f"{row['goal']:g}"]
+    if row["most_extra"] is not None:
+        extra = f"{1000 * row['extra_seconds']:+.0f}"
+        goals.append(f"+{1000 * row['most_extra']:.0f} ms: {extra} ms")
+    if row["memory_goal"] is not None:
+        goals.append(f"{row['memory_goal']:g} of the memory")
+    figures.append(", ".join(goals) or "-")
+    figures.append({True: "yes", False: "no", None: "-"}[row["met"]])
     return f"| {' | '.join(figures)} |"
 
 
@@ -74,7 +97,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--backend", choices=tuple(BACK_ENDS), help="refuse to run on another one")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192, 32768])
     parser.add_argument("--blocks", type=int, default=9, help="blocks of each kind (default: 9)")
-    parser.add_argument("--quick", action="store_true", help="512 tokens, 8 tokens in a block")
+    parser.add_argument("--quick", action="store_true", help="512 and 2,048 tokens, blocks of 8")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count processor seconds, for a CPU with other work; not in `server`",
+    )
     parser.add_argument("--output", type=Path, help="a .json file for the results")
     args = parser.parse_args(argv)
     for name in args.cases:
@@ -86,26 +114,35 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{BACK_ENDS[args.backend]} is not there: MLX uses {this_back_end()} here.")
     if args.blocks < 2 or min(args.lengths) < 2:
         parser.error("--blocks and --lengths must be at least 2.")
-    setup = Setup(args.model, tuple(sorted(args.lengths)), args.blocks)
+    setup = Setup(args.model, tuple(sorted(args.lengths)), args.blocks, cpu_time=args.cpu_time)
     if args.quick:
-        setup = Setup(args.model, (512,), args.blocks, tokens=8, trained_length=256)
-    facts = where()
+        short: dict[str, Any] = {"lengths": (512, 2048), "trained": (512,)}
+        setup = replace(setup, tokens=8, trained_length=256, quick=True, **short)
+    clock = "processor" if args.cpu_time else "wall-clock"
+    facts = where() | {"clock": clock}
     print("; ".join(f"{name} {value}" for name, value in facts.items()))
-    print(f"model {args.model}, float32, {args.blocks} blocks of each kind\n")
+    print(f"model {args.model}, float32, {args.blocks} blocks of each kind, {clock} seconds\n")
     print(f"| {COLUMNS} |\n|{'---|' * (COLUMNS.count('|') + 1)}")
-    rows, skipped = [], {}
+    rows, skipped, failed = [], {}, False
     for name in args.cases or CASES:
+        first: dict[str, Comparison] = {}
         try:
-            for comparison in CASES[name](setup):
-                rows.append(comparison.row())
+            for found in CASES[name](setup):
+                if isinstance(found, NotRun):
+                    label = f"{found.case}, {found.length:,}"
+                    skipped[label] = found.reason
+                    print(f"| {label} | not run: {found.reason} |", flush=True)
+                    continue
+                rows.append(found.row(first.get(found.case)))
+                first.setdefault(found.case, found)
                 print(cells(rows[-1]), flush=True)
         except Exception as error:  # one case must not end the others
-            skipped[name] = one_line(error)
+            skipped[name], failed = one_line(error), True
             print(f"| {name} | not run: {skipped[name]} |", flush=True)
     if args.output is not None:
         results = {**facts, "model": args.model, "rows": rows, "not_run": skipped}
         args.output.write_text(json.dumps(results, indent=1) + "\n")
-    sys.exit(bool(skipped))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

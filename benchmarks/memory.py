@@ -41,7 +41,6 @@ SETTINGS: tuple[Reading | Training, ...] = (
     Training(length=512, grad_checkpoint=True, learns=True),
     Training(length=128, batch=2, grad_checkpoint=True, learns=True),
     Training(length=256, num_layers=2),
-    Training(length=512, num_layers=2, grad_checkpoint=True),
 )
 
 

@@ -82,14 +82,35 @@ def text(seed: int, tokens: int) -> str:
     return "".join(lines) + "In short,"
 
 
+def first_tokens(client: OpenAI, prompts: list[str], max_tokens: int = 20) -> list[float]:
+    """Return the seconds to the first token of answers to prompts that are sent at once."""
+    started = time.perf_counter()
+
+    def ask(prompt: str) -> float:
+        stream = client.completions.create(
+            model="default_model",
+            prompt=prompt,
+            max_tokens=max_tokens,
+            temperature=0,
+            stream=True,
+        )
+        seconds = [time.perf_counter() - started for chunk in stream if chunk.choices]
+        return seconds[0]
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(ask, prompts))
+
+
 @contextmanager
-def served(folder: Path, *options: object) -> Iterator[OpenAI]:
+def served(folder: Path, *options: object, module: str = "mlx_clex.server") -> Iterator[OpenAI]:
     """Start a server and yield a client of it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = ["--model", folder, "--port", port, "--log-level", "WARNING", *options]
-    server = subprocess.Popen([sys.executable, "-m", "mlx_clex.server", *map(str, command)])
+    server = subprocess.Popen(
+        [sys.executable, "-m", module, *map(str, command)], stdout=subprocess.DEVNULL
+    )
     try:
         while True:
             if server.poll() is not None:

@@ -109,8 +109,8 @@ def our_step(model: Any, tokens: np.ndarray, *, body: bool) -> Callable[[], obje
     return lambda: step(batch, draws.draw(batch.tokens.shape[1]))
 
 
-def measure(case: str, path: str | None, length: int) -> dict[str, float]:
-    """Return the peak in bytes and the seconds of the fastest step."""
+def prepared(case: str, path: str | None, length: int) -> Callable[[], object]:
+    """Return the training step of a case, after one to warm up."""
     ours, body = case.startswith("ours"), case.endswith("body")
     if ours:
         step_module.compute_in_depth()
@@ -120,9 +120,24 @@ def measure(case: str, path: str | None, length: int) -> dict[str, float]:
     step()
     mx.clear_cache()
     mx.reset_peak_memory()
+    return step
+
+
+def measure(case: str, path: str | None, length: int) -> dict[str, float]:
+    """Return the peak in bytes and the seconds of the fastest step."""
+    step = prepared(case, path, length)
     times = [timed(step) for _ in range(STEPS)]
     seconds, cpu = (min(column) for column in zip(*times, strict=True))
     return {"peak": mx.get_peak_memory(), "seconds": seconds, "cpu": cpu}
+
+
+def serve(case: str, path: str | None, length: int) -> None:
+    """Take a step for each line of the input, and print its figures."""
+    step = prepared(case, path, length)
+    for _ in sys.stdin:
+        seconds, cpu = timed(step)
+        found = {"peak": mx.get_peak_memory(), "seconds": seconds, "cpu": cpu}
+        print(json.dumps(found), flush=True)
 
 
 def timed(call: Callable[[], object]) -> tuple[float, float]:
@@ -163,7 +178,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--on-request", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.on_request:
+        serve(args.case, args.model, args.length)
+        return
     if args.case:
         print(json.dumps(measure(args.case, args.model, args.length)))
         return

@@ -4,8 +4,12 @@ import json
 
 import pytest
 
-from benchmarks import __main__ as suite
-from benchmarks.blocks import AGAIN, OURS, STOCK, Comparison, interleave
+from benchmarks import __main__ as suite  # isort: skip  (before mlx.core)
+
+import mlx.core as mx
+
+from benchmarks.blocks import AGAIN, OURS, STOCK, Comparison, NotRun, interleave
+from benchmarks.speed import Bench, Setup, rotating_again
 
 
 def comparison(*ours, goal=0.99):
@@ -21,6 +25,38 @@ def test_a_goal_is_met_by_the_interval_and_the_median():
     assert not comparison(1.2, 1.2, 0.5).met
     assert not comparison(1.02, 1.02, 1.02).met
     assert comparison(2.0, 2.0, 2.0).ratio(OURS) == (0.5, 0.5, 0.5)
+
+
+def test_goals_of_memory_and_of_milliseconds():
+    """A fast step that needs too much memory, and a load that takes too long, must not pass."""
+    times = {kind: [1.0, 1.0] for kind in (STOCK, OURS, AGAIN)}
+    for peak, met in ((80.0, True), (95.0, False)):
+        memory = {STOCK: 100.0, OURS: peak}
+        found = Comparison("train", 512, times, goal=1.0, memory=memory, memory_goal=0.9)
+        assert found.met is met
+    for seconds, met in ((1.014, True), (1.04, False)):
+        slower = times | {OURS: [seconds, seconds]}
+        assert Comparison("load", 3, slower, most_extra=0.015).met is met
+    assert Comparison("convert", 600, times).met is None
+
+
+def test_growth_is_against_the_first_length():
+    """How each side grows with the length is a column."""
+    short = comparison(1.0, 1.0)
+    row = comparison(3.0, 3.0).row(short)
+    assert row["growth"] == {OURS: 3.0, STOCK: 1.0}
+    assert short.row()["growth"] == {}
+
+
+def test_the_way_of_the_release_gives_the_same_logits():
+    """Otherwise its time would be that of something else."""
+    setup = Setup("bundled:base", (40,), trained_length=64)
+    usual = Bench(setup, setup.stock, None, 40)
+    again = Bench(setup, *rotating_again(setup.another()), 40)
+    last = setup.ids[None, 40:41]
+    for _ in range(2):
+        both = [bench.model(last, cache=bench.cache) for bench in (usual, again)]
+        assert mx.abs(both[0] - both[1]).max().item() < 1e-3
 
 
 def test_blocks_take_turns():
@@ -56,7 +92,8 @@ def test_results_name_the_machine_and_what_did_not_run(tmp_path, capsys, monkeyp
     def broken(setup):
         raise RuntimeError("no such model")
 
-    cases = {"broken": broken, "decode": lambda setup: iter([comparison(1.0, 1.0)])}
+    found = [comparison(1.0, 1.0), NotRun("train", 8192, "needs 9 GB")]
+    cases = {"broken": broken, "decode": lambda setup: iter(found)}
     monkeypatch.setattr(suite, "CASES", cases)
     path = tmp_path / "results.json"
     with pytest.raises(SystemExit) as ended:
@@ -67,5 +104,5 @@ def test_results_name_the_machine_and_what_did_not_run(tmp_path, capsys, monkeyp
     assert "| decode | 512 | 1.000 | 1.000 | 1.000 (1.000 to 1.000)" in said
     results = json.loads(path.read_text())
     assert {"machine", "back_end", "mlx", "mlx-lm", "commit"} <= results.keys()
-    assert results["not_run"] == {"broken": "no such model"}
+    assert results["not_run"] == {"broken": "no such model", "train, 8,192": "needs 9 GB"}
     assert results["rows"][0]["met"] is True
