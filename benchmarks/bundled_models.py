@@ -139,7 +139,7 @@ def _write_lines(path: Path, texts: list[str]) -> None:
     temporary.replace(path)
 
 
-def write_random(folder: Path, data: Path, *, seed: int = _SEED, **architecture: int) -> None:
+def write_random(folder: Path, data: Path, *, seed: int = _SEED, **architecture: float) -> None:
     """Write a tokenizer trained on the data and a model with random weights.
 
     Args:

@@ -1,14 +1,16 @@
 """Compare how the methods extrapolate: perplexity by length after the same training.
 
     python -m benchmarks.extrapolation --quick [--only NAME ...] [--output FOLDER]
+    python -m benchmarks.extrapolation --geometry
 
 Each run fine-tunes all weights of a small base with `mlx_clex.lora`, at the trained length L0
 or at 4 x L0, with the same number of steps and tokens. Perplexity is measured on the same tokens
 of held-out books with 1 to 32 x L0 of context: the last L0 of each window (`mlx_clex.perplexity
 --protocol same-targets`). The table has the perplexity at L0, and that at other lengths divided
-by it. `--quick` starts from the bundled base. Without it, a larger base is trained first for
-each of three seeds, which needs a GPU. An interrupted run continues, and finished runs are not
-repeated.
+by it. `--quick` starts from the bundled base. `--geometry` trains a base of the same size first,
+whose pairs turn as often within L0 as those of larger models (rope_theta 27). Without either, a
+larger base is trained for each of three seeds, which needs a GPU. An interrupted run continues, and
+finished runs are not repeated.
 
 Not covered: models above four million parameters, other texts, retrieval.
 """
@@ -46,10 +48,12 @@ class Size:
     tokens: int  # in a step
     base_steps: int  # steps of training the base; 0 takes the bundled base
     learning_rate: float
-    architecture: dict[str, int]
+    architecture: dict[str, float]
+    bases: int = 1  # trained for as many seeds; the other seeds start from the first
 
 
 QUICK = Size(1, 2000, 512, 0, 5e-4, {})
+GEOMETRY = Size(3, 300, 1024, 1500, 1e-3, {"rope_theta": 27.0})
 FULL = Size(
     3,
     10_000,
@@ -58,6 +62,7 @@ FULL = Size(
     5e-4,
     {"hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 512,
      "num_attention_heads": 4, "num_key_value_heads": 4},
+    bases=3,
 )  # fmt: skip
 
 _SKIPS = ["--sampling", "skips"]
@@ -100,6 +105,8 @@ TRIED = {
 }
 # Variants that --quick repeats with two more seeds.
 BEST = ("clex, skips", "clex, skips, no plain steps", "clex, skips, reach of 64 x")
+# Methods that --geometry compares, at four times the trained length.
+FIELD = ("none", "clex, skips", "gene", "yarn", "yarn-t")
 
 
 @dataclass(frozen=True)
@@ -121,12 +128,13 @@ class Run:
 def all_runs(size: Size) -> list[Run]:
     """Return all runs, the main comparison first."""
     seeds = range(size.seeds)
-    lengths = (TRAINED_LENGTH, 4 * TRAINED_LENGTH)
+    field = size is GEOMETRY
+    lengths = (4 * TRAINED_LENGTH,) if field else (TRAINED_LENGTH, 4 * TRAINED_LENGTH)
     runs = [
-        Run(method, tuple(options), length, seed)
+        Run(method, tuple(METHODS[method]), length, seed)
         for length in lengths
         for seed in seeds
-        for method, options in METHODS.items()
+        for method in (FIELD if field else METHODS)
     ]
     if size is QUICK:
         runs += [
@@ -275,8 +283,14 @@ def _curve(results: Results) -> str:
 def main() -> None:
     """Run what is missing, print the table and draw the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="0.9 M parameters, about an hour.")
-    parser.add_argument("--output", type=Path, help="Default: build/extrapolation-quick or -full.")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", action="store_true", help="0.9 M parameters, about an hour.")
+    which.add_argument(
+        "--geometry", action="store_true", help="0.9 M parameters, rope_theta 27, about an hour."
+    )
+    parser.add_argument(
+        "--output", type=Path, help="Default: build/extrapolation-quick, -geometry or -full."
+    )
     parser.add_argument("--jobs", type=int, default=1, help="Runs at a time. Default: 1.")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="Only runs of these methods.")
     parser.add_argument(
@@ -287,8 +301,9 @@ def main() -> None:
         "--table", action="store_true", help="Print finished runs; train and measure nothing."
     )
     args = parser.parse_args()
-    size = QUICK if args.quick else FULL
-    folder = args.output or Path("build") / f"extrapolation-{'quick' if args.quick else 'full'}"
+    name = "quick" if args.quick else "geometry" if args.geometry else "full"
+    size = {"quick": QUICK, "geometry": GEOMETRY, "full": FULL}[name]
+    folder = args.output or Path("build") / f"extrapolation-{name}"
     runs = [
         run
         for run in all_runs(size)
@@ -299,7 +314,7 @@ def main() -> None:
     if not args.table:
         if not (folder / "data" / "valid.jsonl").exists():
             write_data(folder / "data")
-        bases = {seed: make_base(size, seed, folder / "base") for seed in range(size.seeds)}
+        bases = {seed: make_base(size, seed, folder / "base") for seed in range(size.bases)}
         with ThreadPoolExecutor(args.jobs) as pool:
             futures = {
                 run.name: pool.submit(

@@ -6,10 +6,10 @@ from dataclasses import fields
 
 from mlx_lm.convert import QUANT_RECIPES
 
-from mlx_clex.commands.run_command import run_command
+from mlx_clex.commands.options import add_shared
+from mlx_clex.commands.run_command import command
 from mlx_clex.commands.scaling_options import add_scaling_arguments, scaling_from
 from mlx_clex.errors import say
-from mlx_clex.model.own_rope import OWN_ROPE_HELP, OWN_ROPES
 
 from .options import DTYPES, PROGRAMS, Options
 from .pipeline import convert
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hf-path",
         "--model",
         required=True,
-        help="The source: a folder, a .gguf file, or OWNER/NAME on the Hugging Face hub.",
+        help="The source: a folder, a .gguf file, a Hugging Face id, or bundled:NAME.",
     )
     parser.add_argument(
         "--mlx-path", default="mlx_model", help="Folder to write; it must not exist."
@@ -57,28 +57,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-d", "--dequantize", action="store_true", help="Write an unquantised model."
     )
-    parser.add_argument("--upload-repo", help="Hub id to publish the result under. Default: none.")
-    parser.add_argument(
+    add_shared(parser, "--upload-repo", "--freeze", "--own-rope")
+    add_shared(
+        parser,
         "--trust-remote-code",
-        action="store_true",
         help="Let the tokenizer run its own Python. A model's Python is never run.",
     )
     parser.add_argument(
         "--trained-length",
         type=int,
         help="Length the model was trained at, tokens. Default: max_position_embeddings.",
-    )
-    parser.add_argument(
-        "--own-rope",
-        choices=OWN_ROPES,
-        help=f"Needs --scaling. {OWN_ROPE_HELP} Default: keep.",
-    )
-    parser.add_argument(
-        "--freeze",
-        type=float,
-        metavar="SCALE",
-        help="Fix the scale and write a checkpoint that runs without mlx_clex. Default: keep the "
-        "scaling.",
     )
     parser.add_argument(
         "--for",
@@ -106,18 +94,10 @@ def run(args: argparse.Namespace) -> None:
         say(f"Next: python -m mlx_lm generate --model {target} --prompt hello")
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.convert",
-            description="Convert a CLEX, GeNE or base checkpoint to MLX, or freeze one scale.",
-            example="mlx_clex convert --hf-path DAMO-NLP-SG/CLEX-7B-16K --mlx-path clex-7b -q",
-        )
-    )
+main = command(
+    "convert", add_arguments, run, "--hf-path DAMO-NLP-SG/CLEX-7B-16K --mlx-path clex-7b -q"
+)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

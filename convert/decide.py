@@ -6,10 +6,7 @@ and quantised when the output writes it.
 """
 
 import gc
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -22,6 +19,7 @@ from mlx_clex.checkpoint.config import (
     OURS,
     is_ours,
     normalise_config,
+    read_by_transformers,
     set_tied,
 )
 from mlx_clex.checkpoint.folder import SHIM
@@ -116,10 +114,7 @@ def decide_outcome(
     elif scaling is None:
         config = normalise_config(config)
     else:
-        config["rope_scaling"] = scaling.entry()
-        config["model_file"] = SHIM
-        if not _taken_by_transformers(config):
-            config[OURS] = config.pop("rope_scaling")
+        config = with_entry(config, scaling.entry())
     tensors = _in_source_order(model, list(rest))
     if options.freeze is not None:
         tensors = {k: v for k, v in tensors.items() if not k.startswith(PREFIX)}
@@ -270,32 +265,21 @@ def _compare(expected: Mapping[str, Any], given: Mapping[str, mx.array]) -> None
             )
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' log while rope_scaling entries are tried."""
-    logger = logging.getLogger("transformers")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+def with_entry(config: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config.json of a converted checkpoint, which transformers reads as well.
 
+    Args:
+        config: the config of the model, normalised.
+        entry: its scaling (`Scaling.entry`).
 
-def _taken_by_transformers(config: Mapping[str, Any]) -> bool:
-    """Return whether transformers reads this config, as it does for the tokenizer."""
-    from transformers import AutoConfig
-
-    family = config["model_type"]
-    entry = {key: deepcopy(config[key]) for key in ("rope_scaling", "rope_theta") if key in config}
-    with _quiet():
-        try:
-            AutoConfig.for_model(family, **entry)
-        except ValueError as error:
-            return "Unrecognized model" in str(error)
-        except Exception:
-            return False
-    return True
+    Returns:
+        The config with the entry under `rope_scaling`, or under a key of mlx_clex where the
+        config class of transformers refuses it.
+    """
+    written = {**config, "rope_scaling": dict(entry), "model_file": SHIM}
+    if read_by_transformers(written) is None:
+        written[OURS] = written.pop("rope_scaling")
+    return written
 
 
 def _published_names(

@@ -9,7 +9,9 @@ import mlx.core as mx
 from mlx_lm.utils import MAX_FILE_SIZE_GB, save_config
 from tqdm import tqdm
 
+from mlx_clex import bundled
 from mlx_clex.checkpoint import safetensors_file
+from mlx_clex.checkpoint.files import expand
 from mlx_clex.checkpoint.folder import SHIM, check_hub_id
 from mlx_clex.checkpoint.safetensors_file import TensorInfo
 from mlx_clex.errors import InputError, say
@@ -62,7 +64,7 @@ def convert(
     """Convert a checkpoint to MLX, streaming.
 
     Args:
-        hf_path: a folder, a .gguf file, or a hub id.
+        hf_path: a folder, a .gguf file, a hub id, or bundled:NAME.
         mlx_path: the folder to write; it must not exist.
         revision: branch, tag or commit of a hub id.
         upload_repo: hub id to publish the result under.
@@ -80,13 +82,16 @@ def convert(
         OSError: for example, the disk is full; nothing is left behind.
     """
     options = Options(**fields)
-    target = Path(mlx_path).expanduser()
+    target = expand(mlx_path)
     if not dry_run:
         check_target(target)
     if upload_repo is not None:
         from .read.hub import check_upload
 
         check_upload(upload_repo)
+    if str(hf_path).startswith(bundled.PREFIX):
+        origin = origin or str(hf_path)
+        hf_path = bundled.folder(str(hf_path).removeprefix(bundled.PREFIX))
     if dry_run and not is_local(hf_path):
         from .read.hub import look_up
 

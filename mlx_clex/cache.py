@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from .checkpoint.files import delete_all_leftovers
 from .checkpoint.lock import locked
-from .commands.run_command import run_command
+from .commands.run_command import command
 from .errors import InputError
 from .loading import DEFAULT_CACHE
 
@@ -95,18 +95,8 @@ def _age(made: float) -> str:
     return "new"
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.cache",
-            description="List and delete what mlx_clex keeps in its cache folder.",
-            example="mlx_clex cache --delete-all",
-        )
-    )
+main = command("cache", add_arguments, run, "--delete-all")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -21,13 +21,14 @@ from mlx_lm.generate import generate_step
 
 from .checkpoint.fingerprint import fingerprint
 from .checkpoint.prompt_cache import file_for, save_cache
-from .commands.options import check_cache_options, scale_policy
+from .commands.options import add_shared, check_cache_options, loading_options
 from .commands.progress import reading_bar
-from .commands.run_command import run_command
+from .commands.run_command import command
+from .data.text import encode_text, without_bos
 from .errors import InputError, generating
 from .loading import load, resolve
 from .model.scaled_model import make_prompt_cache, scaled
-from .serving.prompt import encode_text, prompt_text, render_messages, without_bos
+from .serving.prompt import prompt_text, render_messages
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,22 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="The text to read ('-' reads from stdin). With --prompt-file it follows the file's "
         "text.",
     )
-    parser.add_argument(
-        "--prompt-file",
-        default=None,
-        metavar="FILE",
-        help="Read the text from a UTF-8 file of any size ('-' reads from stdin).",
-    )
+    add_shared(parser, "--prompt-file", "--max-kv-size")
     parser.add_argument(
         "--ignore-chat-template",
         action="store_true",
         help="Cache the bare text, for generate --ignore-chat-template.",
     )
-    parser.add_argument(
+    add_shared(
+        parser,
         "--scale",
-        type=scale_policy,
-        default="prompt",
-        metavar="prompt|grow|NUMBER",
         help="prompt (default): the scale of --expected-length. grow: the scale of the text read "
         "so far. NUMBER: a fixed scale; give generate the same.",
     )
@@ -65,12 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Needs --scale prompt. Length of text and query together; with --kv-bits, of the "
         "answer too. Up to this length the answer is that of one pass (default: the length of the "
         "text).",
-    )
-    parser.add_argument(
-        "--max-kv-size",
-        type=int,
-        default=None,
-        help="Refused: it would drop old text from the cache.",
     )
 
 
@@ -90,13 +78,7 @@ def run(args: argparse.Namespace) -> None:
     text = prompt_text(args)
     folder = resolve(args.model)
     tokenizer_config = {"eos_token": args.eos_token} if args.eos_token is not None else {}
-    model, tokenizer = load(
-        folder,
-        scale=args.scale if isinstance(args.scale, float) else None,
-        adapter_path=args.adapter_path,
-        trust_remote_code=args.trust_remote_code,
-        tokenizer_config=tokenizer_config,
-    )
+    model, tokenizer = load(folder, **loading_options(args), tokenizer_config=tokenizer_config)
     tokens = _encode(tokenizer, text, templated=not args.ignore_chat_template)
     expected = _expected_length(args, model, len(tokens))
     caches = make_prompt_cache(model, expected)
@@ -171,20 +153,14 @@ def _read(args: argparse.Namespace, model: nn.Module, tokens: list[int], caches:
                 pass
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.cache_prompt",
-            description="Read a text once and save the caches for mlx_clex.generate.",
-            example="mlx_clex cache_prompt --model my-model --prompt-file book.txt "
-            "--prompt-cache-file book",
-            parents=[setup_arg_parser()],
-        )
-    )
+main = command(
+    "cache_prompt",
+    add_arguments,
+    run,
+    "--model my-model --prompt-file book.txt --prompt-cache-file book",
+    parent=setup_arg_parser,
+)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,12 +17,13 @@ from typing import Any
 
 from mlx_lm.chat import setup_arg_parser
 
+from .checkpoint.files import expand
 from .commands.chat_options import add_chat_arguments, check_chat_options, load_conversation
 from .commands.progress import reading_bar
-from .commands.run_command import run_command
-from .errors import InputError, RunError
+from .commands.run_command import command
+from .data.text import read_text
+from .errors import InputError, RunError, one_line
 from .serving.conversation import Conversation, Progress, Stopped
-from .serving.prompt import read_text
 
 COMMANDS = {
     "/load": "FILE: read a text file into the context",
@@ -68,8 +69,10 @@ def run(args: argparse.Namespace) -> None:
             print("\nNothing to stop; Ctrl-D or /quit leaves.")
         except Stopped:
             print("Stopped; the conversation is as it was before.")
-        except (InputError, RunError) as error:
-            print(f"error: {' '.join(str(error).split())}")
+        except BrokenPipeError:
+            raise
+        except (InputError, RunError, OSError) as error:
+            print(f"error: {one_line(error)}")
 
 
 def _obey(conversation: Conversation, line: str) -> None:
@@ -89,6 +92,7 @@ def _obey(conversation: Conversation, line: str) -> None:
         )
     if COMMANDS[command].startswith("FILE") and not file:
         raise InputError(f"{command} needs a file: {command} FILE.")
+    expand(file)
     if command == "/help":
         print("\n".join(f"{name:10}{text}" for name, text in COMMANDS.items()))
     elif command == "/reset":
@@ -115,7 +119,7 @@ def _obey(conversation: Conversation, line: str) -> None:
     elif command == "/restore":
         conversation.restore(file)
         if conversation.messages:
-            print(f"... {conversation.messages[-1]['content'][-200:].strip()}")
+            print(one_line(f"... {conversation.messages[-1]['content'][-200:]}"))
         print(f"Restored: {conversation.context()}")
 
 
@@ -168,19 +172,10 @@ def _bar(least: int = 1) -> Iterator[Progress]:
         yield progress
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_chat_arguments,
-            run,
-            prog="mlx_clex.chat",
-            description="Talk with a model in the terminal, long documents included.",
-            parents=[setup_arg_parser()],
-            example="mlx_clex chat --model long-model --max-tokens 512",
-        )
-    )
+main = command(
+    "chat", add_chat_arguments, run, "--model long-model --max-tokens 512", parent=setup_arg_parser
+)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

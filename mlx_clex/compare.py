@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from .bundled import PREFIX
 from .checkpoint.fingerprint import fingerprint, short
-from .commands.run_command import run_command
+from .commands.options import add_shared, check_least
+from .commands.run_command import command
 from .data.corpus import Corpus
 from .errors import InputError
 from .evaluation.corpus import corpus_of
@@ -58,29 +59,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             type=float,
             help=f"Fixed scale of {which.upper()}. Default: the scale of the length.",
         )
-    parser.add_argument(
-        "--data", help="A text as for mlx_clex perplexity. Default: the bundled text."
-    )
-    parser.add_argument(
-        "--split",
-        default="train",
-        choices=("train", "valid", "test"),
-        help="Split of a folder or dataset. Default: train, which holds all files of a folder "
-        "without splits.",
-    )
+    add_shared(parser, "--data", "--split", "--json")
     parser.add_argument(
         "--length", type=int, help="Length of the windows, tokens. Default: A's trained length."
     )
     parser.add_argument("--windows", type=int, default=8, help="Largest number of windows.")
-    parser.add_argument(
+    add_shared(
+        parser,
         "--output",
-        metavar="PREFIX",
         help="Write PREFIX.json, PREFIX.csv and PREFIX.png. Default: no files.",
     )
-    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="Let the tokenizers run their own Python."
-    )
+    add_shared(parser, "--trust-remote-code", help="Let the tokenizers run their own Python.")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -89,8 +78,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: the models cannot be compared, or the text or length cannot be used.
     """
-    if args.windows < 1:
-        raise InputError(f"--windows must be at least 1, got {args.windows}.")
+    check_least(args, "windows", 1)
     with alone(args.output):
         _run(args)
 
@@ -118,7 +106,7 @@ def _run(args: argparse.Namespace) -> None:
         "windows": args.windows,
     }
     results = open_results(args.output, kind="compare", settings=settings, keys=["first"])
-    # A run that was killed while writing may lack the last rows.
+    # A run that was killed may lack the last rows.
     if len(results.rows) < len(buckets(length)):
         _measure(args, a, b, corpus, length, results)
     picture(results)
@@ -237,18 +225,8 @@ def _whole(rows: list[dict[str, Any]]) -> Mapping[str, Any]:
     }
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.compare",
-            description="Compare the predictions of two models on the same text, by position.",
-            example="mlx_clex compare my-model my-model-4bit --length 4096",
-        )
-    )
+main = command("compare", add_arguments, run, "my-model my-model-4bit --length 4096")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -31,12 +31,14 @@ def say(text: str) -> None:
     print(f"[mlx_clex] {text}", file=sys.stderr)
 
 
-def one_line(error: BaseException) -> str:
-    """Return the message of an exception in one line, cut if it is very long.
+def one_line(error: BaseException | str) -> str:
+    """Return a text, or the message of an exception, in one line, cut if it is very long.
 
     Control characters, which a file may have put there, are escaped.
     """
     text = " ".join(str(error).split()) or type(error).__name__
+    if type(error) is KeyError:
+        text += " is missing"
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
 
@@ -51,7 +53,7 @@ def shown(value: Any) -> str:
 
 
 @contextmanager
-def reading(what: str) -> Iterator[None]:
+def reading(what: str, *, always: bool = False) -> Iterator[None]:
     """Turn whatever a stranger's file causes inside into one InputError.
 
     The libraries that read checkpoints raise anything on damaged or hostile files: RecursionError
@@ -60,6 +62,7 @@ def reading(what: str) -> Iterator[None]:
 
     Args:
         what: start of the message, such as "The folder x does not load".
+        always: start the message of an InputError so, too.
 
     Raises:
         InputError: with the message of the exception.
@@ -67,9 +70,11 @@ def reading(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, RunError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (RunError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
+        if isinstance(error, InputError) and not always:
+            raise
         if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
             raise
         raise InputError(f"{what}: {one_line(error).rstrip('.')}.") from error
@@ -93,6 +98,11 @@ def generating(where: Callable[[], str]) -> Iterator[None]:
         raise InputError(f"mlx-lm does not accept an option: {error}{hint}") from error
     except RuntimeError as error:
         raise RunError(f"MLX failed {where()}: {error}{watchdog_advice(error)}") from error
+
+
+def failed_after(tokens: int, error: RuntimeError) -> RunError:
+    """Return the error for a failure of MLX in a conversation."""
+    return RunError(f"MLX failed after {tokens} tokens: {error}{watchdog_advice(error)}")
 
 
 def watchdog_advice(error: BaseException, *, training: bool = False) -> str:

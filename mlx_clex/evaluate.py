@@ -20,8 +20,8 @@ from .checkpoint.files import read_json
 from .checkpoint.fingerprint import fingerprint, short
 from .checkpoint.folder import read_config
 from .commands.help import point_elsewhere
-from .commands.options import scale_policy
-from .commands.run_command import run_command
+from .commands.options import add_shared, check_least, loading_options
+from .commands.run_command import command
 from .errors import InputError, say
 from .evaluation.results import Results, alone, open_results, read_results
 from .evaluation.ruler import RULER_THRESHOLD, effective_length, ruler_tasks
@@ -33,8 +33,7 @@ _RULER_TASKS = 13
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
-    parser.add_argument("--model", help="A folder, a .gguf file or a Hugging Face id.")
-    parser.add_argument("--adapter-path", help="A folder of adapters to put on top of the model.")
+    add_shared(parser, "--model", "--adapter-path", "--trust-remote-code")
     parser.add_argument(
         "--tasks",
         nargs="+",
@@ -73,10 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Upper bound of prompt and answer together. A longer prompt loses its middle, as in "
         "LongBench. Default: the reach if the model refuses longer texts (CLEX), else none.",
     )
-    parser.add_argument(
+    add_shared(
+        parser,
         "--scale",
-        type=scale_policy,
-        default="prompt",
         metavar="prompt|NUMBER",
         help="prompt (default): each request uses the scale of its whole length. NUMBER: a fixed "
         "scale.",
@@ -105,12 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Report RULER's effective context length. Without --tasks, use the results in "
         "--output.",
     )
-    parser.add_argument(
-        "--output", metavar="PREFIX", help="Write PREFIX.json and PREFIX.csv, or add to them."
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="Let the tokenizer run its own Python."
-    )
+    add_shared(parser, "--output", help="Write PREFIX.json and PREFIX.csv, or add to them.")
     greedy = "Answers are greedy. Leave it out."
     point_elsewhere(
         parser,
@@ -132,10 +125,9 @@ def run(args: argparse.Namespace) -> None:
         RunError: MLX failed.
     """
     _check(args)
-    metadata = _json_object(args, "metadata")
     if args.tasks:
         with alone(args.output):
-            results = _evaluate(args, metadata)
+            results = _evaluate(args)
     else:
         results = read_results(args.output, "evaluate")
     if args.effective_length:
@@ -143,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse invalid options before anything is loaded."""
+    """Refuse invalid options before anything is loaded; parse the JSON objects."""
     if not args.tasks and not (args.effective_length and args.output):
         raise InputError("No task. Give --tasks, for example longbench or ruler.")
     if args.tasks and args.model is None:
@@ -151,13 +143,11 @@ def _check(args: argparse.Namespace) -> None:
     if args.scale == "grow":
         raise InputError("--scale grow is not allowed here. Use --scale prompt or a number.")
     for option, least in (("limit", 1), ("num_shots", 0), ("max_length", 2)):
-        value = getattr(args, option)
-        if value is not None and value < least:
-            name = option.replace("_", "-")
-            raise InputError(f"--{name} must be at least {least}, got {value}.")
+        check_least(args, option, least)
     if args.include_path is not None and not args.include_path.is_dir():
         raise InputError(f"--include-path {args.include_path} is not a folder.")
-    _json_object(args, "chat_template_args")
+    for option in ("metadata", "chat_template_args"):
+        setattr(args, option, _json_object(args, option))
     if args.tasks and importlib.util.find_spec("lm_eval") is None:
         raise InputError("The tasks need lm-eval: pip install 'mlx-clex[evaluate]'.")
 
@@ -174,21 +164,16 @@ def _json_object(args: argparse.Namespace, key: str) -> dict[str, Any]:
     return value
 
 
-def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
+def _evaluate(args: argparse.Namespace) -> Results:
     # Imported here: it takes seconds and needs the extra `evaluate`.
     from .evaluation.harness import PlannedLM, run_tasks
     from .evaluation.harness_tasks import load_tasks
 
-    folder = resolve(args.model)
+    folder, metadata = resolve(args.model), args.metadata
     tasks = load_tasks(args.tasks, {**_tokenizer_of(folder, args), **metadata}, args.include_path)
     if args.effective_length:
         _check_lengths_of(tasks)
-    model, tokenizer = load(
-        folder,
-        scale=args.scale if isinstance(args.scale, float) else None,
-        adapter_path=args.adapter_path,
-        trust_remote_code=args.trust_remote_code,
-    )
+    model, tokenizer = load(folder, **loading_options(args))
     templated = args.apply_chat_template
     if templated is None:
         templated = tokenizer.has_chat_template
@@ -206,7 +191,7 @@ def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
             "scale": args.scale,
             "max_length": max_length,
             "chat_template": templated,
-            "chat_template_args": _json_object(args, "chat_template_args"),
+            "chat_template_args": args.chat_template_args,
             # Lengths are in the rows, so a later run may add more of them.
             "metadata": {key: metadata[key] for key in metadata if key != "max_seq_lengths"},
             "lm_eval": version("lm_eval"),
@@ -222,7 +207,7 @@ def _evaluate(args: argparse.Namespace, metadata: dict[str, Any]) -> Results:
         model,
         tokenizer,
         use_chat_template=templated,
-        chat_template_args=_json_object(args, "chat_template_args"),
+        chat_template_args=args.chat_template_args,
         max_length=max_length,
     )
     answers = results.path(f".answers-{short({**same, **results.settings})[:8]}")
@@ -273,14 +258,10 @@ def _check_made_lengths(lengths: Any, max_length: int | None) -> None:
 
 def _tokenizer_of(folder: Path, args: argparse.Namespace) -> dict[str, str]:
     """Return the metadata entry with the tokenizer, for tasks that generate their documents."""
-    runs_code = "auto_map" in read_config(folder) | _tokenizer_config(folder)
+    file = folder / "tokenizer_config.json"
+    runs_code = "auto_map" in read_config(folder) | (read_json(file) if file.is_file() else {})
     # The harness always runs a tokenizer's own code.
     return {} if runs_code and not args.trust_remote_code else {"tokenizer": str(folder)}
-
-
-def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    file = folder / "tokenizer_config.json"
-    return read_json(file) if file.is_file() else {}
 
 
 def _print_table(rows: Sequence[dict[str, Any]], *, first: bool) -> None:
@@ -322,18 +303,8 @@ def _report_effective_length(results: Results) -> None:
         )
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.evaluate",
-            description="Score a model on LongBench, RULER, InfiniteBench and other tasks.",
-            example="mlx_clex evaluate --model my-model --tasks longbench --output scores",
-        )
-    )
+main = command("evaluate", add_arguments, run, "--model my-model --tasks longbench --output scores")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,12 +18,13 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.utils import dequantize_model, save_model
 
-from .checkpoint.adapters import adapter_files, other_base
+from .checkpoint.adapters import other_base, read_adapters
 from .checkpoint.config import BASE_ROPE, SHIM, is_ours, normalise_config
-from .checkpoint.files import read_json, write_json
+from .checkpoint.files import expand, write_json
 from .checkpoint.folder import files_of, read_config
 from .commands.help import point_elsewhere
-from .commands.run_command import run_command
+from .commands.options import add_shared
+from .commands.run_command import command
 from .convert import convert
 from .convert.write.card import licence_of
 from .convert.write.output import check_target
@@ -31,6 +32,7 @@ from .errors import InputError, say
 from .loading import load, resolve
 from .model.own_rope import without_own_rope
 from .model.scaled_model import ScaledModel
+from .scaling import Scaling
 from .scaling.none import NoScaling
 
 _NOT_THE_TOKENIZER = (".safetensors", ".bin", ".gguf", ".py", ".md", ".index.json")
@@ -49,19 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter-path", default="adapters", help="The folder with the trained adapters."
     )
-    parser.add_argument("--upload-repo", help="Hub id to publish the result under. Default: none.")
+    add_shared(parser, "--upload-repo", "--freeze", "--trust-remote-code")
     parser.add_argument(
         "-d", "--dequantize", action="store_true", help="Write an unquantised model."
-    )
-    parser.add_argument(
-        "--freeze",
-        type=float,
-        metavar="SCALE",
-        help="Fix the scale and write a checkpoint that runs without mlx_clex. Default: keep the "
-        "scaling.",
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="Let the tokenizer run its own Python."
     )
     parser.add_argument(
         "--force",
@@ -78,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: the base model, the adapters or the target cannot be used.
     """
-    target = Path(args.save_path).expanduser()
+    target = expand(args.save_path)
     check_target(target)
     base = resolve(args.model)
     message = other_base(base, Path(args.adapter_path))
@@ -87,8 +79,10 @@ def run(args: argparse.Namespace) -> None:
     model, _ = load(
         args.model, adapter_path=args.adapter_path, trust_remote_code=args.trust_remote_code
     )
-    adapters = read_json(adapter_files(Path(args.adapter_path)) / "adapter_config.json")
-    config = _merged_config(base, model, dropped=adapters.get("own_rope") == "drop")
+    _, adapters = read_adapters(Path(args.adapter_path))
+    scaling = model.scaling if isinstance(model, ScaledModel) else None
+    dropped = adapters.get("own_rope") == "drop"
+    config = merged_config(read_config(base), scaling, dropped=dropped)
     merge(model, dequantize=args.dequantize)
     if args.dequantize:
         config.pop("quantization", None)
@@ -132,42 +126,35 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> None:
     mx.eval(model.parameters())
 
 
-def _merged_config(base: Path, model: Any, *, dropped: bool) -> dict[str, Any]:
+def merged_config(
+    config: dict[str, Any], scaling: Scaling | None, *, dropped: bool
+) -> dict[str, Any]:
     """Return the config of the base model with the scaling of the adapters.
 
     Args:
-        base: the folder of the base model.
-        model: it, with the adapters.
+        config: config.json of the base model.
+        scaling: the scaling of the model with the adapters, or None.
         dropped: whether training started from a plain rope in place of the model's own.
     """
-    config = normalise_config(read_config(base))
+    config = normalise_config(config)
     if dropped:
         config = without_own_rope(config)
-    if isinstance(model, ScaledModel):
-        scaling = model.scaling
-        plain = isinstance(scaling, NoScaling) and config.get("rope_scaling") is None
-        if not plain:
-            before = config.get("rope_scaling")
-            if before is not None and not is_ours(config, before["type"]):
-                config[BASE_ROPE] = before
-            config["rope_scaling"] = scaling.entry()
-            config["model_file"] = SHIM
-            config["max_position_embeddings"] = scaling.trained_length
-    return config
+    before = config.get("rope_scaling")
+    if scaling is None or (isinstance(scaling, NoScaling) and before is None):
+        return config
+    if before is not None and not is_ours(config, before["type"]):
+        config[BASE_ROPE] = before
+    return config | {
+        "rope_scaling": scaling.entry(),
+        "model_file": SHIM,
+        "max_position_embeddings": scaling.trained_length,
+    }
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.fuse",
-            description="Merge adapters and their scaling into a complete checkpoint.",
-            example="mlx_clex fuse --model base-model --adapter-path adapters --save-path tuned",
-        )
-    )
+main = command(
+    "fuse", add_arguments, run, "--model base-model --adapter-path adapters --save-path tuned"
+)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

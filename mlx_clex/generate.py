@@ -8,7 +8,6 @@ Not covered: images, and `--max-kv-size`, which would drop the start of a long t
 
 import argparse
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,21 @@ import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import try_to_load_from_cache
 from mlx_lm.generate import DEFAULT_PROMPT, setup_arg_parser, stream_generate
-from mlx_lm.sample_utils import make_sampler
 
 from .bundled import DEFAULT, OPENING, PREFIX
 from .checkpoint.fingerprint import fingerprint
 from .checkpoint.folder import check_hub_id
 from .checkpoint.prompt_cache import is_ours, load_cache, metadata_of, quantised
 from .commands.memory_check import MemoryCheck, add_force
-from .commands.options import check_cache_options, check_ranges, scale_policy
+from .commands.options import (
+    add_shared,
+    check_cache_options,
+    check_ranges,
+    loading_options,
+    sampler_at,
+)
 from .commands.progress import reading_bar
-from .commands.run_command import run_command
+from .commands.run_command import command
 from .errors import InputError, generating, say
 from .loading import load, resolve
 from .model.plans import plan_at, plan_of, planned_caches, single_caches
@@ -54,17 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{DEFAULT_PROMPT!r}, or for the default model {OPENING!r}). With --prompt-file it "
         "follows the file's text.",
     )
-    parser.add_argument(
-        "--prompt-file",
-        default=None,
-        metavar="FILE",
-        help="Read the prompt from a UTF-8 file of any size ('-' reads from stdin).",
-    )
-    parser.add_argument(
+    add_shared(parser, "--prompt-file", "--max-kv-size")
+    add_shared(
+        parser,
         "--scale",
-        type=scale_policy,
-        default="prompt",
-        metavar="prompt|grow|NUMBER",
         help="prompt (default): the scale of the whole prompt from its first token on; it grows "
         "with the text. grow: the scale of the text read so far. NUMBER: a fixed scale.",
     )
@@ -72,12 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pipeline",
         action="store_true",
         help="Under mlx.launch, split the layers among the processes instead of the heads.",
-    )
-    parser.add_argument(
-        "--max-kv-size",
-        type=int,
-        default=None,
-        help="Refused: it would drop old text from the cache.",
     )
     add_force(parser)
 
@@ -111,9 +102,7 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
     limits: dict[str, Any] = {"step": args.prefill_step_size, "kv_bits": args.kv_bits}
     model, tokenizer = load(
         source,
-        scale=args.scale if isinstance(args.scale, float) else None,
-        adapter_path=args.adapter_path,
-        trust_remote_code=args.trust_remote_code,
+        **loading_options(args),
         model_config={"quantize_activations": True} if args.quantize_activations else None,
         group=group,
         pipeline=args.pipeline,
@@ -147,7 +136,7 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
 
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
-        "sampler": _sampler(args, tokenizer),
+        "sampler": sampler_at(args.temp, args, tokenizer),
         "prompt_cache": caches,
         "prefill_step_size": step,
         "kv_bits": args.kv_bits,
@@ -267,19 +256,6 @@ def _plan_on(model: nn.Module, caches: list[Any], expected: int | None) -> None:
         cache.expected_length = length
 
 
-def _sampler(args: argparse.Namespace, tokenizer: Any) -> Callable[[mx.array], mx.array]:
-    return make_sampler(
-        args.temp,
-        args.top_p,
-        args.min_p,
-        args.min_tokens_to_keep,
-        top_k=args.top_k,
-        xtc_probability=args.xtc_probability,
-        xtc_threshold=args.xtc_threshold,
-        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
-    )
-
-
 def _stream(
     args: argparse.Namespace,
     model: nn.Module,
@@ -329,20 +305,14 @@ def _reach(model: Any) -> str:
     return f"{model.reach} tokens{', past which the scale grows' if grows else ''}"
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.generate",
-            description="Generate text from a prompt of any length up to the model's reach.",
-            example="mlx_clex generate --model my-model --prompt-file book.txt --prompt 'Who tells "
-            "it?'",
-            parents=[setup_arg_parser()],
-        )
-    )
+main = command(
+    "generate",
+    add_arguments,
+    run,
+    "--model my-model --prompt-file book.txt --prompt 'Who tells it?'",
+    parent=setup_arg_parser,
+)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

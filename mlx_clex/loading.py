@@ -20,6 +20,7 @@ from . import bundled
 from .checkpoint.adapters import add_adapters, other_base
 from .checkpoint.config import base_config
 from .checkpoint.digest import state_digest
+from .checkpoint.files import expand
 from .checkpoint.folder import (
     check_hub_id,
     files_of,
@@ -107,7 +108,7 @@ def load(
     if folder.parent == bundled.FOLDER:
         # Stored in half precision to keep the package small; a CPU is faster in float32.
         model.set_dtype(mx.float32)
-    _fit_to_cpu(model)
+    _fit_to_cpu(model, path_or_hub_id)
     if before_reading is not None:
         before_reading(model)
     if group is not None:
@@ -179,12 +180,7 @@ def _load_model(
     return model, config
 
 
-def resolve(
-    path_or_hub_id: str | Path,
-    *,
-    revision: str | None = None,
-    cache_dir: str | Path | None = None,
-) -> Path:
+def resolve(path_or_hub_id: str | Path, *, cache_dir: str | Path | None = None) -> Path:
     """Return the folder that mlx-lm can read; download or convert it if needed.
 
     Raises:
@@ -192,8 +188,8 @@ def resolve(
     """
     if str(path_or_hub_id).startswith(bundled.PREFIX):
         return bundled.folder(str(path_or_hub_id).removeprefix(bundled.PREFIX))
-    path = Path(path_or_hub_id).expanduser()
-    cache = Path(cache_dir or DEFAULT_CACHE).expanduser()
+    path = expand(path_or_hub_id)
+    cache = expand(cache_dir or DEFAULT_CACHE)
     if path.suffix == ".gguf" and path.is_file():
         return _converted(str(path), cache / f"{path.stem}@{state_digest([path])}-{CONVERSION}")
     if path.is_dir() and str(path_or_hub_id):
@@ -207,16 +203,16 @@ def resolve(
             return path
         name = f"{path.resolve().name}@{state_digest(files)}-{CONVERSION}"
         return _converted(str(path), cache / name)
-    return _from_hub(check_hub_id(path_or_hub_id), revision, cache)
+    return _from_hub(check_hub_id(path_or_hub_id), cache)
 
 
-def _from_hub(hub_id: str, revision: str | None, cache: Path) -> Path:
+def _from_hub(hub_id: str, cache: Path) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
     from .convert.read.hub import guarded, look_up
 
-    listing = look_up(hub_id, revision)
+    listing = look_up(hub_id)
     target = cache / f"{hub_id.replace('/', '--')}@{listing.commit[:12]}-{CONVERSION}"
     if target.is_dir():
         return target
@@ -228,16 +224,16 @@ def _from_hub(hub_id: str, revision: str | None, cache: Path) -> Path:
         patterns = DEFAULT_ALLOW_PATTERNS
         return Path(snapshot_download(hub_id, revision=listing.commit, allow_patterns=patterns))
 
-    config = listing.config or guarded(hub_id, revision, config_file)
+    config = listing.config or guarded(hub_id, None, config_file)
     if not needs_conversion(list(listing.sizes), read_config(config.parent), hub_id):
-        return config.parent if listing.config else guarded(hub_id, revision, snapshot)
+        return config.parent if listing.config else guarded(hub_id, None, snapshot)
     weights = (n for name, n in listing.sizes.items() if name.endswith((".safetensors", ".bin")))
     say(f"{hub_id} is a published checkpoint ({sum(weights) / 1e9:.1f} GB of weights).")
     return _converted(hub_id, target, revision=listing.commit)
 
 
 def _converted(source: str, target: Path, *, revision: str | None = None) -> Path:
-    """The conversion of `source`, made now if it is not there."""
+    """Return the conversion of `source`; make it if it is not there."""
     if target.is_dir():
         return target
     from .convert import convert
@@ -249,14 +245,14 @@ def _converted(source: str, target: Path, *, revision: str | None = None) -> Pat
     return target
 
 
-def _fit_to_cpu(model: nn.Module) -> None:
+def _fit_to_cpu(model: nn.Module, name: str | Path) -> None:
     """On a CPU, warn of slow types and cast experts to float32, the only type MLX takes."""
     if mx.default_device() != mx.cpu:
         return
     types = {module.weight.dtype for module in model.modules() if type(module) is nn.Linear}
     if types & {mx.bfloat16, mx.float16}:
         say(
-            "This model is in half precision, in which a CPU is up to 30 times slower than in "
+            f"{name} is in half precision, in which a CPU is up to 30 times slower than in "
             "float32. Convert it with --dtype float32."
         )
     for module in model.modules():

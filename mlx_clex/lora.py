@@ -12,14 +12,14 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .checkpoint.files import expand
 from .checkpoint.lock import locked
 from .commands.memory_check import MemoryCheck, add_force
-from .commands.run_command import check_seed, run_command
+from .commands.run_command import check_seed, command
 from .commands.scaling_options import add_scaling_arguments, scaling_from
 from .diagnosis.memory import Training
 from .model.sharding import one_voice
@@ -55,20 +55,27 @@ def run(args: argparse.Namespace) -> None:
             check_seed(args.seed)
             options = TrainingOptions.of(args)
         # One process for all: the others of a distributed run would wait for it.
-        folder = Path(options.adapter_path).expanduser()
+        folder = expand(options.adapter_path)
         writes = options.train and ranks.first and folder.name
         with locked(folder, f"--adapter-path {folder}") if writes else nullcontext():
-            for stage in stages(options):
+            first, *later = stages(options)
+            check = MemoryCheck(force=args.force)
+            at_load = partial(_before_reading, check, ranks.size)
+            with ranks.starting():
+                job = prepare(first, scaling_from(args), ranks, at_load(first))
+                if later and ranks.first:
+                    _check_rows_of_stage_2(check, job.options)
+            job.run()
+            for stage in later:
                 with ranks.starting():
-                    check = _memory_check(stage, ranks.size, force=args.force)
-                    job = prepare(stage, scaling_from(args), ranks, check)
+                    job = prepare(stage, scaling_from(args), ranks, at_load(stage))
                 job.run()
         if job.training:
             print(job.made())
 
 
-def _memory_check(
-    options: TrainingOptions, processes: int, *, force: bool
+def _before_reading(
+    check: MemoryCheck, processes: int, options: TrainingOptions
 ) -> Callable[[nn.Module], None] | None:
     """Return what warns of, or refuses, training that does not fit this machine."""
     if not options.train:
@@ -87,23 +94,30 @@ def _memory_check(
         or options.fine_tune_type == "scaling",
     )
     what = f"Training on {run.batch} x {run.length:,} tokens"
-    check = MemoryCheck(force=force)
     return check.at_load(partial(check, run, what))
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.lora",
-            description="Fine-tune a model for texts longer than it was trained on.",
-            example="mlx_clex lora --train --model bundled:base --scaling clex --data texts "
-            "--iters 200 --eval-lengths 64 256 1024",
-        )
+def _check_rows_of_stage_2(check: MemoryCheck, options: TrainingOptions) -> None:
+    """Say what the rows of stage 2 need; warn of, or refuse, those that do not fit."""
+    assert options.stage_2_length is not None
+    run = Training(
+        length=options.stage_2_length,
+        grad_checkpoint=options.grad_checkpoint,
+        states=OPTIMIZER_STATES[options.optimizer],
+        learns=True,
     )
+    what = f"Stage 2 on 1 x {run.length:,} tokens (--stage-2-length)"
+    check(run, what, state=True)
+
+
+main = command(
+    "lora",
+    add_arguments,
+    run,
+    "--train --model bundled:base --scaling clex --data texts --iters 200 "
+    "--eval-lengths 64 256 1024",
+)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,7 +18,7 @@ from mlx_lm.utils import load_model
 from .checkpoint.config import BASE_ROPE, is_ours, normalise_config
 from .checkpoint.folder import SHIM, held_by, read_config, tied_override
 from .checkpoint.sizes import Held, build_within
-from .errors import InputError
+from .errors import InputError, reading, shown
 from .model.own_rope import build_plain
 from .model.scaled_model import attach
 from .model.stock import keep_config
@@ -65,12 +65,9 @@ def Model(  # noqa: N802 - mlx-lm's name
             f"config.json asks for rope_scaling type {rope_scaling['type']!r}, which neither "
             f"mlx_clex nor mlx-lm has. mlx_clex has: {', '.join(SCALINGS)}."
         )
-    try:
+    family = shown(config.get("model_type"))
+    with reading(f"mlx-lm has no model for model_type {family} of config.json"):
         model_class, args_class = get_stock_classes(config)
-    except (KeyError, ValueError) as error:
-        raise InputError(
-            f"mlx-lm has no model for model_type {config.get('model_type')!r} of config.json."
-        ) from error
     # The stock class must get the base rope, not a scaling of mlx_clex.
     stock_config = {**config, "rope_scaling": config.get(BASE_ROPE) if ours else rope_scaling}
 

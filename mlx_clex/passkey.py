@@ -9,17 +9,15 @@ Not covered: chat templates (the model continues the prompt), and sampling.
 """
 
 import argparse
-import functools
 import sys
 from typing import Any
 
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 from tqdm import tqdm
 
-from .commands.options import check_cache_options, scale_policy
-from .commands.run_command import run_command
+from .commands.options import add_shared, check_cache_options, check_least, loading_options
+from .commands.run_command import command
 from .errors import InputError
 from .evaluation.candidates import (
     Candidate,
@@ -28,7 +26,7 @@ from .evaluation.candidates import (
     labels_of,
     only_bundled,
 )
-from .evaluation.reader import Reader
+from .evaluation.reader import Reader, advancing
 from .evaluation.results import Results, alone, open_results
 from .evaluation.tasks import TASKS
 from .loading import resolve
@@ -45,7 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="Folders, .gguf files or Hugging Face ids. Default: the bundled models.",
     )
-    parser.add_argument("--adapter-path", help="A folder of adapters to put on top of the model.")
+    add_shared(
+        parser,
+        *("--adapter-path", "--trust-remote-code", "--prefill-step-size"),
+        *("--kv-bits", "--kv-group-size", "--quantized-kv-start", "--output"),
+    )
     parser.add_argument(
         "--task",
         choices=list(TASKS),
@@ -72,39 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--trials", type=int, default=10, help="Trials at each length and depth.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the facts.")
-    parser.add_argument(
+    add_shared(
+        parser,
         "--scale",
-        type=scale_policy,
-        default="prompt",
-        metavar="prompt|grow|NUMBER",
         help="prompt: each prompt uses the scale of its own length. grow: the scale of the length "
         "read so far. NUMBER: a fixed scale.",
-    )
-    parser.add_argument(
-        "--prefill-step-size", type=int, default=2048, help="Tokens read in one pass."
-    )
-    parser.add_argument("--kv-bits", type=int, help="Bits of the KV cache. Default: not quantised.")
-    parser.add_argument(
-        "--kv-group-size",
-        type=int,
-        default=64,
-        help="Values of the KV cache that share a quantisation scale.",
-    )
-    parser.add_argument(
-        "--quantized-kv-start",
-        type=int,
-        default=DEFAULT_QUANTIZED_KV_START,
-        metavar="TOKENS",
-        help="Quantise the KV cache from this length on.",
-    )
-    parser.add_argument(
-        "--output",
-        metavar="PREFIX",
-        help="Write PREFIX.json, PREFIX.csv and PREFIX.png. An interrupted run continues from "
-        "them. Default: no files.",
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="Let the tokenizer run its own Python."
     )
 
 
@@ -125,11 +99,7 @@ def _run(args: argparse.Namespace) -> None:
     models = labels_of(args.model, args.adapter_path)
     for path in models.values():
         resolve(path)
-    loader = Loader(
-        scale=args.scale if isinstance(args.scale, float) else None,
-        adapter_path=args.adapter_path,
-        trust_remote_code=args.trust_remote_code,
-    )
+    loader = Loader(**loading_options(args))
     results = open_results(args.output, kind="passkey", settings=_settings(args), keys=_KEYS)
     try:
         for label, path in models.items():
@@ -149,9 +119,7 @@ def _check(args: argparse.Namespace) -> None:
         )
     check_cache_options(args)
     for option in ("trials", "prefill_step_size"):
-        if getattr(args, option) < 1:
-            name = option.replace("_", "-")
-            raise InputError(f"--{name} must be at least 1, got {getattr(args, option)}.")
+        check_least(args, option, 1)
     for length in args.lengths or ():
         if length < 2:
             raise InputError(f"--lengths must be at least 2 tokens, got {length}.")
@@ -235,17 +203,12 @@ def _fill_cell(
                 f"A length of {length} is too short for --task {args.task}: {error} and "
                 f"{task.answer_tokens} for the answer. Give longer --lengths."
             ) from error
-        begin = bar.n
-        progress = functools.partial(_advance, bar, begin)
+        progress = advancing(bar)
         reply = reader.answer(prompt, task.answer_tokens, progress)
-        _advance(bar, begin, length)
+        progress(length)
         correct += task.found(reply, fact)
         tried = trial + 1
         results.add({**cell, "trials": tried, "correct": correct, "accuracy": correct / tried})
-
-
-def _advance(bar: Any, begin: int, tokens: int) -> None:
-    bar.update(begin + tokens - bar.n)
 
 
 def _print_table(
@@ -270,18 +233,10 @@ def _print_table(
         print(f"{length:>8} {scale:>7g}{cols} {trials:>7}")
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.passkey",
-            description="Measure how often a model finds a fact that is hidden in a long text.",
-            example="mlx_clex passkey --model my-model --lengths 4096 16384 --output passkey",
-        )
-    )
+main = command(
+    "passkey", add_arguments, run, "--model my-model --lengths 4096 16384 --output passkey"
+)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

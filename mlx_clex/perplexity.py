@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from .bundled import MODELS
 from .commands.help import point_elsewhere
-from .commands.run_command import run_command
+from .commands.options import add_shared, check_least, loading_options
+from .commands.run_command import command
 from .data.corpus import Corpus
 from .errors import InputError
 from .evaluation.candidates import (
@@ -39,7 +40,6 @@ from .evaluation.perplexity_table import (
     measure,
 )
 from .evaluation.results import alone, open_results
-from .model.own_rope import OWN_ROPE_HELP, OWN_ROPES
 from .model.scaled_model import scaled
 from .pictures.draw import picture
 from .scaling import SCALINGS
@@ -57,20 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Folders, .gguf files or Hugging Face ids. Default: the bundled models, and the "
         "bundled base with inference-time scalings.",
     )
-    parser.add_argument("--adapter-path", help="A folder of adapters to put on top of the model.")
-    parser.add_argument(
-        "--data",
-        "--data-path",
-        help="A .txt, .md or .jsonl file, a folder of them, or OWNER/NAME of a dataset on the "
-        "hub. Default: the bundled text.",
+    add_shared(
+        parser,
+        *("--adapter-path", "--trust-remote-code", "--split", "--own-rope"),
+        *("--kv-group-size", "--json"),
     )
-    parser.add_argument(
-        "--split",
-        default="train",
-        choices=("train", "valid", "test"),
-        help="Split of a folder or dataset. Default: train, which holds all files of a folder "
-        "without splits.",
-    )
+    add_shared(parser, "--data", aliases=["--data-path"])
     parser.add_argument(
         "--lengths",
         "--sequence-length",
@@ -129,32 +121,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Longest length / trained length, for --scalings. Default: the longest of --lengths / "
         "trained length. It has no effect on none and dynamic.",
     )
-    parser.add_argument(
-        "--own-rope",
-        choices=OWN_ROPES,
-        help=f"With --scalings: {OWN_ROPE_HELP} Default: keep.",
-    )
-    parser.add_argument(
-        "--kv-bits",
-        type=int,
-        choices=(2, 3, 4, 5, 6, 8),
-        help="Bits of the KV cache. Default: not quantised.",
-    )
-    parser.add_argument(
-        "--kv-group-size",
-        type=int,
-        default=64,
-        help="Values of the KV cache that share a quantisation scale.",
-    )
-    parser.add_argument(
+    add_shared(parser, "--kv-bits", choices=(2, 3, 4, 5, 6, 8))
+    add_shared(
+        parser,
         "--output",
-        metavar="PREFIX",
         help="Write PREFIX.json, PREFIX.csv and PREFIX.png. An interrupted run continues from "
         f"them. Default: {_BUNDLED_OUTPUT} for the bundled models, else no files.",
-    )
-    parser.add_argument("--json", action="store_true", help="Print one JSON object.")
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="Let the tokenizer run its own Python."
     )
     point_elsewhere(
         parser,
@@ -178,12 +150,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace, output: str | None) -> None:
-    loader = Loader(
-        scale=args.scale,
-        adapter_path=args.adapter_path,
-        trust_remote_code=args.trust_remote_code,
-        own_rope=args.own_rope,
-    )
+    loader = Loader(**loading_options(args), own_rope=args.own_rope)
     corpus, lengths, lines = _checked(args, loader)
     options = {f.name: getattr(args, f.name) for f in fields(Measuring) if f.name != "targets"}
     measuring = Measuring(targets=_targets(args, corpus, lengths, lines), **options)
@@ -213,8 +180,7 @@ def _run(args: argparse.Namespace, output: str | None) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse invalid options before anything is loaded."""
-    if args.windows is not None and args.windows < 1:
-        raise InputError(f"--windows must be at least 1, got {args.windows}.")
+    check_least(args, "windows", 1)
     for option, of in (("chunk", "chunked"), ("stride", "sliding")):
         if getattr(args, option) is not None and args.protocol != of:
             raise InputError(f"--{option} needs --protocol {of}, got {args.protocol}.")
@@ -324,18 +290,10 @@ def _silence(text: str) -> None:
     """Print nothing: --json replaces the table."""
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.perplexity",
-            description="Measure the perplexity of models on a text, by length.",
-            example="mlx_clex perplexity --model my-model --data book.txt --lengths 4096 16384",
-        )
-    )
+main = command(
+    "perplexity", add_arguments, run, "--model my-model --data book.txt --lengths 4096 16384"
+)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

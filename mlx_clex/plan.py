@@ -11,8 +11,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from .commands.options import check_cache_options, check_least
-from .commands.run_command import run_command
+from .commands.options import add_shared, check_cache_options, check_least
+from .commands.run_command import command
 from .diagnosis.machine import (
     BACK_ENDS,
     Machine,
@@ -22,7 +22,7 @@ from .diagnosis.machine import (
     this_back_end,
     this_machine,
 )
-from .diagnosis.memory import STEP, Reading, Training, decoding, peak, reading, verdict
+from .diagnosis.memory import Reading, Training, decoding, peak, reading, verdict
 from .diagnosis.plan import Change, advice, changes, parts_text
 from .diagnosis.sizes import Sizes, sizes_of
 from .diagnosis.source import find_source
@@ -69,10 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--q-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="Plan for weights of so many bits."
     )
-    parser.add_argument("--kv-bits", type=int, help="Plan for keys and values of so many bits.")
-    parser.add_argument(
-        "--prefill-step-size", type=int, default=STEP, help="Tokens of a prompt read in one pass."
-    )
+    add_shared(parser, "--kv-bits", "--prefill-step-size")
     parser.add_argument(
         "--num-layers",
         type=int,
@@ -107,12 +104,10 @@ def run(args: argparse.Namespace) -> None:
     """
     args.quantized_kv_start = 0
     check_cache_options(args)
-    for name in ("context", "batch_size", "prefill_step_size", "rank"):
+    for name in ("context", "batch_size", "prefill_step_size", "rank", "train"):
         check_least(args, name, 1)
     if args.num_layers != -1:
         check_least(args, "num_layers", 1)
-    for length in args.train:
-        check_least(argparse.Namespace(train=length), "train", 1)
     if args.memory == 0:
         raise InputError("--memory must be more than 0.")
     if args.output is not None:
@@ -139,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
         )
         for length in args.train or [_DEFAULT_TRAINING]
     ]
-    print(f"{source.name}: {_described(sizes)}")
+    print(f"{args.model}: {_described(sizes)}")
     print(f"{machine}")
     if machine.back_end != "cpu":
         print("Not measured: attention as in MLX's source, the rest as measured on a CPU.")
@@ -156,7 +151,10 @@ def run(args: argparse.Namespace) -> None:
     for run_ in trained:
         found["training sequence"] = changes(sizes, run_, in_4_bits)
     for what, its in found.items():
-        print(f"\nLongest {what} that fits, in tokens:")
+        within = (
+            f" (the model reaches {sizes.reach:,})" if what == "context" and sizes.reach else ""
+        )
+        print(f"\nLongest {what} that fits, in tokens{within}:")
         for change in its:
             print(f"  {change.longest(machine):>10,}  {change.options or 'as asked'}")
     print()
@@ -164,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
     for run_ in trained if args.train else []:
         print(f"Training: {advice(changes(sizes, run_, in_4_bits), machine)}")
     if args.output is not None:
-        _draw(args.output, f"{source.name} on {machine}", found, machine)
+        _draw(args.output, f"{args.model} on {machine}", found, machine)
         print(f"Drew {args.output}.")
 
 
@@ -200,18 +198,8 @@ def _draw(path: Path, title: str, found: dict[str, list[Change]], machine: Machi
     draw_memory(lines, path, title, usable=machine.usable, memory=machine.memory)
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.plan",
-            description="The memory that a model needs at a length, before anything is loaded.",
-            example="mlx_clex plan my-model --context 65536 --memory 32GB --backend metal",
-        )
-    )
+main = command("plan", add_arguments, run, "my-model --context 65536 --memory 32GB --backend metal")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

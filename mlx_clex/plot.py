@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from .bundled import PREFIX
-from .checkpoint.files import read_json
+from .checkpoint.files import check_link, read_json
 from .commands.help import Formatter
-from .commands.run_command import run_command
+from .commands.options import add_shared
+from .commands.run_command import command
 from .errors import InputError
+from .evaluation.candidates import labels_of
 from .evaluation.results import Results, read_results
 from .loading import load_scaling
 from .pictures.draw import draw
@@ -30,11 +32,11 @@ _OF_RESULTS = {
     "compare": ("compare", "Two models on one text by position, from mlx_clex compare."),
 }
 _EXAMPLES = {
-    "extrapolation": "mlx_clex plot extrapolation perplexity.json --output perplexity.svg",
-    "passkey": "mlx_clex plot passkey passkey.json",
-    "compare": "mlx_clex plot compare compare.json",
-    "frequencies": "mlx_clex plot frequencies --model my-model --max-scale 8",
-    "training": "mlx_clex plot training adapters",
+    "extrapolation": "extrapolation perplexity.json --output perplexity.svg",
+    "passkey": "passkey passkey.json",
+    "compare": "compare compare.json",
+    "frequencies": "frequencies --model my-model --max-scale 8",
+    "training": "training adapters",
 }
 
 
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=text,
             description=text,
             formatter_class=Formatter,
-            epilog=f"example:\n  {_EXAMPLES[name]}",
+            epilog=f"example:\n  mlx_clex plot {_EXAMPLES[name]}",
         )
 
     for name, (_, text) in _OF_RESULTS.items():
@@ -67,9 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="Folders, .gguf files or Hugging Face ids of models with a scaling. Required.",
     )
-    frequencies.add_argument(
-        "--adapter-path", help="A folder of adapters to put on top of the model. Default: none."
-    )
+    add_shared(frequencies, "--adapter-path")
     frequencies.add_argument(
         "--max-scale",
         type=float,
@@ -126,18 +126,9 @@ def _default_path(args: argparse.Namespace) -> Path:
 def _frequencies(args: argparse.Namespace, path: Path) -> None:
     if args.max_scale is not None and not 1 < args.max_scale < float("inf"):
         raise InputError(f"--max-scale must be greater than 1, got {args.max_scale:g}.")
-    if args.adapter_path is not None and len(args.model) > 1:
-        raise InputError(
-            f"--adapter-path goes with one --model, got {len(args.model)}: fuse the adapters first."
-        )
-    names = [_short(model) for model in args.model]
-    if len(set(names)) < len(names):
-        names = args.model
-    if args.adapter_path is not None:
-        names = [f"{names[0]} + {Path(args.adapter_path).name}"]
     scalings = {
         name: load_scaling(model, args.adapter_path)
-        for name, model in zip(names, args.model, strict=True)
+        for name, model in labels_of(args.model, args.adapter_path).items()
     }
     draw_frequencies(scalings, path, args.max_scale)
 
@@ -150,26 +141,20 @@ def _log(path: Path) -> list[dict[str, Any]]:
     file = _log_file(path)
     if not file.is_file():
         raise InputError(f"{file} is not there: give the --adapter-path of a mlx_clex lora run.")
-    lines: list[Any] = read_log(file)
-    if not all(isinstance(line, dict) and "iteration" in line for line in lines):
-        raise InputError(f"{file} is no log of mlx_clex lora: give the {LOG} of a run.")
-    return lines
+    return read_log(file)
 
 
 def _title(path: Path) -> str:
     """Name the data and the model of a run, from the settings beside its log."""
     file = _log_file(path)
     settings = file.with_name("adapter_config.json")
+    check_link(settings, file.parent)
     run = read_json(settings) if settings.is_file() else {}
     if not isinstance(run, dict) or not {"data", "model"} <= run.keys():
         return f"Training run {file.parent.name or file}"
     scaling = (run.get("rope_scaling") or {}).get("type")
     method = f" with {scaling} scaling" if scaling else ""
-    return f"{run['data']}: training of {_short(run['model'])}{method}"
-
-
-def _short(model: object) -> str:
-    return Path(str(model)).name.removeprefix(PREFIX)
+    return f"{run['data']}: training of {Path(str(run['model'])).name.removeprefix(PREFIX)}{method}"
 
 
 def _together(results: dict[Path, Results]) -> Results:
@@ -196,18 +181,8 @@ def _together(results: dict[Path, Results]) -> Results:
     return dataclasses.replace(next(iter(results.values())), rows=rows)
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.plot",
-            description="Pictures of results, training runs and learned frequencies.",
-            example=_EXAMPLES["extrapolation"],
-        )
-    )
+main = command("plot", add_arguments, run, _EXAMPLES["extrapolation"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

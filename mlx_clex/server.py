@@ -20,11 +20,10 @@ import sys
 from functools import partial
 
 import mlx.core as mx
-from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 
 from .commands.memory_check import MemoryCheck, add_force
-from .commands.options import check_cache_options, scale_policy
-from .commands.run_command import run_command
+from .commands.options import add_shared, check_cache_options
+from .commands.run_command import command
 from .diagnosis.machine import parse_size
 from .errors import InputError
 from .serving.access import Access
@@ -35,19 +34,22 @@ from .serving.requests import Served, read_request
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add mlx_lm.server's options, and ours."""
-    parser.add_argument("--model", help="A folder, a .gguf file, a hub id, or bundled:NAME.")
-    parser.add_argument("--adapter-path", help="A folder of adapters to put on the model.")
     parser.add_argument("--draft-model", help="A small model that drafts tokens for the model.")
     parser.add_argument("--num-draft-tokens", type=int, default=3, help="Tokens drafted at once.")
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="Let the checkpoint run its own Python code.",
+    add_shared(
+        parser,
+        *(
+            "--model",
+            "--adapter-path",
+            "--prefill-step-size",
+            "--kv-group-size",
+            "--quantized-kv-start",
+        ),
     )
-    parser.add_argument(
+    add_shared(parser, "--trust-remote-code", help="Let the checkpoint run its own Python code.")
+    add_shared(
+        parser,
         "--scale",
-        type=scale_policy,
-        default="prompt",
         metavar="prompt|NUMBER",
         help="prompt (default): each request has the scale of its whole prompt, which then "
         "grows with the answer. NUMBER: a fixed scale.",
@@ -97,9 +99,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompt-concurrency", type=int, default=8, help="Prompts read at once.")
     parser.add_argument(
-        "--prefill-step-size", type=int, default=2048, help="Tokens of a prompt read in one pass."
-    )
-    parser.add_argument(
         "--prompt-cache-size",
         type=int,
         default=10,
@@ -111,19 +110,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="Bytes of keys and values that are kept, such as 8GB.",
     )
-    parser.add_argument(
+    add_shared(
+        parser,
         "--kv-bits",
-        type=int,
-        help="Quantise keys and values to this many bits; requests are then served one by one.",
-    )
-    parser.add_argument(
-        "--kv-group-size", type=int, default=64, help="Numbers that are quantised together."
-    )
-    parser.add_argument(
-        "--quantized-kv-start",
-        type=int,
-        default=DEFAULT_QUANTIZED_KV_START,
-        help="Token from which on keys and values are quantised.",
+        help="Bits of the KV cache; requests are then served one by one. Default: not quantised.",
     )
     parser.add_argument(
         "--pipeline",
@@ -231,18 +221,8 @@ def check_processes(args: argparse.Namespace, size: int) -> None:
         )
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.server",
-            description="Serve a model to OpenAI clients, each request at its own scale.",
-            example="mlx_clex server --model my-model --port 8080",
-        )
-    )
+main = command("server", add_arguments, run, "--model my-model --port 8080")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

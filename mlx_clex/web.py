@@ -19,9 +19,9 @@ from .commands.chat_options import (
     add_chat_arguments,
     check_chat_options,
     load_conversation,
-    sampler_at,
 )
-from .commands.run_command import run_command
+from .commands.options import sampler_at
+from .commands.run_command import command
 from .errors import InputError
 from .serving.page import CSS, HEAD, build_page
 from .serving.turns import Turns
@@ -88,19 +88,8 @@ def run(args: argparse.Namespace) -> None:
         turns.close()
 
 
-def main() -> None:
-    """Run the command and exit with its status."""
-    sys.exit(
-        run_command(
-            add_arguments,
-            run,
-            prog="mlx_clex.web",
-            description="Talk with a model in the browser, long documents included.",
-            parents=[setup_arg_parser()],
-            example="mlx_clex web --model long-model --port 7861",
-        )
-    )
+main = command("web", add_arguments, run, "--model long-model --port 7861", parent=setup_arg_parser)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

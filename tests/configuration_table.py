@@ -11,16 +11,16 @@ import functools
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx_clex.convert import convert
 from mlx_lm import generate
+from mlx_lm.utils import load_model
 
 from mlx_clex import attach, fuse, load, lora
-from mlx_clex.commands.run_command import run_command
 from mlx_clex.diagnosis.model_report import report
 from mlx_clex.errors import InputError
 from mlx_clex.model_file import Model, ModelArgs
@@ -35,7 +35,7 @@ HEAD = """
 config.json, and random weights in narrow widths. {served} pass every column.
 `tests/test_configurations.py` holds each cell.
 
-- **loads**: `load` reads the folder and its tokenizer.
+- **loads**: `load` reads the folder and its tokenizer, and gives the logits of stock mlx-lm.
 - **clex**, **gene**, **yarn**: `attach` at scale 1 leaves the logits as they were.
 - **convert**: `convert --scaling clex`, load with the tokenizer, generate.
 - **lora, fuse**: two steps of `lora --scaling clex`, `fuse`, and the same logits again. The tests
@@ -53,13 +53,11 @@ REASONS = {
     "was found none": "no rotary attention",
     "found none": "no rotary attention",
     "has a rope but does not call it": "its rope is not used",
-    "no tokenizer that loads": "transformers does not know the family",
     "needs a fixed scale": "one fixed scale only",
 }
 _WINDOW = "rotary only in layers with a window"
 _NONE = "no rotary attention"
 _DYNAMIC = "its dynamic rope has no fixed frequencies; drop it"
-_UNKNOWN = "transformers does not know the family"
 _FIXED = "one fixed scale only"
 _NO_SCALING = ("clex", "gene", "yarn", "convert", "lora, fuse", "doctor")
 # What does not answer "yes"; the tests hold every cell.
@@ -70,8 +68,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "internlm2-chat-1.8b": dict.fromkeys(_NO_SCALING, _DYNAMIC),
     "internlm3-8b": dict.fromkeys(_NO_SCALING, _DYNAMIC),
     "hunyuan-7b": {"convert": _FIXED, "lora, fuse": _FIXED},
-    "kimi-k2": {"loads": _UNKNOWN, "lora, fuse": _UNKNOWN},
-    "minicpm4-8b": {"loads": _UNKNOWN, "lora, fuse": _UNKNOWN},
 }
 _BOUND = 2e-4  # of a logit; float32 rounding of angles
 
@@ -92,11 +88,12 @@ def attached(name: str, method: str) -> str:
 
 
 def loads(folder: Path) -> str:
-    """Load a folder as published, with its tokenizer; its logits must be numbers."""
+    """Load a folder as published, with its tokenizer; return "yes" for stock mlx-lm's logits."""
     model, tokenizer = load(folder)
     assert tokenizer.encode("text")
-    assert mx.isfinite(model(_ids())).all()
-    return "yes"
+    stock, _ = load_model(folder)
+    error = float(mx.abs(model(_ids()) - stock(_ids())).max())
+    return "yes" if error == 0 else f"off by {error:.1e}"
 
 
 def converted(folder: Path, target: Path) -> str:
@@ -133,9 +130,7 @@ def told(folder: Path) -> str:
 def _call(command: Any, *argv: str) -> None:
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(errors):
-        status = run_command(
-            command.add_arguments, command.run, prog="x", description="", argv=list(argv)
-        )
+        status = command.main(argv)
     if status:
         raise InputError(errors.getvalue().splitlines()[-1])
 
@@ -196,6 +191,17 @@ def table() -> str:
     for name in sorted(CONFIGS.keys() - set(RUNS)):
         lines.append(f"- {name}: {CONFIGS[name]['mlx_lm_cannot'].partition(': ')[2]}")
     return "\n".join(lines) + "\n"
+
+
+def summary(outcomes: Mapping[str, set[str]]) -> list[str]:
+    """Lines for the end of a test run, from what happened to the test of each configuration."""
+    groups: dict[str, list[str]] = {}
+    for name, seen in outcomes.items():
+        reason = next(iter(EXCEPTIONS.get(name, {}).values()), "")
+        groups.setdefault(reason if seen == {"passed"} else "FAILED", []).append(name)
+    lines = [f"{len(groups.pop('', [])):4} pass every column"] if groups else []
+    lines += [f"{len(names):4} {how}: {', '.join(names)}" for how, names in groups.items()]
+    return ["published configurations", *lines] if lines else []
 
 
 def rope_of(name: str) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from mlx_clex.scaling import SCALINGS
 # A shell that runs the tests in the background makes them ignore SIGINT, and with them every
 # program they start and stop by it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Whether the fused rotation takes fast cosines and sines.
+FAST_ROPE = mx.default_device() != mx.cpu or "tests.emulate_metal" in sys.modules
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_NAMES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
@@ -144,6 +148,20 @@ def random_adapters(model, folder, seed):
     return folder
 
 
+def as_peft(adapters, folder, **settings):
+    """Write adapters of mlx-lm in the layout of PEFT."""
+    lora = json.loads((adapters / "adapter_config.json").read_text())["lora_parameters"]
+    folder.mkdir()
+    tensors = {}
+    for name, tensor in mx.load(str(adapters / "adapters.safetensors")).items():
+        peft = name.replace("lora_a", "lora_A.weight").replace("lora_b", "lora_B.weight")
+        tensors[f"base_model.model.{peft}"] = mx.contiguous(tensor.T)
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), tensors)
+    config = {"peft_type": "LORA", "r": lora["rank"], "lora_alpha": lora["scale"] * lora["rank"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config | settings))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tokens():
     """(4, 300) token ids below 64."""
@@ -167,14 +185,19 @@ def converted(tmp_path_factory):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print which of mlx-lm's model files passed the family tests, and why others did not."""
-    from .family_table import summary
+    """Print which model files and published configurations passed, and why others did not."""
+    from . import configuration_table, family_table
 
-    outcomes: dict[str, set[str]] = {}
-    for outcome in ("passed", "failed"):
-        for report in terminalreporter.getreports(outcome):
-            if "test_find_ropes.py" in report.nodeid and report.nodeid.endswith("]"):
-                family = report.nodeid.rsplit("[", 1)[1][:-1]
-                outcomes.setdefault(family, set()).add(outcome)
-    for line in summary(outcomes):
-        terminalreporter.write_line(line)
+    tables = {
+        "test_find_ropes.py": family_table.summary,
+        "test_configurations.py": configuration_table.summary,
+    }
+    for file, summary in tables.items():
+        outcomes: dict[str, set[str]] = {}
+        for outcome in ("passed", "failed"):
+            for report in terminalreporter.getreports(outcome):
+                if file in report.nodeid and report.nodeid.endswith("]"):
+                    name = report.nodeid.rsplit("[", 1)[1][:-1]
+                    outcomes.setdefault(name, set()).add(outcome)
+        for line in summary(outcomes):
+            terminalreporter.write_line(line)

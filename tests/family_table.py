@@ -8,7 +8,7 @@ from .tiny_families import FAMILIES, Family
 HEAD = """# Model families
 
 This page lists every model file of mlx-lm {version}, and what `attach` and `convert` do with
-it. `tests/test_families.py` checks each row on tiny random weights: at scale 1 the model
+it. `tests/model/test_find_ropes.py` checks each row on tiny random weights: at scale 1 the model
 equals the stock model; a pass at a higher scale equals the stock model with those
 frequencies put in by hand; decoding across two steps of the scale equals a cache that keeps
 keys unrotated.

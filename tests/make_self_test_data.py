@@ -1,21 +1,32 @@
-"""Make mlx_clex/golden/clex_llama.safetensors, what `mlx_clex.doctor --self-test` runs on.
+"""Make the files in mlx_clex/golden, what `mlx_clex doctor --self-test` runs on.
 
-    python tests/make_self_test_data.py
+    python -m tests.make_self_test_data
 
-It is tests/golden/clex_llama, a two-layer model with the answers of the published code, cut
-down to the tokens of its first 100 positions: their rows of the embedding and of the output
-layer, and their columns of the expected logits. The layers are whole, so the cut changes no
-logit that is left. With them go the frequencies and one set of gradients.
+- clex_llama.safetensors is tests/golden/clex_llama, a two-layer model with the answers of the
+  published code, cut down to the tokens of its first 100 positions: their rows of the embedding and
+  of the output layer, and their columns of the expected logits. The layers are whole, so the cut
+  changes no logit that is left. With them go the frequencies and one set of gradients.
+- training_gradients.safetensors holds the gradients of a training step of this model with three
+  methods, neither compiled nor checkpointed.
+- perplexity.json holds the perplexities of the bundled models. Make it again with them.
+
+The last two are of the machine that runs this.
 """
 
 import json
 from pathlib import Path
 
+import mlx_clex  # isort: skip  # noqa: F401 - before mlx.core: on Linux it looks for OpenBLAS
+
 import mlx.core as mx
 import torch
 
+from mlx_clex.self_test.running import PERPLEXITIES, pinned_perplexities
+from mlx_clex.self_test.training import FILE, METHODS, plain_gradients
+
 SOURCE = Path(__file__).parent / "golden" / "clex_llama"
-TARGET = Path(__file__).parents[1] / "mlx_clex" / "golden" / "clex_llama.safetensors"
+FOLDER = Path(__file__).parents[1] / "mlx_clex" / "golden"
+MODEL = "clex_llama.safetensors"
 LENGTH = 100  # tokens: past three steps of the scale, at 33, 65 and 97
 START = 60  # tokens read in one pass before the rest is read one by one
 NAMES = {
@@ -24,7 +35,8 @@ NAMES = {
 }
 
 
-def main() -> None:
+def write_model(target: Path) -> None:
+    """Write the cut model and its answers."""
     golden = mx.load(str(SOURCE / "golden.safetensors"))
     assert isinstance(golden, dict)
     ids = [int(token) for token in golden["input_ids"][0, :LENGTH]]
@@ -56,9 +68,26 @@ def main() -> None:
     config = json.loads((SOURCE / "config.json").read_text())
     config = {key: config[key] for key in sorted(config) if key not in ("auto_map", "log_scale")}
     config["vocab_size"] = len(kept)
-    TARGET.parent.mkdir(exist_ok=True)
-    mx.save_safetensors(str(TARGET), tensors, metadata={"config": json.dumps(config)})
-    print(f"{TARGET.name}: {TARGET.stat().st_size / 1000:.0f} kB")
+    mx.save_safetensors(str(target), tensors, metadata={"config": json.dumps(config)})
+
+
+def gradients() -> dict[str, mx.array]:
+    """Return the gradients of all methods by name, float32."""
+    return {
+        f"{method}.{name}": gradient
+        for method in METHODS
+        for name, gradient in plain_gradients(method).items()
+    }
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    write_model(FOLDER / MODEL)
+    mx.save_safetensors(str(FOLDER / FILE), gradients())
+    text = json.dumps(pinned_perplexities(), indent=4) + "\n"
+    (FOLDER / PERPLEXITIES).write_text(text)
+    for file in sorted(FOLDER.iterdir()):
+        print(f"{file.name}: {file.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

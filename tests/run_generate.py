@@ -11,10 +11,8 @@ from pathlib import Path
 
 import mlx_clex  # noqa: F401
 import mlx.core as mx
-from mlx_lm.generate import setup_arg_parser
 
 from mlx_clex import generate
-from mlx_clex.commands.run_command import run_command
 
 
 def main(folder: str) -> None:
@@ -23,14 +21,7 @@ def main(folder: str) -> None:
     for argv in json.loads((Path(folder) / "runs.json").read_text()):
         out, err = io.StringIO(), io.StringIO()
         with redirect_stdout(out), redirect_stderr(err):
-            status = run_command(
-                generate.add_arguments,
-                generate.run,
-                prog="mlx_clex.generate",
-                description="",
-                argv=argv,
-                parents=[setup_arg_parser()],
-            )
+            status = generate.main(argv)
         results.append((status, out.getvalue(), err.getvalue()))
     rank = mx.distributed.init().rank()
     (Path(folder) / f"rank{rank}.json").write_text(json.dumps(results))

@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from mlx_clex import cache
-from mlx_clex.commands.run_command import run_command
 
 
 @pytest.fixture
@@ -19,7 +18,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def call(*argv):
-    return run_command(cache.add_arguments, cache.run, prog="x", description="", argv=argv)
+    return cache.main(argv)
 
 
 def names(folder):

@@ -11,11 +11,9 @@ import mlx.core as mx
 import pytest
 from mlx_clex.convert import convert
 from mlx_lm.cache_prompt import setup_arg_parser as stock_parser
-from mlx_lm.generate import setup_arg_parser
 from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
 
 from mlx_clex import cache_prompt, generate, load, make_prompt_cache
-from mlx_clex.commands.run_command import run_command
 from mlx_clex.model.cache import ScaledKVCache, ScaledQuantizedKVCache
 
 from .conftest import GOLDEN, random_adapters, stock_folder
@@ -35,16 +33,8 @@ def cli(capsys, monkeypatch):
         stream = SimpleNamespace(buffer=io.BytesIO(stdin.encode()))
         monkeypatch.setattr(sys, "stdin", stream)
         capsys.readouterr()  # of conversions meanwhile
-        parent = setup_arg_parser if module is generate else stock_parser
         try:
-            status = run_command(
-                module.add_arguments,
-                module.run,
-                prog=module.__name__,
-                description="",
-                argv=[str(arg) for arg in args],
-                parents=[parent()],
-            )
+            status = module.main([str(arg) for arg in args])
         except SystemExit as error:
             status = error.code
         out, err = capsys.readouterr()

@@ -7,11 +7,8 @@ import sys
 import mlx.core as mx
 import pytest
 from mlx_clex.convert import convert
-from mlx_lm.chat import setup_arg_parser
 
-from mlx_clex.chat import run
-from mlx_clex.commands.chat_options import add_chat_arguments as add_arguments
-from mlx_clex.commands.run_command import run_command
+from mlx_clex.chat import main
 
 from .conftest import GOLDEN
 
@@ -228,6 +225,69 @@ def test_commands_and_their_mistakes(chat, model):
     assert "is no file" in say(child, "/restore x")
 
 
+def with_state(data, change):
+    """The bytes of a saved conversation whose state is another text."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    metadata = header["__metadata__"]
+    metadata["0.conversation"] = change(json.loads(metadata["0.conversation"]))
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def test_a_broken_file_is_one_line_and_the_talk_stays(model, tmp_path, monkeypatch, capsys):
+    """A name of 300 characters, or ~ before no user, ended the chat and lost the conversation."""
+
+    def talk(*lines):
+        """What the chat shows for each line."""
+        shown, left = [], iter(lines)
+
+        def ask(_):
+            shown.append(capsys.readouterr().out.strip())
+            line = next(left, None)
+            if line is None:
+                raise EOFError
+            return line
+
+        monkeypatch.setattr("builtins.input", ask)
+        assert main(["--model", str(model), "--max-tokens", "4"]) == 0
+        return shown[1:]
+
+    file = tmp_path / "talk.safetensors"
+    talk("A cat.", f"/save {file}")
+    whole = file.read_bytes()
+    broken = {
+        "deep": lambda _: "[" * 100_000,
+        "deep_object": lambda _: '{"messages": ' * 20_000,
+        "no_object": lambda _: "[1]",
+        "types": lambda state: json.dumps({**state, "tokens": "abc"}),
+        "control": lambda state: json.dumps({**state, "format": "\x1b[2J"}),
+        "contents": lambda state: json.dumps({**state, "messages": [{"role": "user"}]}),
+    }
+    names = ["n" * 300, "~no-such-user/talk", "\x1b[2J", str(tmp_path)]
+    for name, change in broken.items():
+        names.append(str(tmp_path / f"{name}.safetensors"))
+        (tmp_path / f"{name}.safetensors").write_bytes(with_state(whole, change))
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
+    names.append(str(tmp_path / "cut.safetensors"))
+
+    lines = [line for name in names for line in (f"/restore {name}", "/context")]
+    told = talk("A dog.", "/context", *lines, "And then?")
+    for name, error, context in zip(names, told[2:-1:2], told[3:-1:2], strict=True):
+        assert re.fullmatch(r"error: .*", error), f"{name}: {error}"
+        assert error.isprintable(), name
+        assert context == told[1], name
+    plain = talk("A dog.", "/context", "And then?")
+    assert told[-1].splitlines()[0] == plain[-1].splitlines()[0]
+
+    def clearing(state):
+        state["messages"][-1]["content"] = "\x1b[2J"
+        return json.dumps(state)
+
+    file.write_bytes(with_state(whole, clearing))
+    assert talk(f"/restore {file}")[0].startswith("... \\x1b[2J\nRestored: ")
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -241,14 +301,7 @@ def test_commands_and_their_mistakes(chat, model):
 )
 def test_bad_options_are_one_line(options, reason, capsys):
     """Each is refused before the model is loaded."""
-    status = run_command(
-        *(add_arguments, run),
-        prog="mlx_clex.chat",
-        description="",
-        argv=options,
-        parents=[setup_arg_parser()],
-    )
-    assert status == 2
+    assert main(options) == 2
     err = capsys.readouterr().err
     assert re.fullmatch(r"mlx_clex chat: error: .*\n", err)
     assert reason in err

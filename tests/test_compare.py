@@ -9,7 +9,6 @@ import pytest
 from mlx_clex.convert import convert
 
 from mlx_clex import compare, load
-from mlx_clex.commands.run_command import run_command
 from mlx_clex.compare import buckets, differences
 from mlx_clex.evaluation import perplexity as evaluation
 from mlx_clex.evaluation.results import read_results
@@ -28,10 +27,7 @@ def text(tmp_path, monkeypatch):
 
 
 def call(*argv):
-    argv = [str(arg) for arg in argv]
-    return run_command(
-        compare.add_arguments, compare.run, prog="compare", description="", argv=argv
-    )
+    return compare.main([str(arg) for arg in argv])
 
 
 def rows(capsys, *argv):
@@ -158,7 +154,7 @@ def test_bad_input_is_one_line(converted, text, tmp_path, capsys):
     ]:
         assert call(*argv, "--data", text) == 2
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith("compare: error: ")
+        assert error.startswith("mlx_clex compare: error: ")
         assert match in error
     with pytest.raises(ValueError, match="A has a vocabulary of 64 tokens and B one of 96"):
         differences(tiny_llama(), tiny_llama(vocabulary=96), np.arange(30))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_clex.errors import RunError, generating, one_line
+from mlx_clex.errors import RunError, failed_after, generating, one_line
 from mlx_clex.training.ranks import Ranks
 
 
@@ -13,6 +13,9 @@ def test_the_watchdog_of_macos_is_told_apart_from_a_lack_of_memory(text):
         raise RuntimeError(f"[METAL] Command buffer execution failed: {text}")
     with pytest.raises(RunError, match="--prefill-step-size 512"), generating(lambda: "at 3"):
         raise RuntimeError(f"[METAL] Command buffer execution failed: {text}")
+    chat = failed_after(3, RuntimeError(text))
+    assert "after 3 tokens" in str(chat)
+    assert "--prefill-step-size 512" in str(chat)
     with pytest.raises(RunError, match="If memory was short"), Ranks().running():
         raise RuntimeError("[METAL] Insufficient Memory")
 

@@ -17,7 +17,6 @@ import pytest
 from mlx_lm.evaluate import MLXLM
 
 from mlx_clex import evaluate, load
-from mlx_clex.commands.run_command import run_command
 from mlx_clex.errors import RunError
 from mlx_clex.evaluation import harness_tasks
 from mlx_clex.evaluation.harness import PlannedLM
@@ -113,10 +112,7 @@ def local(tmp_path, monkeypatch):
 
 
 def call(*argv):
-    argv = [str(arg) for arg in argv]
-    return run_command(
-        evaluate.add_arguments, evaluate.run, prog="evaluate", description="", argv=argv
-    )
+    return evaluate.main([str(arg) for arg in argv])
 
 
 @pytest.fixture
@@ -478,7 +474,7 @@ def test_bad_input_is_one_line(folders, local, replies, monkeypatch, capsys, mor
     base = ("--model", folders("clex"), "--tasks", "local_hotpotqa", "--include-path", local)
     assert call(*base, *more) == 2
     err = capsys.readouterr().err.strip().splitlines()
-    assert err[-1].startswith("evaluate: error: "), err
+    assert err[-1].startswith("mlx_clex evaluate: error: "), err
     assert all(word in err[-1] for word in words), err[-1]
     assert "Traceback" not in "".join(err)
 

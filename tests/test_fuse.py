@@ -6,16 +6,12 @@ import shutil
 import mlx.core as mx
 import pytest
 from mlx_clex.convert import convert
-from mlx_lm.generate import setup_arg_parser as generate_parser
 from mlx_lm.utils import load as stock_load
 from mlx_lm.utils import save_config, save_model
 
-from mlx_clex import fuse, generate, load
-from mlx_clex.commands.run_command import run_command
-from mlx_clex.lora import add_arguments as lora_arguments
-from mlx_clex.lora import run as lora_run
+from mlx_clex import fuse, generate, load, lora
 
-from .conftest import GOLDEN, stock_folder
+from .conftest import GOLDEN, as_peft, random_adapters, stock_folder
 from .model.test_gpt_neox import published
 
 IDS = mx.arange(3, 60)[None]
@@ -38,15 +34,14 @@ def train(model, tmp_path, *more):
         *("--adapter-path", str(tmp_path / "adapters"), "--iters", "3", "--batch-size", "1"),
         *("--max-seq-length", "32", "--learning-rate", "1e-3", *more),
     ]
-    status = run_command(lora_arguments, lora_run, prog="lora", description="", argv=argv)
-    assert status == 0
+    assert lora.main(argv) == 0
     return tmp_path / "adapters"
 
 
 def merge(model, adapters, target, *more):
     argv = ["--model", str(model), "--adapter-path", str(adapters), "--save-path", str(target)]
     argv += more
-    return run_command(fuse.add_arguments, fuse.run, prog="fuse", description="", argv=argv)
+    return fuse.main(argv)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +61,14 @@ def test_the_fused_model_answers_as_the_adapters_do(kind, base, tmp_path):
     ours = load(tmp_path / "fused")[0](IDS)
     assert mx.abs(ours - wanted).max().item() < 1e-3
     assert not list(tmp_path.glob(".fused*"))
+
+
+def test_adapters_of_peft_are_fused(base, tmp_path):
+    """They ended with "cannot be loaded: num_layers"."""
+    adapters = random_adapters(base, tmp_path / "ours", 1)
+    wanted = load(base, adapter_path=adapters)[0](IDS)
+    assert merge(base, as_peft(adapters, tmp_path / "peft"), tmp_path / "fused") == 0
+    assert mx.abs(load(tmp_path / "fused")[0](IDS) - wanted).max().item() < 1e-3
 
 
 def test_a_quantised_base_stays_quantised_or_not(base, tmp_path):
@@ -120,7 +123,7 @@ def test_bad_input_is_one_line(base, converted, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
     assert merge(base, tmp_path / "nowhere", tmp_path / "fused") == 2
     assert "adapter_config.json" in capsys.readouterr().err
-    save_config({"fine_tune_type": "full"}, tmp_path / "adapter_config.json")
+    save_config({"fine_tune_type": "full", "num_layers": 2}, tmp_path / "adapter_config.json")
     save_model(tmp_path, load(converted("clex_phi"))[0])
     (tmp_path / "model.safetensors").rename(tmp_path / "adapters.safetensors")
     assert merge(base, tmp_path, tmp_path / "fused") == 2
@@ -142,13 +145,6 @@ def test_gpt_neox_is_tuned_fused_and_generates(tmp_path, capsys):
     assert mx.abs(load(tmp_path / "fused")[0](IDS) - wanted).max().item() < 1e-3
 
     capsys.readouterr()
-    status = run_command(
-        generate.add_arguments,
-        generate.run,
-        prog="generate",
-        description="",
-        argv=["--model", str(tmp_path / "fused"), "--prompt", "the quick brown", "-m", "40"],
-        parents=[generate_parser()],
-    )
-    assert status == 0
+    argv = ["--model", str(tmp_path / "fused"), "--prompt", "the quick brown", "-m", "40"]
+    assert generate.main(argv) == 0
     assert "Scale: " in capsys.readouterr().out

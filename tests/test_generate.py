@@ -17,7 +17,6 @@ from mlx_lm.models.cache import make_prompt_cache as stock_make_prompt_cache
 from mlx_lm.models.cache import save_prompt_cache
 
 from mlx_clex import generate, load, make_prompt_cache
-from mlx_clex.commands.run_command import run_command
 from mlx_clex.serving import prompt
 
 from .conftest import GOLDEN, GOLDEN_NAMES, stock_folder
@@ -33,14 +32,7 @@ def cli(capsys, monkeypatch):
         stream = SimpleNamespace(buffer=io.BytesIO(stdin.encode()))
         monkeypatch.setattr(sys, "stdin", stream)
         try:
-            status = run_command(
-                generate.add_arguments,
-                generate.run,
-                prog="mlx_clex.generate",
-                description="",
-                argv=[str(arg) for arg in args],
-                parents=[setup_arg_parser()],
-            )
+            status = generate.main([str(arg) for arg in args])
         except SystemExit as error:
             status = error.code
         out, err = capsys.readouterr()

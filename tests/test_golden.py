@@ -2,7 +2,8 @@
 
 Most of the difference to the CLEX logits is the float32 solve of the published code,
 1e-5 in the frequencies times the position. With its frequencies put in place of ours the
-logits agree to 5e-5; with ours, which a finer solve confirms, to 1e-3.
+logits agree to 5e-5; with ours, which a finer solve confirms, to 1e-3. The fast cosine and sine of
+a GPU add to both.
 """
 
 import mlx.core as mx
@@ -10,9 +11,9 @@ import pytest
 
 from mlx_clex import load, make_prompt_cache
 
-from .conftest import GOLDEN, GOLDEN_NAMES
+from .conftest import FAST_ROPE, GOLDEN, GOLDEN_NAMES
 
-EXACT = 5e-5
+EXACT = 2e-4 if FAST_ROPE else 5e-5
 OWN_SOLVE = 1e-3
 
 

@@ -20,6 +20,7 @@ ORDER = [
     ["data"],
     ["evaluation", "serving", "diagnosis"],
     ["training"],
+    ["self_test"],
     ["pictures"],
     ["commands"],
     ["a command"],

@@ -7,7 +7,6 @@ import pytest
 from mlx_clex.convert import convert
 
 from mlx_clex import attach, fuse, load, lora, perplexity
-from mlx_clex.commands.run_command import run_command
 
 from .conftest import GOLDEN, stock_folder
 
@@ -29,8 +28,7 @@ def source(tmp_path, monkeypatch):
 
 
 def call(command, *argv):
-    argv = [str(arg) for arg in argv]
-    return run_command(command.add_arguments, command.run, prog="x", description="", argv=argv)
+    return command.main([str(arg) for arg in argv])
 
 
 @pytest.mark.parametrize(("choice", "length"), [("keep", 256), ("drop", 64), (None, 256)])

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from mlx_clex import load, make_prompt_cache, passkey
-from mlx_clex.commands.run_command import run_command
 from mlx_clex.evaluation import tasks
 from mlx_clex.evaluation.results import read_results
 from mlx_clex.passkey import TASKS, Reader
@@ -31,10 +30,7 @@ def tokenizer(folders):
 
 
 def call(*argv):
-    argv = [str(arg) for arg in argv]
-    return run_command(
-        passkey.add_arguments, passkey.run, prog="passkey", description="", argv=argv
-    )
+    return passkey.main([str(arg) for arg in argv])
 
 
 def rng(seed=0):
@@ -156,16 +152,16 @@ def test_answers_with_and_without_reuse_are_identical(folders, name, shares):
     ]
     # Each of these has another length than the one before, so the scale changes back and forth.
     prompts += prompts[::4]
-    fresh = Reader(model, tokenizer, reuse=False)
     reader = Reader(model, tokenizer)
     starts = []
     for prompt in prompts:
         read = []
-        assert reader.answer(prompt, COUNT, read.append) == fresh.answer(prompt, COUNT)
+        fresh = Reader(model, tokenizer).answer(prompt, COUNT)
+        assert reader.answer(prompt, COUNT, read.append) == fresh
         starts.append(read[0])
     assert any(starts) is shares, starts
     plain = plain_answer(folder, prompts[-1])
-    assert fresh.answer(prompts[-1], COUNT).strip() == plain.strip()
+    assert fresh.strip() == plain.strip()
 
 
 def test_prompts_reuse_the_filler_before_the_fact(folders, tokenizer):

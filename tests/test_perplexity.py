@@ -20,7 +20,6 @@ from mlx_clex.convert import convert
 
 from mlx_clex import attach, load, perplexity
 from mlx_clex.bundled import MODELS
-from mlx_clex.commands.run_command import run_command
 from mlx_clex.evaluation import perplexity as evaluation
 from mlx_clex.evaluation import perplexity_table
 from mlx_clex.evaluation.results import read_results
@@ -40,10 +39,7 @@ def text(tmp_path, monkeypatch):
 
 
 def call(*argv):
-    argv = [str(arg) for arg in argv]
-    return run_command(
-        perplexity.add_arguments, perplexity.run, prog="perplexity", description="", argv=argv
-    )
+    return perplexity.main([str(arg) for arg in argv])
 
 
 def rows(capsys, *argv):
@@ -342,7 +338,7 @@ def test_bad_input_is_one_line(converted, text, capsys, more, match):
     assert call("--model", converted("clex_llama"), "--data", text, *more) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert match in error
-    assert error.startswith("perplexity: error: ")
+    assert error.startswith("mlx_clex perplexity: error: ")
 
 
 def test_records_of_a_jsonl_file_are_texts(converted, text, tmp_path, capsys):
@@ -395,4 +391,7 @@ def test_a_failure_of_mlx_is_one_line(converted, text, monkeypatch, capsys):
     monkeypatch.setattr("mlx_clex.evaluation.perplexity.hidden_states", fail)
     assert call("--model", converted("clex_llama"), "--data", text, "--lengths", 50) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error == "perplexity: failed: MLX failed at token 0 of 50: [malloc] Unable to allocate"
+    assert (
+        error
+        == "mlx_clex perplexity: failed: MLX failed at token 0 of 50: [malloc] Unable to allocate"
+    )

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from mlx_clex import plan
-from mlx_clex.commands.run_command import run_command
 
 from .diagnosis.test_memory import LLAMA_7B
 
@@ -13,9 +12,7 @@ from .diagnosis.test_memory import LLAMA_7B
 def run(*argv):
     """Run the command and return its status; argparse ends with 2 by itself."""
     try:
-        return run_command(
-            plan.add_arguments, plan.run, prog="mlx_clex.plan", description="", argv=argv
-        )
+        return plan.main(argv)
     except SystemExit as ended:
         return ended.code
 

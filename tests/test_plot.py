@@ -10,7 +10,6 @@ import pytest
 
 from mlx_clex import plot
 from mlx_clex.checkpoint.config import SHIM
-from mlx_clex.commands.run_command import run_command
 from mlx_clex.evaluation.results import open_results
 from mlx_clex.loading import load, load_scaling
 
@@ -26,13 +25,7 @@ def cli(capsys, tmp_path, monkeypatch):
     def run(*args):
         capsys.readouterr()  # of conversions meanwhile
         try:
-            status = run_command(
-                plot.add_arguments,
-                plot.run,
-                prog="mlx_clex.plot",
-                description="",
-                argv=[str(arg) for arg in args],
-            )
+            status = plot.main([str(arg) for arg in args])
         except SystemExit as error:
             status = error.code
         return status, *capsys.readouterr()
@@ -50,7 +43,7 @@ def drawn(monkeypatch):
 
 def write(prefix, kind, rows=None):
     results = open_results(prefix, kind=kind, settings={}, keys=("length",))
-    for number, row in enumerate(rows or ROWS[kind]()):
+    for number, row in enumerate(rows or ROWS[kind](), 1):
         results.rows.append({"length": number, **row})
     results.write()
 

@@ -374,7 +374,7 @@ FAMILIES: dict[str, Family] = {
     "muse_glimmer": Family(
         {"layer_types": _SLIDING_THEN_FULL, "layer_rope_theta": [1e4, 1e4]}, scaled=(1,)
     ),
-    "muse_spark": Family(absent="its kernel runs on Metal only"),
+    "muse_spark": Family(absent="its kernel rotates by itself, on Metal only; refused"),
     "nanbeige": Family(),
     "nanochat": Family(refused=_NO_ROPE),
     "nemotron": Family({"hidden_act": "relu2"}),
@@ -475,17 +475,27 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def tiny(name: str, **changes: Any) -> Any:
-    """A random model of a family; the same numbers every time."""
+def config(name: str, **changes: Any) -> dict[str, Any]:
+    """Return the config of a family, cut to the fields it has."""
     family = FAMILIES[name]
-    module = importlib.import_module(f"mlx_lm.models.{name}")
-    fields = {field.name for field in dataclasses.fields(module.ModelArgs)}
+    fields = {field.name for field in dataclasses.fields(_module(name).ModelArgs)}
     config = {key: value for key, value in SMALL.items() if key in fields}
     config |= {"model_type": name, **family.config, **changes}
     if family.text is not None:
         config["text_config"] = {"model_type": name, **SMALL, **family.text, **changes}
+    return config
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"mlx_lm.models.{name}")
+
+
+def tiny(name: str, **changes: Any) -> Any:
+    """A random model of a family; the same numbers every time."""
+    module = _module(name)
+    args = module.ModelArgs.from_dict(config(name, **changes))
     mx.random.seed(1)
-    model = module.Model(module.ModelArgs.from_dict(config))
+    model = module.Model(args)
     model.update(tree_map(_spread, model.parameters()))
     mx.eval(model.parameters())
     model.eval()

@@ -135,13 +135,12 @@ def _candidates(
     if stock is not None:
         yield _entry(stock.pop("type"), **stock)
     factors = (_base_inv_freq(scaling) / inv_freq).tolist()
-    yield _entry(
-        "longrope",
-        short_factor=factors,
-        long_factor=factors,
-        # longrope multiplies queries and keys by sqrt(ln length / ln original).
-        original_max_position_embeddings=(length if score_gain == 1 else scaling.trained_length),
-    )
+    # longrope multiplies queries and keys by sqrt(ln length / ln original).
+    original = length ** (1 / score_gain)
+    if math.isclose(original, round(original), rel_tol=1e-9):
+        original = round(original)
+    fields = {"short_factor": factors, "long_factor": factors}
+    yield _entry("longrope", **fields, original_max_position_embeddings=original)
 
 
 def _base_inv_freq(scaling: Scaling) -> np.ndarray:

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlx_clex.checkpoint.files import open_regular
 from mlx_clex.checkpoint.safetensors_file import TensorInfo, write
-from mlx_clex.errors import InputError, one_line
+from mlx_clex.errors import InputError, reading
 
 from .gguf_families import FAMILIES, Family, llama3_rope
 
@@ -84,17 +85,14 @@ def read(path: Path) -> GgufFile:
     Raises:
         InputError: the file is no GGUF, is cut off, or has a type that is not read.
     """
-    try:
+    with reading(f"{path} is corrupt or truncated. Download or copy it again"):
+        open_regular(path).close()
         reader = _bounded_reader(import_gguf(f"Reading {path}"))(path)
         metadata = {
             name: field.contents()
             for name, field in reader.fields.items()
             if not name.startswith("GGUF.")
         }
-    except InputError:
-        raise
-    except Exception as error:  # a hostile header makes numpy raise anything
-        raise _broken(path, one_line(error)) from error
     if reader.byte_order != "I":
         raise InputError(
             f"{path} is big-endian, which mlx_clex does not read. Use the model's safetensors."
@@ -110,12 +108,8 @@ def config_of(gguf: GgufFile) -> dict[str, Any]:
     Raises:
         InputError: another architecture, an unsupported feature, or metadata of wrong types.
     """
-    try:
+    with reading(f"{gguf.path} has metadata with wrong values. Download or copy it again"):
         return _config_of(gguf)
-    except InputError:
-        raise
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise _broken(gguf.path, f"its metadata has wrong values ({error})") from error
 
 
 def _config_of(gguf: GgufFile) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mlx_clex.errors import InputError
+from mlx_clex.errors import InputError, reading, shown
 
 from ..write.spaces import treat_spaces
 from .gguf_file import GgufFile
@@ -53,12 +53,8 @@ def write(gguf: GgufFile, folder: Path) -> dict[str, Any]:
         for theirs, ours in _KEYS.items()
         if f"tokenizer.ggml.{theirs}" in metadata
     }
-    try:
+    with reading(f"{gguf.path}: cannot build a tokenizer of kind {shown(kind)}"):
         backend, _ = _converter()(metadata["general.architecture"], given)
-    except Exception as error:  # tokenizers raises the bare class
-        raise InputError(
-            f"{gguf.path}: cannot build a tokenizer of kind {kind!r}: {error}"
-        ) from error
     if kind == "llama":
         treat_spaces(
             backend,

@@ -138,7 +138,10 @@ def upload(folder: Path, repo: str) -> str:
         api = HfApi()
         url = api.create_repo(repo, repo_type="model", exist_ok=True)
         api.upload_folder(
-            repo_id=repo, folder_path=folder, commit_message="Upload a checkpoint for mlx_clex"
+            repo_id=repo,
+            folder_path=folder,
+            commit_message="Upload a checkpoint for mlx_clex",
+            ignore_patterns=[".*"],  # what macOS put there since
         )
         return str(url)
 

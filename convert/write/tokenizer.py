@@ -13,8 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from mlx_clex.checkpoint.folder import files_of
 from mlx_clex.checkpoint.released_templates import template_for
-from mlx_clex.errors import InputError
+from mlx_clex.errors import InputError, reading
 
 from ..read import gguf_tokenizer
 from ..read.gguf_file import GgufFile
@@ -44,11 +45,9 @@ def write_tokenizer(
     Raises:
         InputError: the tokenizer files are broken.
     """
-    if gguf is not None:
-        config = gguf_tokenizer.write(gguf, folder)
-    elif (copied := _copy(checkpoint.folder, folder)) is not None:
-        config = copied
-    else:
+    with reading(f"The tokenizer of {checkpoint.folder} does not load"):
+        config = gguf_tokenizer.write(gguf, folder) if gguf else _copy(checkpoint.folder, folder)
+    if config is None:
         return (
             f"{checkpoint.folder} has no tokenizer (tokenizer.json or tokenizer.model): "
             "the converted folder has none either."
@@ -66,7 +65,8 @@ def write_tokenizer(
 
 def _copy(source: Path, folder: Path) -> dict[str, Any] | None:
     """Copy or rebuild the files; return the content of tokenizer_config.json."""
-    files = [file for pattern in TOKENIZER_FILES for file in sorted(source.glob(pattern))]
+    inside = files_of(source)
+    files = [file for pattern in TOKENIZER_FILES for file in inside if file.match(pattern)]
     names = {file.name for file in files}
     if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"} and not any(
         name.endswith(".tiktoken") for name in names
@@ -94,10 +94,8 @@ def _from_sentencepiece(source: Path, folder: Path, config: dict[str, Any]) -> d
     from transformers import LlamaTokenizer
 
     proto = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
-    try:
+    with reading(f"{source / 'tokenizer.model'} is no SentencePiece model"):
         proto.ParseFromString((source / "tokenizer.model").read_bytes())
-    except Exception as error:  # protobuf's DecodeError has no stable home
-        raise InputError(f"{source / 'tokenizer.model'} is no SentencePiece model.") from error
     config = _LLAMA_TOKENS | {"tokenizer_class": "LlamaTokenizer"} | config
     config.setdefault("add_bos_token", True)
     config.setdefault("add_eos_token", False)
@@ -106,10 +104,7 @@ def _from_sentencepiece(source: Path, folder: Path, config: dict[str, Any]) -> d
             if (source / name).exists():
                 shutil.copyfile(source / name, Path(scratch, name))
         Path(scratch, _CONFIG).write_text(json.dumps(config), encoding="utf-8")
-        try:
-            tokenizer = LlamaTokenizer.from_pretrained(scratch)
-        except Exception as error:  # tokenizers raises the bare class
-            raise InputError(f"{source / 'tokenizer.model'} does not load: {error}") from error
+        tokenizer = LlamaTokenizer.from_pretrained(scratch)
     backend = tokenizer.backend_tokenizer
     spec = proto.normalizer_spec
     treat_spaces(

@@ -8,11 +8,17 @@ Not covered: settings nested under `text_config`, and settings for each layer ty
 stay unchanged.
 """
 
+import dataclasses
 import functools
+import logging
 import re
+import warnings
 from collections.abc import Mapping
 from copy import deepcopy
+from importlib import import_module
 from typing import Any
+
+from mlx_lm.utils import MODEL_REMAPPING
 
 from ..errors import InputError, shown
 from ..scaling import SCALINGS
@@ -40,6 +46,7 @@ _REQUIRED = (  # that are whole numbers in every family
     "head_dim",
     "vocab_size",
 )
+_HEADS = ("head_dim", "num_key_value_heads")  # sizes that have defaults in config classes
 _LONGEST = 1 << 40  # tokens
 _LARGEST_BASE = 1e30  # of rope_theta; float32 holds its frequencies
 _LENGTH_KEYS = ("max_position_embeddings", "max_sequence_length", "n_positions")
@@ -83,6 +90,7 @@ def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
     _set_length(config, scaling if ours else {})
     _set_text_length(config)
     _check_sizes(config)
+    _set_defaults(config)
     if ours:
         scaling.pop("rope_type", None)  # some files of mlx-lm want this name in theirs
         scaling = SCALINGS[name].from_release(scaling, config)
@@ -161,7 +169,8 @@ def _mirror_gpt_neox(config: dict[str, Any]) -> None:
     if config.get("model_type") != "gpt_neox":
         return
     for ours, theirs in zip(_MODEL_KEYS, ("rotary_emb_base", "rotary_pct"), strict=True):
-        value = config.get(ours, config.get(theirs))
+        default = (_default("gpt_neox", "rope_parameters") or {}).get(ours)
+        value = config.get(ours, config.get(theirs, default))
         if value is not None:
             config[ours] = config[theirs] = value
 
@@ -183,6 +192,62 @@ def _set_base(config: dict[str, Any]) -> None:
             f"{_LARGEST_BASE:g}, such as 10000."
         )
     config["rope_theta"] = float(base)
+
+
+def read_by_transformers(config: Mapping[str, Any]) -> Any:
+    """Return the config object that transformers makes of a config.json, or None if it cannot."""
+    from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+    family = str(config.get("model_type"))
+    known = family in CONFIG_MAPPING
+    reader: Any = CONFIG_MAPPING[family] if known else PreTrainedConfig
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return reader.from_dict(deepcopy(dict(config)))  # it writes into the config
+    except Exception:  # config classes raise anything on settings they do not take
+        return None
+    finally:
+        logger.setLevel(level)
+
+
+def _set_defaults(config: dict[str, Any]) -> None:
+    """Write out what a config leaves to transformers' class where mlx-lm's may differ.
+
+    These are switches, names, numbers with a fraction, and heads; other sizes have to be given.
+    """
+    fields = _fields(str(config.get("model_type")))
+    absent = {name: fraction for name, fraction in fields.items() if name not in config}
+    if not absent:
+        return
+    plain = {k: v for k, v in config.items() if not k.startswith(("rope_", "mlx_clex_"))}
+    whole = read_by_transformers(plain)
+    if getattr(type(whole), "model_type", "") != config["model_type"]:
+        return  # transformers does not know the family
+    rope = getattr(whole, "rope_parameters", None) or {}
+    for name, fraction in absent.items():
+        value = getattr(whole, name, rope.get(name))
+        whole_number = isinstance(value, int) and (fraction or name in _HEADS)
+        # Without a head in the file, a model that is untied by default could not answer.
+        unsure = name == "tie_word_embeddings" and not value
+        if (isinstance(value, bool | float | str) or whole_number) and not unsure:
+            config[name] = value
+
+
+@functools.cache
+def _fields(family: str) -> dict[str, bool]:
+    """Return the names that mlx-lm's class of a family reads, and which have a fraction."""
+    try:
+        module = import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(family, family)}")
+        found = dataclasses.fields(module.ModelArgs)
+    except (AttributeError, ImportError, ValueError):  # the builder of the model says so
+        return {}
+    fields = {field.name: field.type in (float, "float") for field in found}
+    fields.pop("rope_theta", None)  # set by itself
+    return fields
 
 
 @functools.cache

@@ -24,6 +24,18 @@ _LARGEST_CONFIG = 8_000_000
 _DEEPEST = 64  # lists and objects within each other
 
 
+def expand(name: str | Path) -> Path:
+    """Return a path in which ~ is replaced by the home folder.
+
+    Raises:
+        InputError: it begins with ~NAME, and there is no such user.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{name}: there is no such user. Give the path without ~.") from error
+
+
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces `target` when the block ends without an error.
@@ -110,6 +122,31 @@ def open_regular(path: Path, *, pipe: bool = False) -> BinaryIO:
         os.close(handle)
         raise InputError(f"{path} is not a regular file. Give the path of a file, or copy it here.")
     return os.fdopen(handle, "rb")
+
+
+def check_link(file: Path, folder: Path) -> None:
+    """Refuse a link that leads out of the folder that the user named.
+
+    Args:
+        file: a path in the folder; it need not be a link.
+        folder: the folder, or a link to it.
+
+    Raises:
+        InputError: it leads out, or to nothing.
+    """
+    if not file.is_symlink():
+        return
+    inside = folder.resolve()
+    # In the hub's cache the files of a snapshot are links to blobs two folders up.
+    allowed = (inside, inside.parent.parent / "blobs")
+    try:
+        target = file.resolve(strict=True)
+    except (OSError, RuntimeError):  # RuntimeError: links in a circle, before Python 3.13
+        raise InputError(f"{file} is a link to a file that is not there. Copy it again.") from None
+    if not any(target.is_relative_to(top) for top in allowed):
+        raise InputError(
+            f"{file} is a link that leads out of its folder. Replace it by a copy of the file."
+        )
 
 
 def largest_size(name: str) -> int:

@@ -14,11 +14,11 @@ import mlx.nn as nn
 import numpy as np
 
 from ..model.scaled_model import scaled
-from .adapters import EXTRA_WEIGHTS, adapter_files
+from .adapters import read_adapters, tensor_files
 from .config import normalise_config
 from .digest import digest_of, weights_digest, weights_samples
-from .files import read_json
 from .folder import read_config
+from .peft_adapters import PEFT_SETTINGS
 
 Fingerprint = dict[str, str]
 
@@ -113,10 +113,8 @@ def _bytes_of(array: mx.array) -> bytes:
 def _adapter(path: str | Path | None) -> str:
     if path is None:
         return "none"
-    folder = adapter_files(Path(path))
-    settings = read_json(folder / "adapter_config.json")
-    what = {key: settings.get(key) for key in ("fine_tune_type", "lora_parameters", "num_layers")}
-    files = [folder / "adapters.safetensors", folder / EXTRA_WEIGHTS]
-    return digest_of(
-        [_text(what).encode(), *weights_samples([file for file in files if file.is_file()])]
-    )
+    folder, settings = read_adapters(Path(path))
+    keys = ("fine_tune_type", "lora_parameters", "num_layers")
+    what = {key: settings.get(key) for key in keys}
+    what |= {key: settings[key] for key in PEFT_SETTINGS if key in settings}
+    return digest_of([_text(what).encode(), *weights_samples(tensor_files(folder))])

@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..scaling import SCALINGS
 from .config import SHIM, normalise_config, set_tied
 from .digest import samples_by_name
-from .files import largest_size, read_json
+from .files import check_link, expand, largest_size, read_json
 from .safetensors_file import read_header
 from .sizes import Held
 
@@ -22,6 +22,7 @@ from .sizes import Held
 _PARSED = (".json", ".jinja", ".model", ".tiktoken")
 _OPENED = (*_PARSED, ".txt", ".safetensors", ".bin", ".gguf", ".py")
 _TEMPLATES = "additional_chat_templates"  # a folder that transformers reads
+_PACKED = ("awq", "gptq")  # whose weights are called qweight
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -48,7 +49,7 @@ def check_hub_id(name: str | Path) -> str:
 
 def _nearest(name: str) -> str | None:
     """Return the most similar name of a folder, .gguf file or bundled model, or None."""
-    path = Path(name).expanduser()
+    path = expand(name)
     known = dict.fromkeys(MODELS.values())
     if path.name and path.parent.is_dir():
         inside = (e for e in path.parent.iterdir() if e.is_dir() or e.suffix == ".gguf")
@@ -69,8 +70,7 @@ def files_of(folder: Path) -> list[Path]:
     files = []
     entries = [*folder.iterdir(), *(folder / _TEMPLATES).glob("*")]
     for file in sorted(entry for entry in entries if not entry.name.startswith(".")):
-        if file.is_symlink():
-            _check_link(file, folder)
+        check_link(file, folder)
         regular = file.is_file()
         if not regular and file.suffix in _OPENED:
             raise InputError(f"{file} is not a regular file. Copy the checkpoint again.")
@@ -81,20 +81,6 @@ def files_of(folder: Path) -> list[Path]:
         if regular and file.parent == folder:
             files.append(file)
     return files
-
-
-def _check_link(file: Path, folder: Path) -> None:
-    inside = folder.resolve()
-    # In the hub's cache the files of a snapshot are links to blobs two folders up.
-    allowed = (inside, inside.parent.parent / "blobs")
-    try:
-        target = file.resolve(strict=True)
-    except (OSError, RuntimeError):  # RuntimeError: links in a circle, before Python 3.13
-        raise InputError(f"{file} is a link to a file that is not there. Copy it again.") from None
-    if not any(target.is_relative_to(top) for top in allowed):
-        raise InputError(
-            f"{file} is a link that leads out of its folder. Replace it by a copy of the file."
-        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -116,9 +102,22 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def held_by(folder: Path) -> Held:
-    """Return what the .safetensors files of a folder hold, as their headers say."""
+    """Return what the .safetensors files of a folder hold, as their headers say.
+
+    Raises:
+        InputError: a file is broken, or config.json names a quantisation that no tensor has.
+    """
     files = [f for f in files_of(folder) if f.suffix == ".safetensors"]
-    return Held.of(info for file in files for info in read_header(file).values())
+    tensors = {name: info for file in files for name, info in read_header(file).items()}
+    quantised = read_config(folder).get("quantization_config")
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    if method in _PACKED and not any(name.endswith(".qweight") for name in tensors):
+        raise InputError(
+            f"{folder / 'config.json'} says that the weights are quantised with {method}, but no "
+            "tensor is (none is called qweight). Remove quantization_config, or download the "
+            "weights again."
+        )
+    return Held.of(tensors.values())
 
 
 def tied_override(folder: Path) -> dict[str, bool]:

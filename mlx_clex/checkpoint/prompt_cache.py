@@ -17,16 +17,16 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache, save_prompt_cache
 
-from ..errors import InputError, RunError, one_line
+from ..errors import InputError, RunError, reading
 from ..model.plans import planned_caches, single_caches
 from ..model.scaled_model import make_prompt_cache
-from .files import new_file
+from .files import expand, new_file
 from .fingerprint import Fingerprint, difference
-from .safetensors_file import read_header
+from .safetensors_file import read_tensors
 
-# What libraries raise on a file that is broken, or something else.
-_BROKEN = (ValueError, ArithmeticError, RuntimeError, LookupError, TypeError, AttributeError)
 _ENTRY = "mlx_clex"
+_DIGITS = 9  # of a number in the name of an entry
+_SPARE = 1000  # layers without an entry of their own
 _SUFFIX = ".safetensors"  # the only suffix that mlx writes and reads
 
 
@@ -36,7 +36,7 @@ def file_for(name: str | Path) -> Path:
     Raises:
         InputError: the parent folder does not exist.
     """
-    path = Path(name).expanduser()
+    path = expand(name)
     if path.suffix != _SUFFIX:
         path = path.with_name(path.name + _SUFFIX)
     if not path.parent.is_dir():
@@ -88,8 +88,8 @@ def load_cache(
             another model, adapter or scaling; the message says what differs.
     """
     file = _existing(name)
-    try:
-        read_header(file)  # mlx reads data past the end of a file as it is needed
+    with reading(f"{name} is no saved cache", always=True):
+        _check_names([name for part in read_tensors(file) for name in part])
         caches, metadata = load_prompt_cache(str(file), return_metadata=True)
         metadata = dict(metadata or {})
         there = here
@@ -98,8 +98,6 @@ def load_cache(
             there = dict(entry["fingerprint"])
             for cache, scale in zip(planned_caches(caches), entry["scales"], strict=True):
                 cache.scale = scale
-    except _BROKEN as error:
-        raise InputError(f"{name} is no saved cache: {one_line(error)}") from error
     if what := difference(there, here):
         raise InputError(
             f"{name} cannot be used: {what}. Use the same model and options, or make it again."
@@ -110,13 +108,18 @@ def load_cache(
             f"{name} has other caches than this model: {_counted(kinds)} in the file, "
             f"{_counted(wanted)} in the model. Make it again with this --model and --scale."
         )
-    try:
-        whole = _are_whole(caches, model)
-    except _BROKEN:
-        whole = False
-    if not whole:
-        raise InputError(f"{name} is a damaged cache. Make it again.")
+    with reading(f"{name} is a damaged cache. Make it again"):
+        if not _are_whole(caches, model):
+            raise ValueError("its sizes or numbers are not those of this model")
     return caches, metadata
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Refuse names from which mlx-lm would make lists of more entries than the file has."""
+    for name in names:
+        for part in name.split("."):
+            if part.isdecimal() and (len(part) > _DIGITS or int(part) > _SPARE + len(names)):
+                raise ValueError(f"it has the entry {name}, but only {len(names)} entries")
 
 
 def metadata_of(name: str | Path) -> dict[str, str]:
@@ -125,16 +128,13 @@ def metadata_of(name: str | Path) -> dict[str, str]:
     Raises:
         InputError: the file is missing, or not a safetensors file.
     """
-    try:
-        loaded: Any = mx.load(str(_existing(name)), return_metadata=True)
-    except _BROKEN as error:
-        raise InputError(f"{name} is not a prompt cache: {one_line(error)}") from error
+    _, metadata = read_tensors(_existing(name))
     # mlx-lm flattens the list [metadata, classes, scalars]; "0." marks the metadata.
-    return {key[2:]: value for key, value in loaded[1].items() if key.startswith("0.")}
+    return {key[2:]: value for key, value in metadata.items() if key.startswith("0.")}
 
 
 def _existing(name: str | Path) -> Path:
-    path = Path(name).expanduser()
+    path = expand(name)
     file = path if path.is_file() else file_for(name)
     if not file.is_file():
         raise InputError(f"There is no file {file}.")

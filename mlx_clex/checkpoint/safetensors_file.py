@@ -1,9 +1,9 @@
-"""Read headers of safetensors files, and write the files one tensor at a time.
+"""Read safetensors files, header first, and write them one tensor at a time.
 
 The header has every name, type and shape, so a conversion can be refused before anything is
 written. Writing keeps one tensor in memory, not a whole shard.
 
-Not covered: reading the data, which `mx.load` does lazily.
+Not covered: the weights of whole models, which mlx-lm loads.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..errors import InputError
+from ..errors import InputError, reading
 from .files import open_regular
 
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
@@ -97,6 +97,18 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     if 8 + length + at != size:
         raise _broken(path, f"it should have {8 + length + at} bytes and has {size}")
     return {name: info for name, info, _, _ in entries}
+
+
+def read_tensors(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    """Return the tensors of a safetensors file, read as they are needed, and its metadata.
+
+    Raises:
+        InputError: as `read_header`.
+    """
+    read_header(path)  # mlx reads data past the end of a file as it is needed
+    with reading(f"{path} does not load"):
+        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
+    return loaded
 
 
 def write(

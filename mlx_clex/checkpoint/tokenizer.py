@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lm.utils import load_tokenizer
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..errors import InputError, reading, say, shown
 from .rendering import guard
@@ -34,8 +35,12 @@ def open_tokenizer(
     ends = _ends(config.get("eos_token_id"), vocabulary)
     # Its only complaint is that transformers does not know our rope_scaling types.
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
+    options = dict(options or {})
     with reading(f"{name} has no tokenizer that loads"):
-        tokenizer = load_tokenizer(folder, dict(options or {}), eos_token_ids=ends)
+        if config.get("model_type") not in CONFIG_MAPPING:
+            # transformers reads nothing but the rope of a family that it does not know.
+            options.setdefault("config", PreTrainedConfig())
+        tokenizer = load_tokenizer(folder, options, eos_token_ids=ends)
         highest = max(_ids_of(tokenizer), default=0)
         # Some broken files fail, or panic, only when a text is encoded or decoded.
         ids = tokenizer.encode("A text.")

@@ -77,7 +77,7 @@ class _Elsewhere(argparse.Action):
     """An option of mlx-lm's command that has another name here."""
 
     def __init__(self, *args: Any, advice: str, **kwargs: Any) -> None:
-        kwargs["nargs"] = "?"
+        kwargs |= {"nargs": "?", "metavar": "VALUE", "default": argparse.SUPPRESS}
         super().__init__(*args, **kwargs)
         self.advice = advice
 

@@ -57,12 +57,13 @@ class MemoryCheck:
 
         return before_reading
 
-    def __call__(self, run: Reading | Training, what: str) -> None:
+    def __call__(self, run: Reading | Training, what: str, *, state: bool = False) -> None:
         """Check a run.
 
         Args:
             run: what is to be read or trained.
             what: subject of the message, such as "Reading 5,000 tokens".
+            state: say what it needs where it fits, too.
 
         Raises:
             InputError: it needs more than 1.3 times the memory, and is not forced.
@@ -75,6 +76,8 @@ class MemoryCheck:
         asked = Change("", sizes, run)
         needed = peak(asked.parts(machine.back_end))
         found = verdict(needed, machine)
+        if found == "fits" and state:
+            say(f"{what} is expected to need {size_text(needed)}.")
         if found == "fits" or (self._warned and found == "tight"):
             return
         hint = advice(changes(sizes, run), machine)

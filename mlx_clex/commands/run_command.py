@@ -13,8 +13,39 @@ import mlx.core as mx
 
 from ..errors import InputError, RunError, one_line, shown
 from .help import Formatter, group_options
+from .names import DESCRIPTIONS
 
 _SEEDS = range(1 << 32)  # mlx takes 64 bits, and training multiplies seeds
+
+
+def command(
+    name: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None],
+    run: Callable[[argparse.Namespace], None],
+    example: str,
+    parent: Callable[[], argparse.ArgumentParser] | None = None,
+) -> Callable[..., int]:
+    """Return the `main` of a command: it takes arguments and returns the exit status.
+
+    Args:
+        name: a key of `DESCRIPTIONS`.
+        add_arguments, run: as in `run_command`.
+        example: arguments for the example at the end of --help.
+        parent: makes the parser of mlx-lm whose options the command also takes.
+    """
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        return run_command(
+            add_arguments,
+            run,
+            prog=f"mlx_clex.{name}",
+            description=DESCRIPTIONS[name],
+            argv=argv,
+            parents=[parent()] if parent else [],
+            example=f"mlx_clex {name} {example}",
+        )
+
+    return main
 
 
 def run_command(

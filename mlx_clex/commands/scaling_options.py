@@ -65,7 +65,7 @@ def scaling_from(args: argparse.Namespace) -> dict[str, Any] | None:
         raise InputError(
             f"--scaling must be one of {', '.join(SCALINGS)}, got {shown(args.scaling)}."
         )
-    known = [field.name for field in fields(SCALINGS[args.scaling].Config)]
+    known = [field.name for method, field, _ in _fields() if method == args.scaling]
     for name in given:
         if name not in known:
             listed = ", ".join("--" + key.replace("_", "-") for key in known)
@@ -77,10 +77,12 @@ def scaling_from(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _fields() -> Iterator[tuple[str, Field, type]]:
-    """Yield (method, field, type of the option) for every field of every method."""
+    """Yield (method, field, type of the option) for every field with an effect."""
     for method, scaling in SCALINGS.items():
         types = get_type_hints(scaling.Config)
         for field in fields(scaling.Config):
+            if not field.metadata["help"]:
+                continue
             kinds = [t for t in get_args(types[field.name]) if t is not NoneType]
             yield method, field, kinds[0] if kinds else types[field.name]
 

@@ -9,8 +9,9 @@ Not covered: cutting tokens into batches (`training/batches.py`).
 """
 
 import hashlib
+import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,19 +22,31 @@ import numpy as np
 from mlx_lm.tuner.datasets import create_dataset
 
 from ..checkpoint.digest import digest_of
-from ..checkpoint.files import new_folder, open_regular
+from ..checkpoint.files import check_link, new_folder, open_regular
 from ..checkpoint.lock import locked
-from ..errors import InputError, one_line, reading, say
+from ..checkpoint.released_templates import GENE
+from ..errors import InputError, reading, say
 from ..loading import expect_long_texts
-from .gene_turns import for_training
-from .hub_data import Entries, documents, fingerprint_of, is_hub_id, load_hub_data, name_of
+from .gene_turns import TurnsApart
+from .hub_data import (
+    Entries,
+    checked_ids,
+    documents,
+    fingerprint_of,
+    is_hub_id,
+    load_hub_data,
+    name_of,
+)
+from .text import TextTokenizer
 
 SPLITS = ("train", "valid", "test")
 _TEXT = (".txt", ".md")
 _HELD_OUT = 0.05  # share of the tokens of plain texts that becomes the validation split
 _PIECE = 1 << 20  # characters that are tokenised in one call
-_FORMAT = 1  # version of the token files
+_FORMAT = 2  # version of the token files
 
+_LEFT_OUT = "left_out.json"  # in a token file's folder: the places of rows without a text
+_SHOWN = 5  # of these places
 # (ids, length of the prompt) of each text; (ids, None) continues the previous text.
 Documents = Iterator[tuple[list[int], int | None]]
 
@@ -89,14 +102,20 @@ def load_corpora(
     """
 
     expect_long_texts(tokenizer)
-    tokenizer = for_training(tokenizer)
+    tokenizer = TextTokenizer(
+        TurnsApart(tokenizer) if tokenizer.chat_template == GENE else tokenizer
+    )
+
+    left_out: list[str] = []
 
     def tokenised(name: str, key: str, size: str, texts: Callable[[], Documents]) -> Corpus:
         target = cache_dir.expanduser() / "tokens" / _cache_key(key, tokenizer, mask_prompt)
         with locked(target):
             if not target.is_dir():
                 say(f"Tokenising {size}.")
-                _write(target, name, texts())
+                left_out.clear()
+                _write(target, name, texts(), left_out)
+        _tell_left_out(target / _LEFT_OUT)
         return Corpus(
             name=name,
             tokens=np.memmap(target / "tokens.bin", np.uint32, "r"),
@@ -132,7 +151,7 @@ def load_corpora(
             f"{path} ({split})",
             _state_of(found[split]),
             f"{len(found[split])} file(s), {_megabytes(found[split]):.1f} MB",
-            partial(_documents, found[split], tokenizer, mask_prompt),
+            partial(_documents, found[split], tokenizer, mask_prompt, left_out),
         )
         for split in splits
         if found[split]
@@ -153,7 +172,7 @@ def find_files(path: Path) -> dict[str, list[Path]]:
     all texts belong to the split train.
 
     Raises:
-        InputError: the path is not a folder or a text.
+        InputError: the path is not a folder or a text, or a file is a link that leads out of it.
     """
     found: dict[str, list[Path]] = {split: [] for split in SPLITS}
     if path.is_file() and path.suffix in (*_TEXT, ".jsonl"):
@@ -165,6 +184,8 @@ def find_files(path: Path) -> dict[str, list[Path]]:
         )
     jsonl = {split: path / f"{split}.jsonl" for split in SPLITS}
     if any(file.is_file() for file in jsonl.values()):
+        for file in jsonl.values():
+            check_link(file, path)
         return {split: [file] if file.is_file() else [] for split, file in jsonl.items()}
     if (path / "train").is_dir():
         return {split: _texts(path / split) for split in SPLITS}
@@ -174,11 +195,29 @@ def find_files(path: Path) -> dict[str, list[Path]]:
 def _texts(folder: Path) -> list[Path]:
     files = (file for file in folder.rglob("*") if file.is_file() and file.suffix in _TEXT)
     # macOS writes a file `._name.txt` beside each file on a foreign file system.
-    return sorted(file for file in files if not file.name.startswith("."))
+    texts = sorted(
+        file
+        for file in files
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    )
+    for file in texts:
+        check_link(file, folder)
+    return texts
 
 
-def _write(target: Path, name: str, texts: Documents) -> None:
-    """Tokenise texts into a folder, atomically."""
+def _tell_left_out(file: Path) -> None:
+    places = json.loads(file.read_text(encoding="utf-8"))
+    if places:
+        more = len(places) - _SHOWN
+        end = f" and {more} more" if more > 0 else ""
+        say(f"Left out, for want of a text: {'; '.join(places[:_SHOWN])}{end}.")
+
+
+def _write(target: Path, name: str, texts: Documents, left_out: list[str]) -> None:
+    """Tokenise texts into a folder, atomically.
+
+    `left_out` has the places of rows without a text when all texts are read.
+    """
     starts, prompts, total = [], [], 0
     with new_folder(target) as folder:
         with (folder / "tokens.bin").open("wb") as out:
@@ -190,22 +229,26 @@ def _write(target: Path, name: str, texts: Documents) -> None:
                 total += len(ids)
         if not total:
             raise InputError(f"{name} has no text.")
+        (folder / _LEFT_OUT).write_text(json.dumps(left_out), encoding="utf-8")
         np.save(folder / "starts.npy", np.array(starts, np.int64))
         np.save(folder / "prompts.npy", np.array(prompts, np.int64))
 
 
-def _documents(files: list[Path], tokenizer: Any, mask_prompt: bool) -> Documents:
+def _documents(
+    files: list[Path], tokenizer: Any, mask_prompt: bool, left_out: list[str]
+) -> Documents:
     for file in files:
         if file.suffix in _TEXT:
             yield from _plain_text(file, tokenizer)
         else:
-            yield from _json_lines(file, tokenizer, mask_prompt)
+            yield from _json_lines(file, tokenizer, mask_prompt, left_out)
 
 
 def _plain_text(file: Path, tokenizer: Any) -> Documents:
     first = True
     try:
-        with file.open(encoding="utf-8") as lines:
+        # utf-8-sig leaves a byte order mark out.
+        with io.TextIOWrapper(open_regular(file), encoding="utf-8-sig") as lines:
             # Pieces of whole lines: no word is cut, and a large text does not fill the memory.
             while piece := lines.readlines(_PIECE):
                 yield (
@@ -219,7 +262,7 @@ def _plain_text(file: Path, tokenizer: Any) -> Documents:
         yield [tokenizer.eos_token_id], None
 
 
-def _json_lines(file: Path, tokenizer: Any, mask_prompt: bool) -> Documents:
+def _json_lines(file: Path, tokenizer: Any, mask_prompt: bool, left_out: list[str]) -> Documents:
     options = SimpleNamespace(mask_prompt=mask_prompt)
     dataset: Any = None
     with open_regular(file) as lines:
@@ -231,21 +274,23 @@ def _json_lines(file: Path, tokenizer: Any, mask_prompt: bool) -> Documents:
                 record = json.loads(line)
             if not isinstance(record, dict):
                 raise InputError(f'{where} is not a JSON object such as {{"text": "..."}}.')
-            try:
+            if _is_empty(record):
+                left_out.append(where)
+                continue
+            keys = ", ".join(record)[:80] or "none"
+            with reading(
+                f"{where} cannot be used; its keys: {keys}. Allowed: text, or messages, or prompt "
+                "and completion, as in the first line. The error"
+            ):
                 dataset = dataset or create_dataset([record], tokenizer, options)
-                ids, prompt = dataset.process(record)
-                if not all(type(token) is int for token in ids):
-                    raise TypeError("its text is not one text")
-            except (KeyError, TypeError, ValueError, IndexError) as error:
-                keys = ", ".join(record)[:80] or "none"
-                raise InputError(
-                    f"{where} cannot be used ({type(error).__name__}: {error}); its keys: {keys}. "
-                    "Allowed: text, or messages, or prompt and completion, as in the first line."
-                ) from error
-            except Exception as error:
-                # A chat template may raise any exception.
-                raise InputError(f"{where}: the chat template failed: {one_line(error)}") from error
-            yield list(ids), prompt
+                ids, prompt = checked_ids(*dataset.process(record))
+            yield ids, prompt
+
+
+def _is_empty(record: Mapping[str, Any]) -> bool:
+    text = record.get("text")
+    empty = record.get("messages") == [] or (isinstance(text, str) and not text.strip())
+    return empty and not {"prompt", "completion"} <= record.keys()
 
 
 def _megabytes(files: list[Path]) -> float:

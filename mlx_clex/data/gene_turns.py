@@ -12,13 +12,6 @@ GeNE's data does not have.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..checkpoint.released_templates import GENE
-
-
-def for_training(tokenizer: Any) -> Any:
-    """Return the tokenizer, wrapped in `TurnsApart` if its chat template is GeNE's."""
-    return TurnsApart(tokenizer) if tokenizer.chat_template == GENE else tokenizer
-
 
 class TurnsApart:
     """A tokenizer of mlx-lm whose chat turns are tokenised piece by piece."""

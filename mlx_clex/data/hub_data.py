@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from mlx_lm.tuner.datasets import ConcatenatedDataset, load_custom_hf_dataset, load_hf_dataset
 
-from ..errors import InputError
+from ..errors import InputError, reading
 
 Entries = Mapping[str, Any] | Sequence[Mapping[str, Any]]  # the YAML key hf_dataset
 
@@ -54,22 +54,18 @@ def load_hub_data(
         hf_dataset=None if isinstance(source, str) else _checked(source, splits),
     )
     name = name_of(source)
-    try:
-        if isinstance(source, str):
-            loaded = load_hf_dataset(source, tokenizer, options)
-        else:
-            loaded = load_custom_hf_dataset(options, tokenizer)
-    except ImportError as error:
-        raise InputError(
-            f"{name} is a dataset of the hub, which needs the package datasets ({error}). Run "
-            "pip install datasets."
-        ) from error
-    except Exception as error:
-        # `datasets` and the hub client raise many types.
-        raise InputError(
-            f"The dataset {name} cannot be used ({type(error).__name__}: {error}). Rows need text, "
-            "or messages, or prompt and completion. Check the name and the columns."
-        ) from error
+    rows = "Rows need text, or messages, or prompt and completion. Check the name and the columns"
+    with reading(f"The dataset {name} cannot be used. {rows}"):
+        try:
+            if isinstance(source, str):
+                loaded = load_hf_dataset(source, tokenizer, options)
+            else:
+                loaded = load_custom_hf_dataset(options, tokenizer)
+        except ImportError as error:
+            raise InputError(
+                f"{name} is a dataset of the hub, which needs the package datasets ({error}). Run "
+                "pip install datasets."
+            ) from error
     found = dict(zip(("train", "valid", "test"), loaded, strict=True))
     return {split: rows for split, rows in found.items() if split in splits and len(rows)}
 
@@ -94,13 +90,20 @@ def fingerprint_of(rows: Any) -> str:
 def documents(name: str, rows: Any) -> Iterator[tuple[list[int], int]]:
     """Yield (ids, length of the prompt) of each row."""
     for index in range(len(rows)):
-        try:
-            ids, prompt = rows.process(rows[index])
-        except Exception as error:
-            raise InputError(
-                f"{name}, row {index}, cannot be used ({type(error).__name__}: {error})."
-            ) from error
-        yield list(ids), prompt
+        with reading(f"{name}, row {index}, cannot be used"):
+            ids, prompt = checked_ids(*rows.process(rows[index]))
+        yield ids, prompt
+
+
+def checked_ids(ids: Any, prompt: int) -> tuple[list[int], int]:
+    """Return the ids of one text and the length of its prompt.
+
+    Raises:
+        TypeError: a row had a list of texts, of which a tokenizer makes lists of ids.
+    """
+    if not all(type(token) is int for token in ids):
+        raise TypeError("its text is not one text")
+    return list(ids), prompt
 
 
 def _checked(source: Any, splits: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,15 +1,21 @@
-"""The memory of this machine, or of one that is described.
+"""Versions and device of this machine, and its memory, or that of one that is described.
 
 Not covered: memory that other programs use at the moment.
 """
 
 import argparse
+import importlib.metadata
 import os
+import platform
+import sys
 from dataclasses import dataclass
 
 import mlx.core as mx
 from mlx_lm.utils import _parse_size
 
+from .._blas import use_openblas
+
+PACKAGES = ("mlx-clex", "mlx", "mlx-lm", "transformers", "numpy")
 BACK_ENDS = {"cpu": "CPU", "metal": "Metal", "cuda": "CUDA"}
 _SMALL_MAC = 36 * 2**30  # bytes; below, macOS gives a GPU less
 
@@ -75,3 +81,34 @@ def parse_size(text: str) -> int:
 def size_text(count: float) -> str:
     """Return a number of bytes as text, in GB or MB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def versions() -> dict[str, str]:
+    """Return versions, device, system and MLX's limits, as texts by name."""
+    lines = {}
+    for package in PACKAGES:
+        try:
+            lines[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            lines[package] = "not installed"
+    lines["python"] = f"{platform.python_version()} on {platform.platform()}"
+    if sys.platform == "darwin":
+        lines["macOS"] = platform.mac_ver()[0]
+    lines["back end"] = BACK_ENDS[this_back_end()]
+    info = mx.device_info()
+    lines["device"] = ", ".join(f"{key} {value}" for key, value in info.items())
+    limits = {
+        "memory": mx.get_memory_limit(),
+        "buffer": info.get("max_buffer_length"),
+        "wired": info.get("max_recommended_working_set_size"),
+    }
+    lines["limits"] = ", ".join(
+        f"{name} {size_text(float(value))}" for name, value in limits.items() if value is not None
+    )
+    given = os.environ.get("MLX_ENABLE_TF32")
+    lines["TF32"] = f"MLX_ENABLE_TF32={given}" if given else "MLX's default, on"
+    if sys.platform == "linux":
+        lines["OpenBLAS"] = use_openblas() or (
+            "not in use (not found, or mlx was imported before mlx_clex)"
+        )
+    return lines

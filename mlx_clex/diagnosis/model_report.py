@@ -4,7 +4,7 @@ Everything comes out of config.json, the headers and sizes of the files and the 
 The model is built, but MLX is lazy: its weights are neither read nor made up, so a model of any
 size takes seconds.
 
-Not covered: whether the weights match the config, which loading checks.
+Not covered: the numbers in the weights, which loading checks.
 """
 
 import logging
@@ -19,12 +19,15 @@ import mlx.nn as nn
 from ..checkpoint.config import base_config, normalise_config
 from ..checkpoint.files import read_json
 from ..checkpoint.folder import SHIM, files_of, needs_conversion
+from ..checkpoint.safetensors_file import read_tensors
+from ..checkpoint.tokenizer import open_tokenizer
 from ..checkpoint.unread import unread_settings
-from ..errors import InputError, one_line
+from ..errors import InputError, one_line, reading
 from ..model.find_ropes import Site, find_sites
 from ..model.own_rope import length_of, original_length, own_entry
 from ..model.scaled_model import ScaledModel, attach
 from ..model.stock import model_name
+from ..model_file import open_model
 from ..scaling import PREFIX, SCALINGS, Scaling
 from ..scaling.check import check_frequencies
 from .machine import size_text, this_machine
@@ -35,7 +38,7 @@ from .source import Source, build, find_source
 Row = tuple[str, str]
 
 _KV_BITS = (8, 4)
-_PROBLEM = "problem"
+PROBLEM = "problem"
 
 
 def report(path_or_hub_id: str) -> list[Row]:
@@ -57,8 +60,10 @@ def report(path_or_hub_id: str) -> list[Row]:
         model = build(source)
         config = normalise_config(source.config)
     except InputError as error:
-        return [*rows, (_PROBLEM, str(error))]
-    rows += [(_PROBLEM, note) for note in unread_settings(base_config(config), model)]
+        return [*rows, (PROBLEM, str(error))]
+    if not any(name == PROBLEM for name, _ in rows):
+        rows += _loading(source)
+    rows += [(PROBLEM, note) for note in unread_settings(base_config(config), model)]
     rows.append(("family", f"{config.get('model_type')} ({model_name(model)})"))
     if isinstance(model, ScaledModel):
         rows += _curve(source.path, config, model.scaling)
@@ -85,7 +90,7 @@ def _files(source: Source) -> Iterator[Row]:
     try:
         published = needs_conversion(names, config, folder)
     except InputError as error:
-        yield _PROBLEM, str(error)
+        yield PROBLEM, str(error)
         return
     kind = "mlx-lm reads them as they are"
     if config.get("model_file") == SHIM:
@@ -94,16 +99,31 @@ def _files(source: Source) -> Iterator[Row]:
         kind = "a published checkpoint: load converts it once"
     size = sum((folder / name).stat().st_size for name in weights)
     yield "weights", f"{size_text(size)} in {len(weights)} files, {kind}"
-    for index in sorted(folder.glob("*.index.json")):
+    for index in sorted(folder.glob("[!.]*.index.json")):
         try:
             wanted = set(read_json(index)["weight_map"].values())
         except (InputError, KeyError, AttributeError, TypeError):
-            yield _PROBLEM, f"{index.name} is not a readable index of weights. Copy it again."
+            yield PROBLEM, f"{index.name} is not a readable index of weights. Copy it again."
             continue
         for name in sorted(wanted - set(names)):
-            yield _PROBLEM, f"{index.name} lists {name}, which is missing. Download it again."
+            yield PROBLEM, f"{index.name} lists {name}, which is missing. Download it again."
     if not any(name.startswith(("tokenizer.", "vocab.")) for name in names):
-        yield _PROBLEM, "No tokenizer. Copy the tokenizer files of the base model here."
+        yield PROBLEM, "No tokenizer. Copy the tokenizer files of the base model here."
+
+
+def _loading(source: Source) -> Iterator[Row]:
+    """Yield what loading would refuse; the weights are mapped and not read."""
+    folder = source.path
+    if folder is None or not folder.is_dir():
+        return
+    if needs_conversion([file.name for file in files_of(folder)], source.config, folder):
+        return
+    try:
+        with reading(f"{folder} does not load"):
+            _, config = open_model(folder)
+        open_tokenizer(folder, config)
+    except InputError as error:
+        yield PROBLEM, str(error)
 
 
 def _ropes(model: nn.Module, sites: list[Site]) -> Iterator[Row]:
@@ -133,14 +153,14 @@ def _curve(folder: Path | None, config: dict[str, Any], scaling: Scaling) -> Ite
     learned: dict[str, mx.array] = {}
     try:
         for file in sorted(folder.glob("model*.safetensors")):
-            loaded: Any = mx.load(str(file))
+            loaded, _ = read_tensors(file)
             learned |= {name: array for name, array in loaded.items() if name.startswith(PREFIX)}
         scaling.take_weights(learned)
         message = check_frequencies(scaling, strict=True)
     except (InputError, RuntimeError, ValueError) as error:
         message = one_line(error)
     if message is not None:
-        yield _PROBLEM, message
+        yield PROBLEM, message
 
 
 def _stand_in(model: Any) -> None:
@@ -183,7 +203,7 @@ def _memory(model: nn.Module, source: Source, length: int) -> Iterator[Row]:
     try:
         yield from memory_rows(sizes_of(source, model=model), this_machine(), length)
     except InputError as error:
-        yield _PROBLEM, f"Its memory is not known: {error}"
+        yield PROBLEM, f"Its memory is not known: {error}"
 
 
 def _exports(model: Any, config: dict[str, Any]) -> Iterator[Row]:
@@ -216,7 +236,7 @@ def _without_scaling(model: nn.Module, source: Source, config: dict[str, Any]) -
     try:
         sites = find_sites(model)
     except InputError as error:
-        yield _PROBLEM, f"mlx_clex cannot attach a scaling: {error}"
+        yield PROBLEM, f"mlx_clex cannot attach a scaling: {error}"
         return
     yield from _ropes(model, sites)
     if own is not None:
@@ -229,7 +249,7 @@ def _without_scaling(model: nn.Module, source: Source, config: dict[str, Any]) -
         except InputError as error:
             yield "not possible", f"{name}: {error}"
     note = "" if length else ", with --trained-length"
-    yield "possible", f"mlx_clex.convert --scaling {'|'.join(possible)}{note}"
+    yield "possible", f"mlx_clex convert --scaling {'|'.join(possible)}{note}"
 
 
 def _own_rope(config: dict[str, Any], kind: str) -> Iterator[Row]:

@@ -99,7 +99,7 @@ def labels_of(paths: Sequence[str] | None, adapter_path: str | None) -> dict[str
         names = paths
     if adapter_path:
         if len(paths) > 1:
-            raise InputError("--adapter-path needs a single --model.")
+            raise InputError("--adapter-path needs a single --model. Fuse the adapters first.")
         names = [f"{names[0]} + {Path(adapter_path).name}"]
     return dict(zip(names, paths, strict=True))
 

@@ -9,7 +9,6 @@ Not covered: sampling (answers are greedy), batches, and several processes.
 """
 
 import copy
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,11 +27,12 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from tqdm import tqdm
 
 from ..data.stop_strings import cut
+from ..data.text import encode_text
 from ..errors import InputError, RunError, generating, say
 from ..model.plans import plan_at
 from ..model.scaled_model import make_prompt_cache
 from .harness_tasks import Tasks, first_line
-from .reader import Reader
+from .reader import Reader, advancing
 
 _STEP = 512  # tokens whose logits are in memory together
 _ANSWER_TOKENS = 256  # for tasks without max_gen_toks; the harness's own default
@@ -90,7 +90,7 @@ class PlannedLM(MLXLM, TemplateLM):
         """Return the ids of a text; a rendered chat template already has its special tokens."""
         if add_special_tokens is None:
             add_special_tokens = not self.use_chat_template
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return encode_text(self.tokenizer, string, begins=add_special_tokens)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return a greedy answer for each request."""
@@ -109,8 +109,7 @@ class PlannedLM(MLXLM, TemplateLM):
             for request, (tokens, count, until) in zip(requests, prompts, strict=True):
                 # A stop text inside the model's thinking does not end the answer.
                 stops = () if think_end else until
-                progress = functools.partial(_advance, bar, bar.n)
-                reply = self._reader.answer(tokens, count, progress, stops)
+                reply = self._reader.answer(tokens, count, advancing(bar), stops)
                 reply = postprocess_generated_text(reply, None, think_end)
                 replies.append(cut(reply, until))
                 self.cache_hook.add_partial("generate_until", request.args, replies[-1])
@@ -210,10 +209,6 @@ class PlannedLM(MLXLM, TemplateLM):
             )
         self.cut += 1
         return prompt[:half] + prompt[-half:]
-
-
-def _advance(bar: Any, begin: int, tokens: int) -> None:
-    bar.update(begin + tokens - bar.n)
 
 
 def run_tasks(

@@ -24,12 +24,13 @@ class Ratio:
 def paired_ratio(losses: Sequence[float], others: Sequence[float]) -> Ratio:
     """Return exp(mean difference of the losses) of windows with the same targets.
 
-    Pairing removes that some windows are harder than others, so the interval (Student's t for
-    the mean log ratio of a window) is much narrower than those of the two perplexities.
+    Some windows are harder than others; pairing removes this difference. The interval (Student's
+    t for the mean log ratio of a window) is therefore much narrower than those of the two
+    perplexities.
 
     Args:
         losses: mean loss of each window, nats, as in `Score`.
-        others: those of the same windows with another context or model.
+        others: mean losses of the same windows with another context or model.
     """
     logs = np.asarray(losses) - np.asarray(others)
     mean, margin = float(logs.mean()), half_interval(logs)

@@ -51,7 +51,7 @@ class Measuring:
     def windows_of(self, length: int, longest: int) -> int:
         """Return the largest number of windows of one length."""
         if self.protocol == SAME_TARGETS:
-            # Few tokens of each count, so there are more windows, the same for every length.
+            # Only a few tokens of a window count, so there are more windows.
             return self.windows or max(SMALLEST_WINDOWS, 2 * AIMED_TOKENS // longest)
         return self.windows or max(SMALLEST_WINDOWS, AIMED_TOKENS // length)
 

@@ -21,6 +21,12 @@ from ..model.plans import plan_at, plan_of, planned_caches, single_caches
 from ..model.scaled_model import make_prompt_cache
 
 
+def advancing(bar: Any) -> Callable[[int], None]:
+    """Return a callback that moves a bar to a number of tokens past its place now."""
+    begin = bar.n
+    return lambda tokens: bar.update(begin + tokens - bar.n)
+
+
 @dataclass
 class Reader:
     """Answer prompts greedily and reuse the cache of a shared prefix where that is exact.
@@ -37,7 +43,6 @@ class Reader:
     kv_bits: int | None = None
     kv_group_size: int = 64
     quantized_kv_start: int = DEFAULT_QUANTIZED_KV_START
-    reuse: bool = True
 
     def __post_init__(self) -> None:
         self._tokens: list[int] = []  # of the last prompt
@@ -55,7 +60,7 @@ class Reader:
         Args:
             prompt: ids.
             max_tokens: how many are generated, at most.
-            progress: told how many tokens of the prompt are read.
+            progress: called with the number of tokens of the prompt that are read.
             until: the text ends before the first of these strings.
 
         Raises:
@@ -98,8 +103,7 @@ class Reader:
         shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         caches = self._caches
         if (
-            self.reuse
-            and self.kv_bits is None
+            self.kv_bits is None
             and shared
             and can_trim_prompt_cache(caches)
             and plan_of(self.model, caches) == plan_at(self.model, length or 0)

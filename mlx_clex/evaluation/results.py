@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import read_json, write_text
+from ..checkpoint.files import expand, read_json, write_text
 from ..checkpoint.lock import locked
 from ..errors import InputError, RunError
 
@@ -27,6 +27,8 @@ _NUMBERS = {"length", "depth", "trials", "correct", "accuracy", "windows", "firs
 _MAYBE_NUMBERS = {"perplexity", "low", "high", "reach", "trained_length", "scale", "kl", "flips"}
 _MAYBE_NUMBERS |= {"loss", "ratio", "ratio_low", "ratio_high"}
 _TEXTS = {"label", "task", "text"}
+_SIGNED = {"kl", "loss"}  # near 0 they may round below it
+_POSITIVE = {"length", "perplexity", "scale", "trained_length", "reach"}
 _NO_NUMBER = {("evaluate", "length")}  # kind and column; a task without lengths has null
 _LOSSES = "losses"  # of each window, the only list
 _LONGEST, _LARGEST = 10_000, 1e100  # characters of a cell, and size of a number in one
@@ -122,7 +124,7 @@ class Results:
 def alone(prefix: str | Path | None) -> Iterator[None]:
     """Let one process at a time add rows to the files of a prefix; the others wait.
 
-    Two that read the files and then write them would lose each other's rows.
+    Two processes that read the files and then write them would lose each other's rows.
 
     Raises:
         InputError: the folder of the files cannot be written.
@@ -130,7 +132,7 @@ def alone(prefix: str | Path | None) -> Iterator[None]:
     if prefix is None:
         yield
         return
-    path = Path(str(prefix).removesuffix(".json")).expanduser()
+    path = expand(str(prefix).removesuffix(".json"))
     with locked(_path(path, ".json"), f"--output {prefix}"):
         yield
 
@@ -155,7 +157,7 @@ def open_results(
     results = Results(kind, json.loads(json.dumps(dict(settings))), tuple(keys))
     if prefix is None:
         return results
-    results.prefix = Path(str(prefix).removesuffix(".json")).expanduser()
+    results.prefix = expand(str(prefix).removesuffix(".json"))
     file = _path(results.prefix, ".json")
     if file.exists():
         there = read_results(file)
@@ -183,7 +185,7 @@ def read_results(path: str | Path, *kinds: str) -> Results:
     Raises:
         InputError: the file is missing, not a result file, or of another kind.
     """
-    prefix = Path(str(path).removesuffix(".json")).expanduser()
+    prefix = expand(str(path).removesuffix(".json"))
     file = _path(prefix, ".json")
     try:
         file.stat()
@@ -242,7 +244,9 @@ def _is_cell(name: str, cell: Any) -> bool:
         cell.encode()
         return name not in _NUMBERS | _MAYBE_NUMBERS and len(cell) <= _LONGEST
     if isinstance(cell, int | float) and not isinstance(cell, bool):
-        return name not in _TEXTS and abs(cell) <= _LARGEST
+        low = 0 if name in (_NUMBERS | _MAYBE_NUMBERS) - _SIGNED else -_LARGEST
+        whole = name not in _TEXTS and low <= cell <= _LARGEST
+        return whole and (cell > 0 or name not in _POSITIVE)
     return name not in _NUMBERS | _TEXTS and (
         cell is None or (isinstance(cell, bool) and name not in _MAYBE_NUMBERS)
     )

@@ -42,7 +42,7 @@ def hidden_states(model: nn.Module, tokens: mx.array, cache: list[Any] | None = 
 
     with _replaced_body(model, capture):
         model(tokens, cache=cache)
-    return seen[0]
+    return seen[0] if len(seen) == 1 else mx.concatenate(seen, axis=1)
 
 
 def logits_of(model: nn.Module, hidden: mx.array, tokens: mx.array) -> mx.array:

@@ -10,7 +10,7 @@ Not covered: models that rotate without a rope module (refused), and learned or 
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -197,8 +197,8 @@ def _sort_out(
         # Most often the last rope that was called, but an indexer may be called in between.
         candidates = list(dict.fromkeys(call.rope for call in reversed(waiting)))
         for rope in candidates:
-            calls = [call for call in waiting if call.rope == rope]
-            shapes = [array.shape for array in (*_outs(calls), event.keys, event.values)]
+            calls = _calls_of(rope, waiting)
+            shapes = [array.shape for array in (*(c.out for c in calls), event.keys, event.values)]
             alike = (type(ropes[rope][0]), ropes[rope][1], *shapes)
             if alike not in found:
                 found[alike] = _find_keys(calls, event)
@@ -208,23 +208,22 @@ def _sort_out(
             if not candidates:
                 continue  # a layer without positions
             rope = candidates[0]
-            calls = [call for call in waiting if call.rope == rope]
+            calls = _calls_of(rope, waiting)
         waiting = [call for call in waiting if call.rope != rope]
         if event.kind is not KVCache:
             window.add(rope)
             continue
         if rope not in sites:
             sites[rope] = _site(model, ropes, rope, calls, log)
-        every = [other for other in log if isinstance(other, _Rotated) and other.rope == rope]
-        _add_keys(sites[rope], calls, every, event, found[alike])
+        _add_keys(sites[rope], calls, _calls_of(rope, log), event, found[alike])
     for rope in window & sites.keys():
         sites[rope].unmovable = "one rope rotates keys of a full cache and of a window"
     _add_query_only(model, ropes, sites, window, log)
     return list(sites.values())
 
 
-def _outs(calls: list[_Rotated]) -> list[mx.array]:
-    return [call.out for call in calls]
+def _calls_of(rope: int, log: Sequence[_Rotated | _Cached]) -> list[_Rotated]:
+    return [event for event in log if isinstance(event, _Rotated) and event.rope == rope]
 
 
 def _site(
@@ -252,8 +251,8 @@ def _site(
             f"No list of frequencies describes the rope of {model_name(model)} "
             f"({type(module).__name__}): {error}. Start from a plain rope with --own-rope drop."
         ) from error
-    in_a_pass = sum(isinstance(event, _Rotated) and event.rope == rope for event in log)
     heads = calls[0].out.shape[1]
+    in_a_pass = len(_calls_of(rope, log))
     return Site(layers[0] if layers else 0, owner, name, base, in_a_pass, 0, heads, heads)
 
 
@@ -320,7 +319,7 @@ def _add_query_only(
             continue
         rope = event.rope
         seen.append(rope)
-        calls = [other for other in log if isinstance(other, _Rotated) and other.rope == rope]
+        calls = _calls_of(rope, log)
         if rope in sites or rope in window or len(calls) != 1:
             continue  # two calls and no cache: the keys go into a recurrent state
         sliding = getattr(ropes[rope][0], "is_sliding", None)

@@ -1,9 +1,10 @@
-"""Checks that a loaded model gives numbers: its tensors, and the logits of two tokens.
+"""Checks of tensors that were read: a model's and its first logits, and those of a save.
 
-MLX computes on with NaN and infinity, so damaged weights would only show as nonsense text.
+MLX does not stop at NaN or infinity, so damaged weights would only show as nonsense text.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -19,14 +20,14 @@ _ADVICE = "The file is damaged or its training diverged: use another copy or an 
 def check_finite(model: nn.Module) -> None:
     """Refuse a model with tensors or logits that are not finite, or logits that are all equal.
 
-    It reads every weight once and runs one short pass, a small part of the time of loading.
+    It reads every weight once and runs a pass of two tokens.
 
     Args:
         model: with its weights in memory.
 
     Raises:
-        InputError: the message names the first such tensor, or, where the logits alone are
-            wrong, the tensor with the largest values.
+        InputError: the message names the first such tensor, or, if only the logits are wrong,
+            the tensor with the largest values.
     """
     flat: Any = tree_flatten(model.parameters())
     for name, tensor in flat:
@@ -37,15 +38,15 @@ def check_finite(model: nn.Module) -> None:
                 "damaged: use another copy."
             )
     tensors = {name: a for name, a in flat if mx.issubdtype(a.dtype, mx.floating) and a.size}
-    # A sum with NaN or infinity in it is neither finite; one of large numbers may not be either.
+    # NaN or infinity makes the sum not finite. So may large numbers, so the tensor is checked too.
     sums = [tensor.sum().astype(mx.float32) for tensor in tensors.values()]
     finite: Any = mx.isfinite(mx.stack(sums)).tolist()
     for (name, tensor), fine in zip(tensors.items(), finite, strict=True):
         if not fine and not mx.isfinite(tensor).all().item():
             raise InputError(f"The tensor {name} has values that are not finite. {_ADVICE}")
     logits = model(mx.array([[0, 1]]), cache=make_prompt_cache(model))[0, -1].astype(mx.float32)
-    # Both are NaN where any logit is. Activations that overflow in a norm become zeros, so all
-    # logits are equal then. One of -inf alone is legal: it rules a token out.
+    # Both are NaN if any logit is NaN. Activations that overflow in a norm become zeros, and all
+    # logits are then equal. A single logit of -inf is legal: it rules a token out.
     low, high = (float(value) for value in (logits.min(), logits.max()))
     if not (low < high < math.inf):
         name, value = _largest(tensors)
@@ -54,6 +55,30 @@ def check_finite(model: nn.Module) -> None:
             f"The model's logits are {what}. Its largest weight is {value:.3g}, in {name}. "
             f"{_ADVICE}"
         )
+
+
+def check_like(given: Mapping[str, mx.array], like: Mapping[str, mx.array]) -> None:
+    """Refuse tensors of a file that cannot replace others.
+
+    Args:
+        given: the file's, by name.
+        like: those to be replaced.
+
+    Raises:
+        InputError: a name is missing or unknown, a shape or a kind of number differs, or values
+            are not finite; the message names the first such tensor.
+    """
+    for name in sorted(given.keys() | like.keys()):
+        there, here = given.get(name), like.get(name)
+        if there is None or here is None:
+            raise InputError(f"The tensor {name} is {'missing' if there is None else 'unknown'}.")
+        if there.shape != here.shape or there.dtype != here.dtype:
+            raise InputError(
+                f"The tensor {name} is {there.dtype} {there.shape}; it must be {here.dtype} "
+                f"{here.shape}."
+            )
+        if mx.issubdtype(there.dtype, mx.floating) and not mx.isfinite(there).all().item():
+            raise InputError(f"The tensor {name} has values that are not finite.")
 
 
 def _largest(tensors: dict[str, mx.array]) -> tuple[str, float]:

@@ -61,7 +61,7 @@ class Planner:
         self.layers = layers
         self.keys = keys  # cached keys; in a pipeline, only of this process's layers
         self.pick = _picker(keys)
-        # Longer sequences get worse answers or are refused.
+        # Sequences longer than this get worse answers or are refused.
         self.made_for = None if scaling.grows else scaling.reach
         if fixed_scale is not None:
             self.made_for = int(fixed_scale * scaling.trained_length)
@@ -101,6 +101,24 @@ class Planner:
         # A pass with caches generates text, even if the model is in training mode.
         learns = caches is None and model.training
         return self._enter(self._pass(scales, lengths, learns))
+
+    def go_on(self) -> None:
+        """Begin another part of the same pass: the scale and gain stay, the positions move on."""
+        assert self.current.now is not None
+        self._enter(self.current.now.at_other_positions())
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a layer, at least 1."""
+        return self.scaling.shape.heads or 1
+
+    def cached(self, caches: Sequence[Any]) -> int:
+        """Return how many tokens are cached, in the longest row of a batch."""
+        if not self.keys:
+            return 0
+        cache: Any = self.keys[0].cache(caches)
+        end = getattr(cache, "_idx", cache.offset)  # a batch's offset is an array
+        return end if isinstance(end, int) else 0
 
     def _enter(self, now: Pass) -> CurrentPass:
         self.current.count += 1

@@ -15,7 +15,7 @@ Not covered: the scale of a pass, and keys that are already cached.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -131,16 +131,9 @@ def _slopes(
     return positions * (g2 * o1 - g1 * o2)
 
 
-def _rotate_fused(x: mx.array, periods: mx.array, offset: Offset, traditional: bool) -> mx.array:
-    return mx.fast.rope(
-        x,
-        2 * periods.shape[-1],
-        traditional=traditional,
-        base=None,
-        scale=1.0,
-        offset=offset,
-        freqs=periods,
-    )
+def _rotate_fused(x: mx.array, periods: Any, offset: Offset, traditional: bool) -> mx.array:
+    how: dict[str, Any] = {"traditional": traditional, "base": None, "scale": 1.0}
+    return mx.fast.rope(x, 2 * periods.shape[-1], **how, offset=offset, freqs=periods)
 
 
 def positions_from(offset: Offset, length: int) -> mx.array:
@@ -253,6 +246,10 @@ class Pass:
     _tables: dict[int, tuple[mx.array, mx.array, mx.array]] = field(default_factory=dict)
     _gains: mx.array | None = None  # on queries, computed in the first layer
 
+    def at_other_positions(self) -> "Pass":
+        """Return the same scale and gain, with nothing computed from the positions of this one."""
+        return replace(self, _tables={}, _gains=None)
+
     @cached_property
     def _gain_array(self) -> mx.array:
         return mx.array(self.rotary_gain, mx.float32)
@@ -269,7 +266,8 @@ class Pass:
         if layer not in self._tables:
             positions = self.positions
             if positions is None:
-                positions = positions_from(offset, x.shape[-2])
+                made = next(iter(self._tables.values()), None)
+                positions = made[0] if made else positions_from(offset, x.shape[-2])
             self._tables[layer] = (positions, *cos_sin(positions, self.inv_freq[layer]))
         positions, cos, sin = self._tables[layer]
         inv_freq = self.inv_freq[layer]
@@ -348,15 +346,7 @@ class Rope(nn.Module):
             )
         if now.fused_only and self._all_rotate:
             # The usual case at inference, kept fast.
-            return mx.fast.rope(
-                x,
-                self.dims,
-                traditional=self.traditional,
-                base=None,
-                scale=1.0,
-                offset=offset,
-                freqs=now.periods,
-            )
+            return _rotate_fused(x, now.periods, offset, self.traditional)
         out = now.rotate(x, offset, self.layer, self.traditional)
         out = keep_still(out, x, self.dims, self.pairs, self.traditional)
         if now.gains:

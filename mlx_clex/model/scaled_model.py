@@ -25,6 +25,7 @@ from . import quantised_attention  # noqa: F401 - replaces a function of mlx-lm
 from .cache import ScaledKVCache
 from .find_ropes import Site, find_sites
 from .own_rope import length_of, own_rope_settled
+from .parts import FEWEST, read_in_parts
 from .planner import Planner, beyond_reach
 from .rotary import CurrentPass, Pass, Rope
 from .stock import config_of, model_name, stock_caches, stock_class
@@ -329,14 +330,11 @@ def _check_moves(model: nn.Module, constant: bool, sites: list[Site]) -> None:
     """Refuse a growing scale if cached keys cannot be rotated to it."""
     why = next((site.unmovable for site in sites if site.unmovable), None)
     if why is not None and not constant:
+        static = [name for name, its in SCALINGS.items() if its.static and its.options_for(2)]
         raise InputError(
             f"{model_name(model)} needs a fixed scale: {why}, so cached keys cannot be rotated "
-            f"to another scale. Pass scale=, or use one of: {', '.join(_static_methods())}."
+            f"to another scale. Pass scale=, or use one of: {', '.join(static)}."
         )
-
-
-def _static_methods() -> list[str]:
-    return [name for name, method in SCALINGS.items() if method.static and method.options_for(2)]
 
 
 def _follow_pipeline(body: Any, planner: Planner) -> None:
@@ -364,8 +362,13 @@ def _scaled_class(stock: type) -> type:
         if tokens is None or not tokens.size:
             tokens = kwargs.get("input_embeddings", tokens)
         cache = args[cache_at] if len(args) > cache_at else kwargs.get("cache")
-        current = self._planner.begin(self, tokens.shape[1], cache)
+        planner = self._planner
+        current = planner.begin(self, tokens.shape[1], cache)
         try:
+            if cache is not None and tokens.shape[1] > FEWEST:
+                given = dict(zip(names, args, strict=False)) | kwargs
+                read = functools.partial(stock.__call__, self)
+                return read_in_parts(read, given, tokens, planner)
             return stock.__call__(self, *args, **kwargs)
         finally:
             current.now = None

@@ -75,6 +75,7 @@ def wait_for_all(group: mx.distributed.Group) -> None:
 def shared_seed(group: mx.distributed.Group) -> int:
     """Return a random seed that is the same in every process, so all sample the same tokens."""
     drawn = mx.random.randint(0, 1 << 30) if group.rank() == 0 else mx.array(0)
+    mx.eval(drawn)
     seed: Any = mx.distributed.all_sum(drawn, group=group, stream=mx.cpu).item()
     return seed
 

@@ -23,7 +23,7 @@ def draw_comparison(results: Results, path: Path) -> None:
     """
     rows = sorted(results.rows, key=lambda row: row["first"])
     edges = [*(row["first"] for row in rows), rows[-1]["last"] + 1]
-    # Names are short; result files of older versions have only what the user typed.
+    # Result files of older versions have no labels, only the paths.
     a, b = (str(rows[0].get(f"label_{x}") or rows[0][f"model_{x}"]) for x in "ab")
     with saved(path, title_of(rows, f"comparison of {b} with {a}"), height=6) as figure:
         top, middle, bottom = figure.subplots(3, 1, sharex=True)
@@ -54,7 +54,7 @@ def draw_comparison(results: Results, path: Path) -> None:
 def _steps(
     axes: Any, edges: Sequence[int], values: Sequence[float | None], index: int, name: str = ""
 ) -> Any:
-    """Draw a level for each bucket, from its first position to its last; return the line."""
+    """Draw a horizontal line for each bucket of positions; return the line."""
     levels = [math.nan if value is None else value for value in values]
     style = look(index, marker=False)
     # steps-post draws no level after the last point, so the last level is given twice.

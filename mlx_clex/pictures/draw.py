@@ -1,4 +1,4 @@
-"""Chooses the picture of a result file by the kind of its results.
+"""Choose the picture of a result file by the kind of its results.
 
 Not covered: measuring (the commands), and result files (`evaluation/results.py`).
 """
@@ -10,7 +10,7 @@ from ..errors import InputError, say
 from ..evaluation.results import Results
 from . import comparison, passkey, perplexity
 
-# By the kind of the results: what draws them, and the columns it reads.
+# Kind of results -> the function that draws them, and the columns that it reads.
 PICTURES: dict[str, tuple[Callable[[Results, Path], None], tuple[str, ...]]] = {
     "perplexity": (perplexity.draw_perplexity, perplexity.COLUMNS),
     "passkey": (passkey.draw_passkey, passkey.COLUMNS),
@@ -19,9 +19,9 @@ PICTURES: dict[str, tuple[Callable[[Results, Path], None], tuple[str, ...]]] = {
 
 
 def picture(results: Results) -> None:
-    """Draw results beside their files, as PREFIX.png; draw nothing where they have no files.
+    """Draw results beside their files, as PREFIX.png; draw nothing if they have no files.
 
-    A note on stderr names the files; without matplotlib it says what to install.
+    A note on stderr names the files, or says what to install if matplotlib is missing.
     """
     path = results.path(".png")
     if path is None or not results.rows:

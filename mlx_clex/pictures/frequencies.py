@@ -11,7 +11,7 @@ from .style import add_legend, draw_lines, listed, log_axis, saved
 
 _SCALES = 4  # drawn: the largest, its half, its quarter, ...
 _MARKERS = 16  # on a line, at most
-_USUAL_SCALE = 16.0  # the largest, for a scaling that does not say how far it goes
+_USUAL_SCALE = 16.0  # the largest scale drawn for a scaling without a reach
 
 
 def draw_frequencies(
@@ -26,13 +26,15 @@ def draw_frequencies(
         scalings: by the names to show.
         path: the file to write; .png or .svg.
         max_scale: the largest scale, target length / trained length. None takes each
-            scaling's own largest one, or 16 where it has none.
+            scaling's own largest one, or 16 if it has none.
 
     Raises:
         InputError: a scale out of range, another suffix, or matplotlib is missing.
     """
-    largest = {name: max_scale or _largest_scale(scaling) for name, scaling in scalings.items()}
+    largest = {}
     for name, scaling in scalings.items():
+        its_own = scaling.largest_scale
+        largest[name] = max_scale or (its_own if its_own > 1 else _USUAL_SCALE)
         if scaling.hard_reach:
             scaling.check_scale(largest[name])
     title = f"Frequencies of {listed(scalings)} against NTK-aware scaling, by scale t"
@@ -76,12 +78,8 @@ def _ratios(axes: Any, name: str, scaling: Scaling, largest: float) -> None:
     add_legend(axes, lines, marks[:2])
 
 
-def _largest_scale(scaling: Scaling) -> float:
-    return scaling.largest_scale if scaling.largest_scale > 1 else _USUAL_SCALE
-
-
 def _frequencies(scaling: Scaling, scale: float) -> np.ndarray:
-    """Radians per token, (D/2,); the median where layers and heads have their own."""
+    """Return radians per token, (D/2,); the median if layers and heads have their own."""
     layers = range((scaling.shape.layers or 1) if scaling.by_layer else 1)
     found = np.stack([np.array(scaling.inv_freq(scale, layer)) for layer in layers])
     return np.median(found.reshape(-1, found.shape[-1]), axis=0)

@@ -127,9 +127,9 @@ class Scaling(nn.Module, ABC):
         """
         return self._table(scale, layer if self.by_layer else 0)[0]
 
-    def periods(self, scale: float, layer: int = 0) -> mx.array:
+    def periods(self, scale: float) -> mx.array:
         """Return 1 / inv_freq in tokens per radian, the `freqs` of `mx.fast.rope`."""
-        return self._table(scale, layer if self.by_layer else 0)[1]
+        return self._table(scale, 0)[1]
 
     def differentiable_inv_freq(self, scale: Any, layer: int = 0) -> mx.array:
         """Return `inv_freq` as a function of the learned tensors, for training.
@@ -146,7 +146,7 @@ class Scaling(nn.Module, ABC):
 
     @property
     def reach_reason(self) -> str:
-        """What `reach` follows from, in words."""
+        """Where `reach` comes from, for messages."""
         return f"trained length {self.trained_length}"
 
     @property
@@ -161,7 +161,7 @@ class Scaling(nn.Module, ABC):
 
     @property
     def procedure(self) -> Procedure:
-        """How training draws scales and positions, unless told otherwise."""
+        """The default way in which training draws scales and positions."""
         return self.released_procedure
 
     @property
@@ -226,7 +226,7 @@ class Scaling(nn.Module, ABC):
         for name in expected.keys() - given.keys():
             raise InputError(
                 f"The checkpoint lacks the tensor {name}, shape {expected[name]}. Was "
-                "it converted with mlx_clex.convert?"
+                "it converted with mlx_clex convert?"
             )
         for name in given.keys() - expected.keys():
             raise InputError(
@@ -266,8 +266,8 @@ class Scaling(nn.Module, ABC):
         table = solved.tables.get((scale, layer))
         if table is None:
             inv_freq = self.finite_inv_freq(scale, layer)
-            # Both made on the host: a lazy 1 / inv_freq would belong to the stream of
-            # this thread, and a server generates in another one.
+            # Both are computed on the host: a lazy 1 / inv_freq would belong to the stream
+            # of this thread, and a server generates in another one.
             with np.errstate(divide="ignore", over="ignore"):
                 table = (
                     mx.array(inv_freq.astype(np.float32)),
@@ -277,7 +277,7 @@ class Scaling(nn.Module, ABC):
         return table
 
     def _use_current_weights(self) -> "_Solved":
-        """What is solved with the current weights; that of older ones is dropped."""
+        """Return what is solved with the current weights; drop what older weights gave."""
         solved = self._solved
         weights = tuple(self[name] for name in self.learned)
         if any(a is not b for a, b in zip(weights, solved.weights, strict=False)):
@@ -286,10 +286,10 @@ class Scaling(nn.Module, ABC):
         return solved
 
     def finite_inv_freq(self, scale: float, layer: int) -> np.ndarray:
-        """Return what `_solve` gives, float64.
+        """Return the frequencies of `_solve`, float64, (D/2,) or (H, D/2).
 
         Raises:
-            InputError: float32 cannot hold it; the message has the method, scale and pair.
+            InputError: float32 cannot hold them; the message has the method, scale and pair.
         """
         self._use_current_weights()
         try:
@@ -307,7 +307,7 @@ class Scaling(nn.Module, ABC):
         )
 
     def _largest_weight(self) -> str:
-        """Advice for frequencies that cannot be used."""
+        """Return advice for frequencies that cannot be used."""
         if not self.learned:
             return "Choose a smaller factor."
         largest = {name: mx.abs(self[name]).max().item() for name in self.learned}

@@ -1,4 +1,4 @@
-"""Checks a scaling's frequencies before they are used."""
+"""Check the frequencies of a scaling before they are used."""
 
 import math
 from collections.abc import Iterator
@@ -11,19 +11,19 @@ from .base import Scaling
 def check_frequencies(
     scaling: Scaling, scale: float | None = None, *, strict: bool = False
 ) -> str | None:
-    """Check the frequencies of every layer at every scale the model can have.
+    """Check the frequencies of every layer at every scale that the model can have.
 
-    Where they are not learned, or the scale grows without end, the first scale is enough.
+    Frequencies that are not learned are checked at the first scale only.
 
     Args:
-        scaling: with its weights.
-        scale: the one the model is held at; None: it follows the text.
+        scaling: the scaling with its weights.
+        scale: the fixed scale; None: the scale follows the text.
         strict: also report pairs faster than pi radians per token, which alias, and pairs
-            faster than the one before. Trained curves may have both and be of use.
+            faster than the pair before. Useful trained curves may have both.
 
     Returns:
-        A line for the user where learned frequencies are finite, and yet faster than one
-        turn per token, or too slow for float32; else None.
+        A warning if learned frequencies are finite, but faster than one turn per token or too
+        slow for float32; else None.
 
     Raises:
         InputError: they are not finite; the message has the method, scale and pair.
@@ -46,7 +46,7 @@ def check_frequencies(
 
 
 def _suspicious(inv_freq: np.ndarray, strict: bool) -> Iterator[tuple[str, str]]:
-    """Kinds of oddities in frequencies, and where the first of each is."""
+    """Yield each kind of suspicious frequency, and where its first one is."""
     size = np.abs(inv_freq)
     for where in np.argwhere(size > (1 if strict else 2) * math.pi)[:1]:
         speed = size[tuple(where)]

@@ -64,8 +64,8 @@ class ClexConfig:
     max_factor: int = option(16, "Longest length / trained length; longer texts are refused.")
     param_factor: int = option(1, "Hidden size of the network / rotated dimensions.")
     act: str = option("tanh", "Activation of the network, tanh or silu.")
-    factor: float = option(1.0, "Longest length / trained length (clex: no effect).")
-    time_dt: float = option(0.01, "Step of the released solver; no effect, ours is finer.")
+    factor: float = option(1.0, "")
+    time_dt: float = option(0.01, "")  # step of the released solver; ours is finer
     log_scale: bool = option(False, "Raise attention with the logarithm of the length.")
 
     def __post_init__(self) -> None:
@@ -134,7 +134,7 @@ class Clex(Scaling):
 
     @property
     def reach_reason(self) -> str:
-        """What `reach` follows from, in words."""
+        """Where `reach` comes from, for messages."""
         return f"trained length {self.trained_length} x max_factor {self.config.max_factor}"
 
     @property
@@ -225,13 +225,13 @@ class Clex(Scaling):
         return self._base_inv_freq() * np.exp(y - slope * math.log(2 * scale - 1))
 
     def _line(self) -> tuple[np.ndarray, np.ndarray]:
-        """z(1) + ln n(1) and i/(D-2), the line in u that the network reads, (D/2,)."""
+        """Return z(1) + ln n(1) and i/(D-2), the line in u that the network reads, (D/2,)."""
         i = np.arange(0, self.dims, 2)
         start = np.log(self._base_inv_freq()) - i / self.dims * math.log(NETWORK_BASE)
         return start, i / (self.dims - 2)
 
     def _integrate(self) -> "_Curve":
-        """y at the scales 1..max_factor, with as many steps as the tolerance takes."""
+        """Return y at the scales 1..max_factor; double the steps until it is exact enough."""
         rhs = self._rhs()
         refinement = 1
         while True:
@@ -251,7 +251,7 @@ class Clex(Scaling):
             refinement *= 2
 
     def _rhs(self) -> Rhs:
-        """dy/du for NumPy, float64, of one solution or of several in rows."""
+        """Return dy/du for NumPy, float64, of one solution or of several in rows."""
         act = _ACTIVATIONS[self.config.act][0]
         up = np.array(self.up_proj, np.float64)
         half_down = np.array(self.down_proj, np.float64) / 2
@@ -277,6 +277,6 @@ class _Curve:
 
 
 def _equal_steps(t: float, later: float, refinement: int) -> list[float]:
-    """Times u = ln(2t - 1) from one scale to a later one, equally far apart."""
+    """Return times u = ln(2t - 1) from one scale to a later one, equally far apart."""
     steps = refinement * (8 if t < 2 else 4 if t < 4 else 2)
     return np.linspace(math.log(2 * t - 1), math.log(2 * later - 1), steps + 1).tolist()

@@ -11,7 +11,10 @@ _LARGEST = 1e9  # of a number in rope_scaling: factors, lengths and bounds of an
 
 
 def option(default: Any, text: str) -> Any:
-    """Return a dataclass field of a `Config`: its default, and a sentence for --help."""
+    """Return a dataclass field of a `Config`: its default, and a sentence for --help.
+
+    An empty text is for a key of published configs that has no effect, and gives no option.
+    """
     return field(default=default, metadata={"help": text})
 
 

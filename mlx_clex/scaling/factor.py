@@ -36,7 +36,7 @@ class FactorReach(Scaling):
 
     @property
     def reach_reason(self) -> str:
-        """What `reach` follows from, in words."""
+        """Where `reach` comes from, for messages."""
         return f"trained length {self.trained_length} x factor {self.config.factor:g}"
 
     @property

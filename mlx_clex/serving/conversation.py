@@ -24,10 +24,11 @@ from mlx_lm.generate import stream_generate, wired_limit
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from ..checkpoint.fingerprint import Fingerprint
-from ..errors import InputError, RunError
+from ..data.text import encode_text, normalise_text, without_bos
+from ..errors import InputError, failed_after
 from ..model.plans import planned_caches
 from ..model.scaled_model import make_prompt_cache, scaled
-from .prompt import encode_text, normalise_text, pass_size, render_messages, without_bos
+from .prompt import pass_size, render_messages
 from .saved_conversation import read_conversation, write_conversation
 
 # Stand for the last message and the new one while the chat template is rendered.
@@ -238,7 +239,7 @@ class Conversation:
                     break
         except RuntimeError as error:
             failed = True
-            raise RunError(f"MLX failed after {len(produced)} tokens: {error}") from error
+            raise failed_after(len(produced), error) from error
         finally:
             parts.close()
             if failed or not produced:
@@ -368,7 +369,7 @@ class Conversation:
         except RuntimeError as error:
             done = self._cached - start
             self._drop_cache()
-            raise RunError(f"MLX failed after {done} tokens: {error}") from error
+            raise failed_after(done, error) from error
         except KeyboardInterrupt:
             # In the middle of a pass: some layers have its tokens, some do not.
             self._drop_cache()

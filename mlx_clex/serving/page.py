@@ -12,9 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..data.text import read_text
 from ..errors import InputError, RunError
 from .conversation import Context, Conversation, Stopped
-from .prompt import read_text
 from .turns import Tell, Turns
 
 # The columns have the height of the window. gradio's own button to clear the talk is hidden:

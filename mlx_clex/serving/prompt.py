@@ -1,7 +1,6 @@
 """The tokens of a prompt, from a command's options, a file or stdin.
 
-A text gives the same tokens from each of them: a byte order mark is dropped, lines end in
-LF, and a prompt has one BOS token at most.
+A text gives the same tokens from each of them (`data/text.py`).
 
 Not covered: the messages of a conversation (`conversation.py`) and of a request.
 """
@@ -10,14 +9,13 @@ import argparse
 import json
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 from mlx_lm.generate import DEFAULT_PROMPT
 
 from ..bundled import DEFAULT, OPENING
-from ..checkpoint.files import open_regular
+from ..data.text import decode_text, encode_text, normalise_text, read_text, without_bos
 from ..errors import InputError, reading, say
 from ..model.scaled_model import scaled
 
@@ -51,34 +49,6 @@ def encode_prompt(args: argparse.Namespace, tokenizer: Any, *, continues: bool) 
             "folder?"
         )
     return tokens
-
-
-def encode_text(tokenizer: Any, text: str, *, begins: bool) -> list[int]:
-    """Return the tokens of a text.
-
-    Args:
-        tokenizer: mlx-lm's wrapper.
-        text: may begin with the BOS text itself.
-        begins: the text is bare and begins a sequence, so the tokenizer adds its special
-            tokens. False for a rendered chat template, which has its own, and for text
-            that follows other tokens.
-    """
-    bare = without_bos(tokenizer, text) if begins else text
-    # Not verbose: its warning names max_position_embeddings, which a scaling exceeds.
-    tokens = list(tokenizer.encode(bare, add_special_tokens=begins, verbose=False))
-    if bare != text and tokens[:1] != [tokenizer.bos_token_id]:
-        tokens.insert(0, tokenizer.bos_token_id)  # asked for, of a tokenizer that adds none
-    return tokens
-
-
-def without_bos(tokenizer: Any, text: str) -> str:
-    """Return the text without BOS texts at its beginning.
-
-    For text that stands behind a BOS token already: in a chat template or after a cache.
-    """
-    while tokenizer.bos_token and text.startswith(tokenizer.bos_token):
-        text = text.removeprefix(tokenizer.bos_token)
-    return text
 
 
 def cap_max_tokens(model: nn.Module, prompt_length: int, max_tokens: int) -> int:
@@ -133,42 +103,8 @@ def prompt_text(args: argparse.Namespace) -> str:
     return f"{document}\n\n{_read_stdin() if message == '-' else message}"
 
 
-def read_text(file: str | Path, option: str = "") -> str:
-    """Return the text of a UTF-8 file; see `normalise_text`.
-
-    Args:
-        file: its path; ~ stands for the home folder.
-        option: put before the path in an error.
-
-    Raises:
-        InputError: the file cannot be read, or is no UTF-8.
-    """
-    path = Path(file).expanduser()
-    try:
-        with open_regular(path, pipe=True) as source:
-            data = source.read()
-    except InputError as error:
-        raise InputError(f"{option}{path} cannot be read: it is not a file.") from error
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{option}{path} cannot be read: {reason}.") from error
-    return _decode(data, f"{option}{path}")
-
-
-def normalise_text(text: str) -> str:
-    """Return the text without a byte order mark, with lines that end in LF."""
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-
-
 def _read_stdin() -> str:
-    return _decode(sys.stdin.buffer.read(), "The text on stdin")
-
-
-def _decode(data: bytes, what: str) -> str:
-    try:
-        return normalise_text(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{what} is no UTF-8 text: {error}. Save it as UTF-8.") from error
+    return decode_text(sys.stdin.buffer.read(), "The text on stdin")
 
 
 def _apply_template(args: argparse.Namespace, tokenizer: Any, text: str, continues: bool) -> str:

@@ -119,6 +119,10 @@ class Batches:
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
         self.epoch, self.index = state["epoch"], state["index"]
+        if not all(type(n) is int and 0 <= n < 1 << 62 for n in (self.epoch, self.index)):
+            raise ValueError("the place in the data must be whole numbers of at least 0")
+        if self.index > self.per_epoch:
+            raise ValueError(f"the place in the data is beyond its {self.per_epoch} batches")
         self._order = self._shuffled()
 
     @property

@@ -12,6 +12,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..errors import InputError, shown
+from ..model.finite import check_like
+
 BEST = "best.safetensors"  # the kept weights, in a save
 
 
@@ -35,6 +38,14 @@ class Best:
         """Put the kept weights into the model."""
         model.load_weights(list(self.weights.items()), strict=False)
 
-    def resume(self, loss: float, weights: Mapping[str, mx.array]) -> None:
-        """Go on from a save."""
+    def resume(self, loss: float, weights: Mapping[str, mx.array], model: nn.Module) -> None:
+        """Go on from a save.
+
+        Raises:
+            InputError: the loss is not one, or the weights are not those that the model trains.
+        """
+        if type(loss) not in (int, float) or not 0 <= loss <= math.inf:
+            raise InputError(f"The best loss is {shown(loss)}; it must be at least 0 nats.")
+        if loss < math.inf:
+            check_like(weights, dict(tree_flatten(model.trainable_parameters())))
         self.loss, self.weights = loss, dict(weights)

@@ -10,13 +10,16 @@ Not covered: what is printed.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..checkpoint.files import check_link, open_regular
 from ..errors import InputError
 
 LOG = "log.jsonl"  # in the adapters' folder
+_LAST = 1 << 53  # bound of whole numbers in a log
 
 
 class Log:
@@ -58,7 +61,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """Return all whole lines of a log; an empty list where there is no file.
 
     Raises:
-        InputError: a line is not JSON.
+        InputError: a line is not of a log, or the file is a link that leads out of its folder.
     """
     return [line for line, _ in _lines(path)]
 
@@ -66,15 +69,18 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def _lines(path: Path, *, broken_ends: bool = False) -> Iterator[tuple[dict[str, Any], int]]:
     """Yield each whole line and the bytes up to its end; a broken line raises, or ends the log."""
     end = 0
-    if not path.is_file():
+    if not os.path.lexists(path):
         return
-    with path.open("rb") as file:
+    check_link(path, path.parent)
+    with open_regular(path) as file:
         for text in file:
             if not text.endswith(b"\n"):
                 return
             end += len(text)
             try:
                 line = json.loads(text)
+                if not _is_line(line):
+                    raise ValueError("no line of a log")
             except (ValueError, RecursionError) as error:
                 if broken_ends:
                     return  # after a power cut
@@ -82,3 +88,17 @@ def _lines(path: Path, *, broken_ends: bool = False) -> Iterator[tuple[dict[str,
                     f"{path} is no log of mlx_clex lora: give the {LOG} of a run."
                 ) from error
             yield line, end
+
+
+def _is_line(line: Any) -> bool:
+    """Whether a line has the keys and types that are drawn."""
+    if not isinstance(line, dict) or type(line.get("iteration")) is not int:
+        return False
+    by_length = line.get("perplexity") or {}
+    if not isinstance(by_length, dict) or not all(key.isdecimal() for key in by_length):
+        return False
+    drawn = [line.get("loss"), line.get("valid_loss"), *by_length.values()]
+    return 0 <= line["iteration"] < _LAST and all(
+        value is None or type(value) is float or (type(value) is int and abs(value) < _LAST)
+        for value in drawn
+    )

@@ -23,23 +23,24 @@ import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from ..checkpoint.adapters import ADAPTER_SCALING, EXTRA_WEIGHTS
+from ..checkpoint.adapters import ADAPTER_SCALING, ADAPTERS, CURRENT, EXTRA_WEIGHTS
 from ..checkpoint.files import read_json
+from ..checkpoint.folder import files_of
+from ..checkpoint.safetensors_file import read_tensors
 from ..data.corpus import Corpus
-from ..errors import InputError, RunError, one_line
+from ..errors import InputError, RunError, reading
 from ..evaluation.perplexity import Protocol, Score, mean_loss, score
+from ..model.finite import check_like
 from ..scaling import PREFIX
 from .batches import Batches
 from .best import BEST, Best
 from .draws import Draws
 from .log import LOG, Log
+from .progress import Progress
 from .progress_bars import Pace, with_bar
 from .ranks import Ranks
-from .saves import ADAPTERS, CURRENT, OPTIMIZER, STATE, Checkpoints
+from .saves import OPTIMIZER, STATE, Checkpoints
 from .step import Result, TrainingStep
-
-# What reading a damaged save raises.
-_BROKEN = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +56,6 @@ class LoopOptions:
     clear_cache_threshold: int = 0  # bytes of freed memory that MLX may keep
     eval_lengths: tuple[int, ...] = ()  # tokens
     eval_windows: int = 4  # sequences at each of these lengths
-
-
-@dataclass
-class Progress:
-    """Counters of a run."""
-
-    iteration: int = 0
-    trained_tokens: int = 0
-    # Since the last report:
-    losses: float = 0.0
-    tokens: int = 0
 
 
 @dataclass
@@ -111,18 +101,17 @@ class Run:
             return False
         damaged = (
             f"The save {newest} is damaged. To go on from an older one beside it, point the link "
-            f"{self.checkpoints.folder / CURRENT} there. The error was: "
+            f"{self.checkpoints.folder / CURRENT} there. The error was"
         )
-        try:
+        with reading(damaged, always=True):
+            files = {file.name: file for file in files_of(newest)}
             state = read_json(newest / STATE)
-            before = state["same"]
+            before = dict(state["same"])
             saved: dict[str, Any] = {
-                name: mx.load(str(newest / name))
+                name: read_tensors(files[name])[0]
                 for name in (ADAPTERS, ADAPTER_SCALING, EXTRA_WEIGHTS, OPTIMIZER, BEST)
-                if (newest / name).is_file()
+                if name in files
             }
-        except _BROKEN as error:
-            raise InputError(damaged + one_line(error)) from error
         differing = [
             f"{key} was {before.get(key)!r} and is {same.get(key)!r}"
             for key in sorted(before.keys() | same.keys())
@@ -134,17 +123,16 @@ class Run:
                 f"{'; '.join(differing)}. Resume with the same ones, or give another "
                 "--adapter-path."
             )
-        try:
+        with reading(damaged, always=True):
             self.step.restore(saved.pop(OPTIMIZER))
             if self.best is not None:
-                self.best.resume(state["best"], saved.pop(BEST))
-            for weights in saved.values():
-                self.model.load_weights(list(weights.items()), strict=False)
+                self.best.resume(state["best"], saved.pop(BEST), self.model)
+            weights = {name: array for part in saved.values() for name, array in part.items()}
+            check_like(weights, self._weights())
+            self.model.load_weights(list(weights.items()), strict=False)
             self.draws.rng.bit_generator.state = state["rng"]
             self.batches.state = state["data"]
             self.progress = Progress(**state["progress"])
-        except _BROKEN as error:
-            raise InputError(damaged + one_line(error)) from error
         return True
 
     def train(self, same: Mapping[str, Any]) -> None:
@@ -343,11 +331,16 @@ class Run:
         # Wait for the first: a process that ends now would make mlx.launch end it too.
         self.ranks.each(0)
 
-    def _write_save(self, same: Mapping[str, Any]) -> None:
-        trained = dict(tree_flatten(self.model.trainable_parameters()))
+    def _weights(self) -> dict[str, mx.array]:
+        """Return the weights that a save has."""
+        trained: Any = dict(tree_flatten(self.model.trainable_parameters()))
         if self.kept:
             every: Any = dict(tree_flatten(self.model.parameters()))
             trained |= {name: every[name] for name in self.kept}
+        return trained
+
+    def _write_save(self, same: Mapping[str, Any]) -> None:
+        trained = self._weights()
         scaling = {k: v for k, v in trained.items() if k.startswith(PREFIX)}
         extra = {k: v for k, v in trained.items() if k in self.extra}
         rest = {k: v for k, v in trained.items() if k not in scaling and k not in extra}

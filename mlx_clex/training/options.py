@@ -24,6 +24,7 @@ from .option_fields import option, options_of
 from .setup import FINE_TUNE_TYPES, OPTIMIZERS
 
 DEFAULT_LENGTH = 2048  # tokens of a sequence, as mlx_lm.lora
+PAYING_LENGTH = 4  # longest default with skips / trained length; longer sequences gain little
 SINGLE, TWO_STAGE = "single", "two-stage"  # recipes
 
 _TASK = "task"
@@ -36,7 +37,7 @@ _SAVED = "saves and reports"
 _MEMORY = "memory"
 # Scalings whose tensors train at another learning rate than the model.
 _SHARES = "".join(
-    f", {kind.learning_rate_share:g} times it for {name}"
+    f"; for {name} {f'{kind.learning_rate_share:g} times it' if kind.learning_rate_share else '0'}"
     for name, kind in SCALINGS.items()
     if kind.learning_rate_share != 1
 )
@@ -94,7 +95,8 @@ class TrainingOptions:
         _DATA,
         "Length of the sequences, or of the longest with --packing plain.",
         least=4,
-        default_text=f"{DEFAULT_LENGTH} tokens, or what the scaling can be trained at, if less",
+        default_text=f"{DEFAULT_LENGTH} tokens; if less, {PAYING_LENGTH} trained lengths with "
+        "--sampling skips, or what the scaling can be trained at",
     )
     batch_size: int = option(
         4, _DATA, "Sequences in a batch, of all processes together.", unit="sequences", least=1
@@ -295,7 +297,7 @@ class TrainingOptions:
     resume_adapter_file: str | None = option(
         None,
         _SAVED,
-        "Start a new run from these adapters, and from what was saved beside them.",
+        "Start a new run from a folder of adapters, or from one file in it.",
         default_text="none",
         may_change=True,  # a save holds what it gave
     )

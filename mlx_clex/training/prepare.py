@@ -16,8 +16,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tuner.callbacks import get_reporting_callbacks
 
+from ..checkpoint.adapters import read_adapters
 from ..checkpoint.digest import weights_digest
-from ..checkpoint.files import read_json
+from ..checkpoint.files import expand
 from ..data.corpus import Corpus, load_corpora
 from ..errors import InputError, say
 from ..evaluation.perplexity import check_lengths, check_targets
@@ -29,10 +30,17 @@ from .best import Best
 from .draws import Draws, procedure_for
 from .job import Job
 from .loop import LoopOptions, Run
-from .options import DEFAULT_LENGTH, TWO_STAGE, TrainingOptions
+from .options import DEFAULT_LENGTH, PAYING_LENGTH, TWO_STAGE, TrainingOptions
 from .ranks import Ranks
 from .recipe import with_stage_2
-from .resume import go_on, load_adapters, names_of_adapters, open_folder, settings_to_keep
+from .resume import (
+    adapters_below,
+    go_on,
+    load_adapters,
+    names_of_adapters,
+    open_folder,
+    settings_to_keep,
+)
 from .saves import Checkpoints
 from .setup import build_optimizer, choose_trained, learning_rate_schedule
 from .step import TrainingStep
@@ -146,7 +154,7 @@ def _under_scaling(options: TrainingOptions) -> bool:
 def _adapters_below(options: TrainingOptions) -> Path | str | None:
     """The folder of adapters that the model is loaded with."""
     if _under_scaling(options):
-        return Path(str(options.resume_adapter_file)).expanduser().parent
+        return adapters_below(expand(str(options.resume_adapter_file)))
     return None if options.train else (options.adapter_path or None)
 
 
@@ -154,7 +162,7 @@ def _load_data(options: TrainingOptions, tokenizer: Any) -> dict[str, Corpus]:
     """Load the parts of the data that the run needs, by name."""
     parts = (["train", "valid"] if options.train else []) + (["test"] if options.test else [])
     corpora = load_corpora(
-        Path(options.data or ".").expanduser(),
+        expand(options.data or "."),
         tokenizer,
         mask_prompt=options.mask_prompt,
         cache_dir=DEFAULT_CACHE,
@@ -187,9 +195,13 @@ def _length(options: TrainingOptions, model: Any, draws: Draws | None) -> int:
         length = options.max_seq_length
     else:
         longest = draws.longest if draws else model.reach if model.scaling.hard_reach else None
-        length = min(DEFAULT_LENGTH, longest or DEFAULT_LENGTH)
+        limits = {longest or DEFAULT_LENGTH: "the scaling allows no more"}
+        if draws and draws.procedure.sampling == SKIPS:
+            enough = PAYING_LENGTH * model.scaling.trained_length
+            limits[enough] = f"{PAYING_LENGTH} trained lengths, which measured best"
+        length = min(DEFAULT_LENGTH, *limits)
         if length < DEFAULT_LENGTH:
-            say(f"--max-seq-length is {length} tokens: the scaling allows no more.")
+            say(f"--max-seq-length is {length} tokens: {limits[length]}.")
     if draws:
         draws.check(length)
     return length
@@ -216,9 +228,9 @@ def _training(
     going_on = options.resume and checkpoints.newest is not None
     kept: frozenset[str] = frozenset()
     if _under_scaling(options):
-        kept, extra = names_of_adapters(Path(str(options.resume_adapter_file)).expanduser())
+        kept, extra = names_of_adapters(Path(str(_adapters_below(options))))
     elif options.resume_adapter_file is not None and not going_on:
-        load_adapters(model, Path(options.resume_adapter_file).expanduser())
+        load_adapters(model, expand(options.resume_adapter_file))
     batches = _batches(options, corpora["train"])
     if batches.cut or batches.mute:
         say(
@@ -359,7 +371,7 @@ def _adapter_config(
     if options.num_layers <= 0 or options.num_layers > len(model.layers):
         config["num_layers"] = len(model.layers)
     if _under_scaling(options):
-        below = read_json(Path(str(_adapters_below(options))) / "adapter_config.json")
+        _, below = read_adapters(Path(str(_adapters_below(options))))
         config |= {key: below[key] for key in ("fine_tune_type", "num_layers", "lora_parameters")}
     elif options.fine_tune_type == "scaling":
         # For mlx-lm's loader: adapters in no layer.

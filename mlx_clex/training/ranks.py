@@ -97,12 +97,12 @@ class Ranks:
         except RuntimeError as error:
             if type(error) is not RuntimeError:
                 raise  # a subclass such as RecursionError is a mistake of ours
+            advice = watchdog_advice(error, training=True) or f" {_MEMORY}"
             if self.size == 1:
-                advice = watchdog_advice(error, training=True) or f" {_MEMORY}"
                 raise RunError(f"MLX failed: {error}.{advice}") from error
             raise RunError(
                 f"Another process ended, and its own message says why; or MLX failed in process "
-                f"{self.rank + 1} of {self.size}: {error}. {_MEMORY}"
+                f"{self.rank + 1} of {self.size}: {error}.{advice}"
             ) from error
 
     def _leave(self, status: int) -> None:

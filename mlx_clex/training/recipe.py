@@ -17,7 +17,6 @@ from ..errors import InputError
 from ..evaluation.perplexity import check_targets
 from ..scaling.procedure import FIXED, PIECES
 from .options import TWO_STAGE, TrainingOptions
-from .saves import ADAPTERS
 
 _FIRST = "stage-1"  # folder of stage 1 in that of the run
 _UPDATE = 4  # rows whose gradients make an update of stage 2
@@ -35,7 +34,7 @@ def stages(options: TrainingOptions) -> list[TrainingOptions]:
     iters = options.stage_2_iters
     network: dict[str, Any] = {
         "fine_tune_type": "scaling",
-        "resume_adapter_file": str(first / ADAPTERS),
+        "resume_adapter_file": str(first),
         "train_norms_and_embeddings": False,
         "scale_draw": FIXED,
         "sampling": PIECES,

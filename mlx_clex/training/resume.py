@@ -9,19 +9,27 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..checkpoint.adapters import ADAPTER_SCALING, EXTRA_WEIGHTS
+from ..checkpoint.adapters import (
+    ADAPTERS,
+    EXTRA_WEIGHTS,
+    read_adapters,
+    start_weights,
+    tensor_files,
+)
 from ..checkpoint.digest import weights_digest
+from ..checkpoint.files import expand
 from ..checkpoint.folder import read_config
+from ..checkpoint.peft_adapters import is_peft
+from ..checkpoint.safetensors_file import read_header
 from ..data.corpus import Corpus
 from ..errors import InputError, say
 from ..loading import resolve
 from .loop import Run
 from .options import TrainingOptions
-from .saves import ADAPTERS, Checkpoints
+from .saves import Checkpoints
 
 
 def open_folder(options: TrainingOptions) -> Checkpoints:
@@ -30,7 +38,7 @@ def open_folder(options: TrainingOptions) -> Checkpoints:
     Raises:
         InputError: the message says what is in it.
     """
-    checkpoints = Checkpoints(Path(options.adapter_path).expanduser(), keep=options.keep)
+    checkpoints = Checkpoints(expand(options.adapter_path), keep=options.keep)
     if checkpoints.newest is not None and not options.resume:
         raise InputError(
             f"{options.adapter_path} holds a run already: go on with --resume, or give another "
@@ -45,44 +53,55 @@ def open_folder(options: TrainingOptions) -> Checkpoints:
     return checkpoints
 
 
-def load_adapters(model: Any, file: Path) -> None:
+def load_adapters(model: Any, given: Path) -> None:
     """Start from adapters, and from what was saved beside them.
 
     Args:
         model: with its trained parameters unfrozen.
-        file: `--resume-adapter-file`.
+        given: `--resume-adapter-file`.
 
     Raises:
         InputError: a file does not load, or does not fit what this run trains.
     """
-    files = [file, *(file.with_name(name) for name in (ADAPTER_SCALING, EXTRA_WEIGHTS))]
-    for part in files[:1] + [other for other in files[1:] if other.is_file()]:
-        try:
-            weights: Any = mx.load(str(part))
-        except (ValueError, RuntimeError, OSError) as error:
-            raise InputError(f"--resume-adapter-file {part} does not load: {error}") from error
-        trained: Any = tree_flatten(model.trainable_parameters())
-        shapes = {name: value.shape for name, value in trained}
-        for name, value in sorted(weights.items()):
-            if shapes.get(name) != value.shape:
-                here = f"trains as {shapes[name]}" if name in shapes else "does not train"
-                raise InputError(
-                    f"--resume-adapter-file {part} has {name} as {value.shape}, which this run "
-                    f"{here}: give the options that it was made with."
-                )
-        model.load_weights(list(weights.items()), strict=False)
+    weights = start_weights(given, model)
+    trained: Any = tree_flatten(model.trainable_parameters())
+    shapes = {name: value.shape for name, value in trained}
+    for name, value in sorted(weights.items()):
+        if shapes.get(name) != value.shape:
+            here = f"trains as {shapes[name]}" if name in shapes else "does not train"
+            raise InputError(
+                f"--resume-adapter-file {given} has {name} as {value.shape}, which this run "
+                f"{here}: give the options that it was made with."
+            )
+    model.load_weights(list(weights.items()), strict=False)
 
 
-def names_of_adapters(file: Path) -> tuple[frozenset[str], frozenset[str]]:
+def adapters_below(given: Path) -> Path:
+    """Return the folder of the adapters that stay as they are while a scaling is trained.
+
+    Args:
+        given: `--resume-adapter-file`: the folder, or the file of adapters in it.
+
+    Raises:
+        InputError: it holds PEFT's adapters, which a save cannot hold.
+    """
+    folder, settings = read_adapters(given if given.is_dir() else given.parent)
+    if is_peft(settings):
+        raise InputError(
+            f"--fine-tune-type scaling cannot keep the PEFT adapters in {given}: merge them with "
+            "mlx_clex fuse first, and give the result as --model."
+        )
+    return folder
+
+
+def names_of_adapters(folder: Path) -> tuple[frozenset[str], frozenset[str]]:
     """Return the names of saved weights other than the scaling's, and of norms and embeddings.
 
     Args:
-        file: `--resume-adapter-file`, already loaded.
+        folder: from `adapters_below`.
     """
-    adapters: Any = mx.load(str(file))
-    beside = file.with_name(EXTRA_WEIGHTS)
-    extra: Any = mx.load(str(beside)) if beside.is_file() else {}
-    return frozenset(adapters) | frozenset(extra), frozenset(extra)
+    names = {file.name: frozenset(read_header(file)) for file in tensor_files(folder)}
+    return frozenset().union(*names.values()), names.get(EXTRA_WEIGHTS, frozenset())
 
 
 def settings_to_keep(

@@ -20,13 +20,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..checkpoint.adapters import ADAPTER_SCALING, CURRENT, EXTRA_WEIGHTS
-from ..checkpoint.files import flush
+from ..checkpoint.adapters import ADAPTER_SCALING, ADAPTERS, CONFIG, CURRENT, EXTRA_WEIGHTS
+from ..checkpoint.files import check_link, flush
 from ..checkpoint.safetensors_file import array_bytes, info_of, write
 from ..errors import InputError
 
-ADAPTERS = "adapters.safetensors"
-CONFIG = "adapter_config.json"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 _AT_ROOT = (ADAPTERS, CONFIG, ADAPTER_SCALING, EXTRA_WEIGHTS)
@@ -44,9 +42,14 @@ class Checkpoints:
         Args:
             folder: `--adapter-path`.
             keep: how many saves stay, at least 1.
+
+        Raises:
+            InputError: the folder has links that lead out of it.
         """
         self.folder = folder
         self.keep = keep
+        for name in (_FOLDER, CURRENT):  # nothing is read or written outside the folder
+            check_link(folder / name, folder)
 
     @property
     def newest(self) -> Path | None:

@@ -16,7 +16,8 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
 
-from ..errors import InputError, reading, shown
+from ..checkpoint.adapters import check_lora
+from ..errors import InputError, reading
 from ..scaling import PREFIX
 
 FINE_TUNE_TYPES = ("lora", "dora", "full", "scaling")
@@ -72,7 +73,9 @@ def choose_trained(
         for layer in last:
             layer.unfreeze()
     elif fine_tune_type != "scaling":
-        _check_lora(model, lora_parameters)
+        flat: Any = tree_flatten(model.parameters())
+        widest = max((max(a.shape) for _, a in flat if a.ndim == 2), default=1)
+        check_lora(lora_parameters, widest, "lora_parameters")
         with reading("lora_parameters cannot be used"):
             linear_to_lora_layers(
                 model, len(last), dict(lora_parameters), use_dora=fine_tune_type == "dora"
@@ -89,20 +92,6 @@ def choose_trained(
             "no tensors of its own, or --scaling-learning-rate is 0. Use lora, dora or full."
         )
     return frozenset(after - before)
-
-
-def _check_lora(model: nn.Module, parameters: Mapping[str, Any]) -> None:
-    """Refuse a rank beyond the width of every layer, and values of the wrong type."""
-    flat: Any = tree_flatten(model.parameters())
-    widest = max((max(a.shape) for _, a in flat if a.ndim == 2), default=1)
-    for name, low, high in (("rank", 1, widest), ("scale", -1e6, 1e6), ("dropout", 0, 1)):
-        value = parameters.get(name, low)
-        whole = name != "rank" or isinstance(value, int)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and whole and low <= value <= high):
-            raise InputError(
-                f"lora_parameters must have a {name} within {low:g}..{high:g}, got {shown(value)}."
-            )
 
 
 def _unfreeze_norms_and_embeddings(model: nn.Module) -> None:

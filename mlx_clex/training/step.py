@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ..data.batch import Batch
 from ..model.chunked_loss import chunk_length, loss_for_gradient
+from ..model.finite import check_like
 from ..model.rotary import Pass, Rope
 from ..model.scaled_model import given_pass
 from ..scaling import Scaling
@@ -111,15 +112,26 @@ class TrainingStep:
         return dict(tree_flatten(self.optimizer.state))
 
     def restore(self, arrays: Mapping[str, mx.array]) -> None:
-        """Set the optimizer's state from what `optimizer_arrays` returned."""
+        """Set the optimizer's state from what `optimizer_arrays` returned.
+
+        Raises:
+            InputError: they are of another optimizer, or not finite.
+        """
+        check_like(arrays, self.optimizer_arrays())
         state = tree_map_with_path(lambda name, _: arrays[name], self.optimizer.state)
         self.optimizer.state = state
         self._compile()
 
     def _compile(self) -> None:
         self._state = [self.model.state, self.optimizer.state, mx.random.state]
-        compiled = partial(mx.compile, inputs=self._state, outputs=self._state)
-        self._compiled: Any = compiled(self._step)
+        compiled: Any = partial(mx.compile, inputs=self._state, outputs=self._state)
+        self._apart: Any = self._gradient, self._update
+        self._compiled: Any = self._step
+        if self.parts == 1:
+            self._compiled = compiled(self._step)
+        else:
+            # macOS ends GPU work that waits for another process for five seconds.
+            self._apart = compiled(self._gradient), compiled(self._update)
 
     @property
     def learns_scaling(self) -> bool:
@@ -189,29 +201,49 @@ class TrainingStep:
         carried: Any,
         update: bool,
     ) -> tuple[mx.array, mx.array, mx.array, Any]:
-        self.traces += 1
+        gradient_of, update_with = self._apart
         count = self._summed(weights.sum())
+        loss, gradient, counted = gradient_of(
+            tokens, targets, weights, frequencies, positions, gain, count, carried, update
+        )
+        loss = self._summed(loss) * count
+        if not update:
+            return loss, count, mx.array(0.0), (gradient, counted)
+        return loss, count, update_with(self._summed(gradient)), None
+
+    def _gradient(
+        self,
+        tokens: mx.array,
+        targets: mx.array,
+        weights: mx.array,
+        frequencies: mx.array,
+        positions: mx.array,
+        gain: mx.array | None,
+        count: mx.array,
+        carried: Any,
+        update: bool,
+    ) -> tuple[mx.array, Any, mx.array]:
+        """This process's part of the loss and the gradient, and the tokens the gradient is of."""
+        self.traces += 1
         objective = nn.value_and_grad(self.model, self._objective)
         # The mean over the tokens of all processes, of which each has a part.
         mean = weights / mx.maximum(count, 1)
         (_, loss), gradient = objective(tokens, targets, mean, frequencies, positions, gain)
-        loss = self._summed(loss) * count
-        norm = mx.array(0.0)
-        if carried is None and not update:
-            return loss, count, norm, (tree_map(lambda g: g * count, gradient), count)
+        if carried is None and update:
+            return loss, gradient, count
+        gradient = tree_map(lambda g: g * count, gradient)
         if carried is not None:
             before, counted = carried
-            gradient = tree_map(lambda g, b: b + g * count, gradient, before)
-            counted = counted + count
-            if not update:
-                return loss, count, norm, (gradient, counted)
-            gradient = tree_map(lambda g: g / mx.maximum(counted, 1), gradient)
-        if self.parts > 1:
-            average = nn.average_gradients(gradient, self.group)
-            gradient = tree_map(lambda g: g * self.parts, average)
+            gradient, count = tree_map(mx.add, before, gradient), counted + count
+        if update:
+            gradient = tree_map(lambda g: g / mx.maximum(count, 1), gradient)
+        return loss, gradient, count
+
+    def _update(self, gradient: Any) -> mx.array:
+        """Change the weights; return the gradient's norm before clipping."""
         gradient, norm = self._clipped(gradient)
         self.optimizer.update(self.model, gradient)
-        return loss, count, norm, None
+        return norm
 
     def _clipped(self, gradient: dict[str, Any]) -> tuple[dict[str, Any], mx.array]:
         """The gradient within its limits, and its norm before."""
@@ -226,11 +258,17 @@ class TrainingStep:
         rest, of_rest = optim.clip_grad_norm(rest, limit)
         return rest | own, mx.sqrt(of_own**2 + of_rest**2)
 
-    def _summed(self, value: mx.array) -> mx.array:
-        """Over all processes."""
+    def _summed(self, tree: Any) -> Any:
+        """Over all processes, while the GPU has nothing to do."""
         if self.parts == 1:
-            return value
-        return mx.distributed.all_sum(value, group=self.group, stream=mx.cpu)
+            return tree
+        mx.eval(tree)
+        with mx.stream(mx.cpu):
+            stream = mx.default_stream(mx.cpu)
+            average = nn.average_gradients({"all": tree}, self.group, communication_stream=stream)
+            tree = tree_map(lambda value: value * self.parts, average["all"])
+        mx.eval(tree)
+        return tree
 
 
 @contextlib.contextmanager

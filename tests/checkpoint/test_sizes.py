@@ -11,12 +11,10 @@ import zipfile
 import pytest
 import torch
 from mlx_clex.convert.read.torch_pickle import read_tensors
-from mlx_lm.generate import setup_arg_parser
 
 from mlx_clex import generate
 from mlx_clex.checkpoint import files, folder
 from mlx_clex.checkpoint.safetensors_file import read_header
-from mlx_clex.commands.run_command import run_command
 from mlx_clex.errors import InputError
 
 from ..conftest import GOLDEN
@@ -34,19 +32,11 @@ def change(model, **entries):
 
 def refused(model, capsys):
     """The one line with which generate ends."""
-    argv = ["--model", str(model), "--prompt", "a", "--max-tokens", "1"]
-    status = run_command(
-        generate.add_arguments,
-        generate.run,
-        prog="g",
-        description="",
-        argv=argv,
-        parents=[setup_arg_parser()],
-    )
+    status = generate.main(["--model", str(model), "--prompt", "a", "--max-tokens", "1"])
     error = capsys.readouterr().err
     assert status == 2, error
     assert "Traceback" not in error
-    (line,) = [line for line in error.splitlines() if line.startswith("g: error")]
+    (line,) = [line for line in error.splitlines() if line.startswith("mlx_clex generate: error")]
     return line
 
 

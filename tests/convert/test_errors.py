@@ -15,10 +15,9 @@ import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_clex.convert.__main__ import add_arguments, run
+from mlx_clex.convert.__main__ import main
 
 from mlx_clex.checkpoint import safetensors_file
-from mlx_clex.commands.run_command import run_command
 from mlx_clex.errors import InputError
 
 from ..conftest import GOLDEN
@@ -149,8 +148,8 @@ BROKEN = {
     "unknown family": ("clex_phi", config(model_type="nope"), "'nope'"),
     "key of the family missing": (
         "gene_param_llama",
-        without("rms_norm_eps"),
-        "rms_norm_eps",
+        without("intermediate_size"),
+        "intermediate_size",
     ),
     "cut safetensors": ("clex_phi", truncate("model.safetensors"), "corrupt or truncated"),
     "empty safetensors": ("clex_phi", overwrite("model.safetensors", b""), "corrupt or truncated"),
@@ -297,13 +296,7 @@ def check_refused(argv: list[str], part: str, tmp_path: Path, capsys: Any) -> No
     """Check for exit status 2, one line with `part` in it, and no target folder."""
     before = sorted(tmp_path.rglob("*"))
     capsys.readouterr()
-    status = run_command(
-        add_arguments,
-        run,
-        prog="mlx_clex.convert",
-        description="",
-        argv=["--mlx-path", str(tmp_path / "new" / "out"), *argv],
-    )
+    status = main(["--mlx-path", str(tmp_path / "new" / "out"), *argv])
 
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if line.startswith("mlx_clex convert")]
@@ -423,15 +416,8 @@ def test_a_disk_that_fills_up_meanwhile_is_a_failed_run(tmp_path, capsys, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("mlx_clex.convert.write.output.array_bytes", full)
-    status = run_command(
-        add_arguments,
-        run,
-        prog="mlx_clex.convert",
-        description="",
-        argv=["--hf-path", str(GOLDEN / "clex_phi"), "--mlx-path", str(tmp_path / "out")],
-    )
-
-    assert status == 1
+    argv = ["--hf-path", str(GOLDEN / "clex_phi"), "--mlx-path", str(tmp_path / "out")]
+    assert main(argv) == 1
     assert "No space left" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

@@ -45,6 +45,13 @@ def test_tensors_arrive_unchanged_under_our_names(converted, name):
     assert left == []
 
 
+def test_a_bundled_model_is_a_source(tmp_path):
+    """`convert --hf-path bundled:base` said: no such file; did you mean bundled:base?"""
+    made = convert("bundled:base", tmp_path / "long", scaling={"type": "yarn", "factor": 4})
+    assert read_config(made)["rope_scaling"]["type"] == "yarn"
+    assert "bundled:base" in (made / "README.md").read_text()
+
+
 def _split_expert(key: str) -> tuple[str, str, tuple[int, str, str]]:
     prefix, rest = key.split(".experts.")
     index, part, leaf = rest.split(".")

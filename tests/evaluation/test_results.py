@@ -10,7 +10,6 @@ import sys
 import pytest
 
 from mlx_clex import compare, evaluate, passkey, perplexity
-from mlx_clex.commands.run_command import run_command
 from mlx_clex.errors import InputError, RunError
 from mlx_clex.evaluation.results import open_results, read_results
 
@@ -130,6 +129,17 @@ def test_other_files_are_refused(tmp_path, text):
             read(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("length", 0), ("length", -1), ("perplexity", 0.0), ("perplexity", -1.0), ("high", 1e308)],
+)
+def test_figures_that_cannot_be_are_refused(tmp_path, name, value):
+    """A negative perplexity was drawn as any other."""
+    opened(tmp_path / "out").add(row("base", 128, 5.0) | {name: value})
+    with pytest.raises(InputError, match=r"out\.json is not a result file"):
+        read_results(tmp_path / "out")
+
+
 def test_a_missing_file_and_another_kind_are_refused(tmp_path):
     """The error must name the file, and the kinds that were found and expected."""
     with pytest.raises(InputError, match=r"none\.json cannot be read \(No such file"):
@@ -183,7 +193,7 @@ def test_two_runs_with_one_output_take_turns(command, argv, tmp_path, capsys):
     first = holder(tmp_path / "out.json", 3)
     assert first.stdout.readline() == "held\n"
     argv = [*argv, "--output", str(tmp_path / "out")]
-    assert run_command(command.add_arguments, command.run, prog="x", description="", argv=argv) == 2
+    assert command.main(argv) == 2
     error = capsys.readouterr().err
     assert f"Waiting for process {first.pid}" in error
     assert "no/model" in error  # only then was the model looked for

@@ -48,8 +48,13 @@ def valid_case(command: str) -> Case:
     return Case("valid", command, base, edit, (command,), 0)
 
 
-def make_bases(sandbox: Sandbox) -> None:
-    """Make the folders in `sandbox.bases`."""
+def make_bases(sandbox: Sandbox, *, every: bool = True) -> None:
+    """Make the folders in `sandbox.bases`.
+
+    Args:
+        sandbox: whose folder they are put in.
+        every: all of them; otherwise the model, its source, the texts and a prompt cache.
+    """
     bases, box = sandbox.bases, sandbox.root / "making"
     ours = str(bases / "ours")
     for name, golden in (("published", "clex_llama_gqa_log_scale"), ("bins", "clex_llama")):
@@ -66,19 +71,22 @@ def make_bases(sandbox: Sandbox) -> None:
     def make(*argv: str, stdin: str = "") -> None:
         outcome = sandbox.run(argv, box, stdin=stdin, seconds=120)
         if outcome.status != 0:
-            sys.exit(f"{argv} fails: {outcome.err[-2000:]}")
+            ended = f"status {outcome.status} after {outcome.seconds:.0f} s"
+            sys.exit(f"{argv} fails, {ended}: {outcome.err[-2000:]}")
 
     def convert(source: str, name: str, *options: str) -> None:
         make("convert", "--hf-path", str(bases / source), "--mlx-path", str(bases / name), *options)
 
     convert("bins", "ours", "--dtype", "float32")
+    cache = str(bases / "cache" / "cache.safetensors")
+    make("cache_prompt", "--model", ours, "--prompt", "hi", "--prompt-cache-file", cache)
+    if not every:
+        return
     for work in (lambda: _stock(box, bases), lambda: _adapters(bases), lambda: _gguf(bases)):
         outcome = Run(work, box, sandbox, 120).wait()
         if outcome.status != 0:
             sys.exit(outcome.err[-2000:])
     convert("stock", "yarn", "--scaling", "yarn", "--factor", "4")
-    cache = str(bases / "cache" / "cache.safetensors")
-    make("cache_prompt", "--model", ours, "--prompt", "hi", "--prompt-cache-file", cache)
     talk = bases / "talk" / "talk.safetensors"
     make("chat", "--model", ours, "--max-tokens", "2", stdin=f"hi\n/save {talk}\n")
     text, prefix = str(bases / "text.txt"), str(bases / "results" / "results")

@@ -187,7 +187,10 @@ class Case:
     commands: tuple[str, ...] = BOTH
     status: int = REFUSED  # of every command that `other` does not name
     other: Mapping[str, int] = field(default_factory=dict)
-    hint: str = ""  # a text that each error must have
+    changes: bool = False  # an answer may be another one than the usual
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.name}"
 
     def expected(self, command: str) -> int:
         """Return the exit status that a command must have."""

@@ -9,6 +9,7 @@ from .case import (
     ALL,
     BOTH,
     FINE,
+    REFUSED,
     Case,
     config,
     deep,
@@ -71,10 +72,9 @@ def _results() -> Iterator[Case]:
             edit = _rows(**{key: value})
             yield Case("results", f"{key} {shown}", "results", edit, ("picture",))
     for key in ("length", "perplexity", "high"):
-        for value in (-1, 0, 1e308):
-            edit = _rows(**{key: value})
+        for value in (-1, 1e308) if key == "high" else (-1, 0, 1e308):
             name = f"{key} {json.dumps(value)}"
-            yield Case("results", name, "results", edit, ("picture",), FINE)
+            yield Case("results", name, "results", _rows(**{key: value}), ("picture",))
     edit = _rows(label="\ud800")
     yield Case("results", "a label of a surrogate", "results", edit, ("picture",))
     for name, label in {
@@ -246,6 +246,7 @@ def _data() -> Iterator[Case]:
         "a folder": made_folder("train.jsonl"),
         "a link to zeros": linked("train.jsonl", "/dev/zero"),
         "a link out": linked("train.jsonl", "OUTSIDE/secret.txt"),
+        "a link out to rows": linked("train.jsonl", "OUTSIDE/rows.jsonl"),
     }.items():
         yield Case("data", name, "data", edit, ("train", "text"))
     for name, edit in {
@@ -265,23 +266,28 @@ def _links() -> Iterator[Case]:
     for name in ("generation_config.json", "README.md", "added_tokens.json", "vocab.json"):
         edit = linked(name, "OUTSIDE/secret.json")
         yield Case("link", f"{name} leads out", "ours", edit)
-        yield Case("link", f"{name} is a pipe", "ours", piped(name), BOTH, FINE)
+        status = REFUSED if name.endswith(".json") else FINE  # nothing opens the others
+        yield Case("link", f"{name} is a pipe", "ours", piped(name), BOTH, status)
     for name, edit in {
         "a folder of itself": lambda f: (f / "again").symlink_to("."),
-        "a folder out": lambda f: (f / "more").symlink_to("/etc"),
         "a socket's name": lambda f: (f / ".hidden").symlink_to("/etc/passwd"),
         "a folder named config.json.d": lambda f: (f / "config.json.d").mkdir(),
     }.items():
         yield Case("link", name, "ours", edit, ALL, FINE)
+    edit = linked("more", "/etc")
+    yield Case("link", "a folder out", "ours", edit, ALL)
     generation = "generation_config.json"
     for name, edit in {
         "no JSON": put(generation, "{"),
         "a list": put(generation, "[]"),
         "deep": put(generation, deep()),
         "an end of a text": put(generation, '{"eos_token_id": "a"}'),
-        "an end beyond the vocabulary": put(generation, '{"eos_token_id": 100000}'),
     }.items():
         yield Case("generation settings", name, "ours", edit)
+    # No text ends with it; a note says so.
+    edit = put(generation, '{"eos_token_id": 100000}')
+    name = "an end beyond the vocabulary"
+    yield Case("generation settings", name, "ours", edit, BOTH, FINE)
     laughs = "a: &a [x, x]\n" + "".join(
         f"{n}: &{n} [*{p}, *{p}, *{p}, *{p}, *{p}, *{p}, *{p}, *{p}, *{p}]\n"
         for p, n in zip("abcdefghij", "bcdefghijk", strict=True)

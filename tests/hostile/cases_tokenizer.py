@@ -9,6 +9,7 @@ from .case import (
     ALL,
     BOTH,
     FINE,
+    REFUSED,
     Case,
     both,
     config,
@@ -120,7 +121,9 @@ def _jsons() -> Iterator[Case]:
     edit = both(_top(normalizer=bomb))
     yield Case("tokenizer.json", "a normalizer that blows up", "ours", edit, ("generate",))
     loop = both(_top(pre_tokenizer=_split("(h|i|hi)*$x(h|i|hi)*y")))
-    yield Case("tokenizer.json", "a regex that backtracks", "ours", loop, ("generate",), FINE)
+    yield Case(
+        "tokenizer.json", "a regex that backtracks", "ours", loop, ("generate",), FINE, changes=True
+    )
     code = "import pathlib\npathlib.Path('canary').touch()\n"
     settings: dict[str, dict[str, Any]] = {
         "a class of os": {"tokenizer_class": "os.system"},
@@ -224,14 +227,15 @@ TEMPLATES: dict[str, Any] = {
     "debug": "{% debug %}{{ 1 // 0 }}",
 }
 # What changes the answer alone, not whether there is one; each must still be quick and small.
-_ANSWERED = {"undefined within", "nothing", "a surrogate", "format to attributes"}
+_ANSWERED = {"nothing", "a surrogate", "format to attributes"}
 
 
 def _templates() -> Iterator[Case]:
     for name, template in TEMPLATES.items():
         edit = put("chat_template.jinja", template)
-        status = FINE if name in _ANSWERED else REFUSED_BY_TEMPLATE
-        yield Case("template", name, "ours", edit, ("generate", "chat"), status, {"chat": FINE})
+        status = FINE if name in _ANSWERED else REFUSED
+        commands = ("generate", "chat")
+        yield Case("template", name, "ours", edit, commands, status, {"chat": FINE}, changes=True)
     for name, value in {
         "a number": 5,
         "a list": [5],
@@ -251,9 +255,6 @@ def _templates() -> Iterator[Case]:
         "300 MB": sparse("chat_template.jinja", 300 << 20),
     }.items():
         yield Case("template", f"file {name}", "ours", edit)
-
-
-REFUSED_BY_TEMPLATE = 2
 
 
 def cases() -> Iterator[Case]:

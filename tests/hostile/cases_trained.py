@@ -1,6 +1,7 @@
 """Hostile adapters, saves of training, prompt caches and saved conversations."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 
 from .case import (
     FINE,
-    REFUSED,
     Case,
     Tensors,
     both,
@@ -24,7 +24,6 @@ from .case import (
     piped,
     put,
     raw_header,
-    read_safetensors,
     tensors,
     write_safetensors,
 )
@@ -183,6 +182,7 @@ def _same_for_both(file: str) -> dict[str, Callable[[Path], object]]:
         "another class": _metadata(file, **{"1.0": "MambaCache"}),
         "a class less": _metadata(file, **{"1.1": ...}),
         "10^9 classes": _metadata(file, **{"1.1000000000": "KVCache"}),
+        "10^9 layers": tensors(lambda t: t.update({"1000000000.0": t.pop("0.0")}), file),
         "a class within": _metadata(file, **{"1.0.0.0.0.0": "KVCache"}),
         "keys of NaN": of_keys(lambda t: (*t[:2], floats(_NAN, len(t[2]) // 4))),
         "keys of whole numbers": of_keys(lambda t: ("I32", *t[1:])),
@@ -218,8 +218,10 @@ def _caches() -> Iterator[Case]:
         "a list": "[1]",
         "deep": deep(20_000),
     }.items():
+        # Nothing reads them.
         edit = _metadata("cache.safetensors", **{"0.tokenizer_config": value})
-        yield Case("prompt cache", f"tokenizer settings: {name}", "cache", edit, ("cache-alone",))
+        name = f"tokenizer settings: {name}"
+        yield Case("prompt cache", name, "cache", edit, ("cache-alone",), FINE)
 
 
 def _talks() -> Iterator[Case]:
@@ -262,15 +264,28 @@ def _talks() -> Iterator[Case]:
 def _saves() -> Iterator[Case]:
     """Broken saves of a run that is to be resumed."""
     state, optimizer = "current/state.json", "current/optimizer.safetensors"
+    adapters = f"current/{_ADAPTERS}"
     for name, edit in {
         "no state": lambda f: (f / state).unlink(),
         "an empty state": put(state, ""),
         "a deep state": put(state, deep()),
         "a state list": put(state, "[]"),
         "a state of nothing": put(state, "{}"),
-        "a step of a text": config(state, step="1"),
-        "a negative step": config(state, step=-1),
-        "options that are a text": config(state, options="x"),
+        "an iteration of a text": inside("progress", state, iteration="1"),
+        "a negative iteration": inside("progress", state, iteration=-1),
+        "half an iteration": inside("progress", state, iteration=1.5),
+        "an iteration that is true": inside("progress", state, iteration=True),
+        "losses of NaN": inside("progress", state, losses=_NAN),
+        "tokens of a text": inside("progress", state, tokens="5"),
+        "no progress": config(state, progress=...),
+        "an unknown counter": inside("progress", state, evil=1),
+        "a place beyond the data": inside("data", state, index=1 << 40),
+        "a place of a text": inside("data", state, index="0"),
+        "a negative epoch": inside("data", state, epoch=-1),
+        "another generator": inside("rng", state, bit_generator="MT19937"),
+        "a state of the generator that is a text": inside("rng", state, state="x"),
+        "settings that are a text": config(state, same="x"),
+        "settings of another run": inside("same", state, learning_rate=1.0),
         "a state that is a pipe": piped(state),
         "no optimizer": lambda f: (f / optimizer).unlink(),
         "an empty optimizer": put(optimizer, ""),
@@ -279,36 +294,78 @@ def _saves() -> Iterator[Case]:
         "an optimizer of other tensors": lambda f: write_safetensors(
             f / optimizer, {"x": ("F32", [1], b"1234")}
         ),
-        "adapters of NaN": _nan_adapters,
-        "a deep config": put("current/adapter_config.json", deep()),
+        "an optimizer of NaN": _all_nan(optimizer),
+        "an optimizer of whole numbers": _typed(optimizer, "I32"),
+        "adapters of NaN": _all_nan(adapters),
+        "adapters of whole numbers": _typed(adapters, "I32"),
+        "adapters of other shapes": _flat(adapters),
+        "adapters of other tensors": lambda f: write_safetensors(
+            f / adapters, {"x": ("F32", [1], b"1234")}
+        ),
+        "no adapters": lambda f: (f / adapters).unlink(),
+        "a state that is a link out": linked(state, "OUTSIDE/secret.json"),
+        "adapters that are a link out": linked(adapters, "OUTSIDE/secret.txt"),
+        "saves that are a link out": _moved_out("checkpoints"),
+        "a current that leads out": both(gone("current"), linked("current", "OUTSIDE")),
+        "a log that is a link out": linked("log.jsonl", "OUTSIDE/secret.txt"),
     }.items():
-        yield Case("saves", name, "saves", edit, ("resume",), status=_SAVED.get(name, REFUSED))
+        yield Case("saves", name, "saves", edit, ("resume",))
+    # No resumed run reads it; the next save replaces it.
+    edit = put("current/adapter_config.json", deep())
+    yield Case("saves", "a deep config", "saves", edit, ("resume",), FINE)
     for name, edit in {
         "a log of noise": put("log.jsonl", bytes(range(256))),
         "a deep log": put("log.jsonl", deep()),
         "a log of lists": put("log.jsonl", "[1]\n[2]\n"),
         "a log of texts": put("log.jsonl", '{"step": "a", "loss": "b"}\n'),
+        "a log of loose texts": put("log.jsonl", '{"iteration": 1, "loss": "b"}\n'),
+        "an iteration of a text": put("log.jsonl", '{"iteration": "1", "loss": 1.0}\n'),
+        "an iteration of 10^400": put("log.jsonl", f'{{"iteration": {10**400}, "loss": 1.0}}\n'),
+        "a negative iteration": put("log.jsonl", '{"iteration": -1, "loss": 1.0}\n'),
+        "perplexities in a list": put("log.jsonl", '{"iteration": 1, "perplexity": [1]}\n'),
+        "a length of a word": put(
+            "log.jsonl", '{"iteration": 1, "valid_loss": 1.0, "perplexity": {"a": 1.0}}\n'
+        ),
+        "a perplexity of a text": put(
+            "log.jsonl", '{"iteration": 1, "valid_loss": 1.0, "perplexity": {"32": "a"}}\n'
+        ),
+        "a huge loss": put("log.jsonl", f'{{"iteration": 1, "loss": {10**400}}}\n'),
         "a log of NaN": put("log.jsonl", '{"step": 1, "loss": NaN}\n'),
         "an empty log": put("log.jsonl", ""),
         "a log that is a pipe": piped("log.jsonl"),
         "a log that is a link out": linked("log.jsonl", "OUTSIDE/secret.txt"),
     }.items():
-        yield Case("saves", name, "saves", edit, ("log",))
+        yield Case("training log", name, "saves", edit, ("log",))
 
 
-# Found by the first step, not by opening the save.
-_SAVED = {"adapters of NaN": 1, "a step of a text": FINE, "a negative step": FINE}
-_SAVED |= {"options that are a text": FINE, "a deep config": FINE}  # what no resumed run reads
+def _each(
+    file: str, change: Callable[[tuple[str, list[int], bytes]], Any]
+) -> Callable[[Path], None]:
+    """Return an edit of every tensor of a safetensors file."""
+    return tensors(lambda found: found.update({n: change(t) for n, t in found.items()}), file)
 
 
-def _nan_adapters(folder: Path) -> None:
-    path = folder / "current" / _ADAPTERS
-    found, metadata = read_safetensors(path)
-    write_safetensors(
-        path,
-        {n: (d, s, floats(_NAN, len(data) // 4)) for n, (d, s, data) in found.items()},
-        metadata or None,
-    )
+def _all_nan(file: str) -> Callable[[Path], None]:
+    return _each(file, lambda t: (*t[:2], floats(_NAN, len(t[2]) // 4)) if t[0] == "F32" else t)
+
+
+def _typed(file: str, dtype: str) -> Callable[[Path], None]:
+    return _each(file, lambda t: (dtype, *t[1:]) if t[0] == "F32" else t)
+
+
+def _flat(file: str) -> Callable[[Path], None]:
+    return _each(file, lambda t: (t[0], [math.prod(t[1])], t[2]))
+
+
+def _moved_out(name: str) -> Callable[[Path], None]:
+    """Return an edit that leaves a link in place of a folder, to where it is moved."""
+
+    def edit(folder: Path) -> None:
+        away = folder.parent / f"moved-{name}"
+        (folder / name).rename(away)
+        (folder / name).symlink_to(away)
+
+    return edit
 
 
 def cases() -> Iterator[Case]:

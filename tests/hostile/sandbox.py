@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -91,8 +92,13 @@ class Sandbox:
         self.outside = root / "outside"
         for folder in (self.temporary, self.outside):
             folder.mkdir()
+        kernels = Path(tempfile.gettempdir()) / "mlx"
+        if kernels.is_dir():  # g++ takes seconds for each kernel
+            skip = shutil.ignore_patterns("tmp_*")
+            shutil.copytree(kernels, self.temporary / "mlx", ignore=skip)
         (self.outside / "secret.json").write_text(json.dumps({"secret": SECRET}))
         (self.outside / "secret.txt").write_text(SECRET)
+        (self.outside / "rows.jsonl").write_text(json.dumps({"text": f"{SECRET} " * 20}) + "\n")
         self.bases = root / "bases"  # whole folders, which commands read and do not change
         self.bases.mkdir()
         self.before: dict[str, tuple[int, int]] = {}
@@ -130,7 +136,7 @@ def command(argv: Sequence[str]) -> Callable[[], Any]:
 
     def work() -> Any:
         sys.argv = [f"mlx_clex {argv[0]}", *argv[1:]]
-        return importlib.import_module(f"mlx_clex.{name}").main()
+        sys.exit(importlib.import_module(f"mlx_clex.{name}").main())
 
     return work
 
@@ -159,7 +165,7 @@ class Run:
             network: let it ask the network.
         """
         self.box = box
-        self.limit = 3 * seconds
+        self.limit: float = 20 * seconds  # a busy machine gives a process little of its time
         (box / "home").mkdir(parents=True, exist_ok=True)
         for name, text in (("stdin", stdin), ("stdout", ""), ("stderr", ""), ("seen", "")):
             (box / f"{name}.txt").write_text(text, errors="surrogateescape")

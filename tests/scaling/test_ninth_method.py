@@ -86,7 +86,7 @@ def test_a_ninth_method_runs_in_every_command(tmp_path):
         module = f"mlx_clex.{name}" + (".__main__" if name == "convert" else "")
         code = (
             f"import ninth, importlib, sys; sys.argv = ['{name}', *sys.argv[1:]]; "
-            f"importlib.import_module('{module}').main()"
+            f"sys.exit(importlib.import_module('{module}').main())"
         )
         done = subprocess.run(
             [sys.executable, "-c", code, *arguments],

@@ -8,9 +8,9 @@ from mlx_clex.convert import convert
 
 from mlx_clex import load, make_prompt_cache
 from mlx_clex.checkpoint.fingerprint import fingerprint
+from mlx_clex.data.text import read_text
 from mlx_clex.errors import InputError
 from mlx_clex.serving.conversation import Conversation, Stopped
-from mlx_clex.serving.prompt import read_text
 
 from ..conftest import GOLDEN
 

@@ -8,8 +8,9 @@ from mlx_clex.convert import convert
 from mlx_lm.generate import setup_arg_parser
 from mlx_lm.utils import load_tokenizer
 
+from mlx_clex.data.text import encode_text, read_text, without_bos
 from mlx_clex.errors import InputError
-from mlx_clex.serving.prompt import encode_prompt, encode_text, pass_size, read_text, without_bos
+from mlx_clex.serving.prompt import encode_prompt, pass_size
 
 from ..conftest import GOLDEN
 

@@ -5,7 +5,6 @@ import argparse
 import mlx.core as mx
 
 from mlx_clex import lora
-from mlx_clex.commands.run_command import run_command
 from mlx_clex.training.option_fields import with_config
 from mlx_clex.training.options import TrainingOptions
 
@@ -19,9 +18,7 @@ def argv_for(model, texts, adapters, *more):
 
 
 def call(argv):
-    return run_command(
-        lora.add_arguments, lora.run, prog="mlx_clex.lora", description="", argv=argv
-    )
+    return lora.main(argv)
 
 
 def whole_parser():

@@ -2,6 +2,7 @@
 
 import pytest
 
+from mlx_clex.errors import InputError
 from mlx_clex.training.log import Log, read_log
 
 from .commands import argv_for, call
@@ -21,6 +22,36 @@ def test_the_log_of_a_run_that_starts_anew(tmp_path):
         with Log(path, resumed) as log:
             log.write({"iteration": 7})
         assert [line["iteration"] for line in read_log(path)] == [*left, 7]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"iteration": "1", "loss": 1.0}',
+        '{"iteration": -1, "loss": 1.0}',
+        '{"iteration": 1, "loss": "b"}',
+        '{"iteration": 1, "perplexity": [1]}',
+        '{"iteration": 1, "perplexity": {"a": 1.0}}',
+        f'{{"iteration": {10**400}, "loss": 1.0}}',
+    ],
+)
+def test_a_line_that_no_run_writes_is_refused(tmp_path, line):
+    """plot ended with a traceback."""
+    (tmp_path / "log.jsonl").write_text(line + "\n")
+    with pytest.raises(InputError, match=r"is no log of mlx_clex lora"):
+        read_log(tmp_path / "log.jsonl")
+
+
+def test_a_log_that_leads_out_of_its_folder_is_not_touched(tmp_path):
+    """plot read the file outside, and a resumed run emptied it."""
+    outside, folder = tmp_path / "outside.jsonl", tmp_path / "run"
+    outside.write_text('{"iteration": 1, "loss": 1.0}\n')
+    folder.mkdir()
+    (folder / "log.jsonl").symlink_to(outside)
+    for use in (lambda path: read_log(path), lambda path: Log(path, 0)):
+        with pytest.raises(InputError, match="leads out of its folder"):
+            use(folder / "log.jsonl")
+    assert outside.read_text() == '{"iteration": 1, "loss": 1.0}\n'
 
 
 def test_a_log_that_a_power_cut_broke_does_not_stop_a_resume(base, texts, tmp_path):

@@ -47,7 +47,8 @@ def test_remote_code_may_be_trusted_in_yaml(tmp_path):
         ("iters: many", "must be a whole number"),
         ("scaling: clx", "--scaling must be one of none, linear, "),
         ("seed: -1", "--seed must be within 0..4294967295, got -1"),
-        ("lora_parameters: {rank: 8, dropout: 0.0}", "lora_parameters cannot be used"),
+        ("lora_parameters: {rank: 8, dropout: 0.0}", "must have a scale within"),
+        ("lora_parameters: {rank: 100000000, scale: 1.0, dropout: 0.0}", "expected to need"),
         ("lora_parameters: {rank: 8, scale: 1.0, dropout: 0.5}\ngrad_checkpoint: true", "twice"),
         ("lr_schedule: {name: nothing, arguments: [1]}", "lr_schedule cannot be used"),
         ("optimizer: adamw\noptimizer_config: {adamw: {decay: 1}}", "optimizer_config of adamw"),
@@ -59,6 +60,16 @@ def test_bad_yaml_is_one_line(base, texts, tmp_path, text, match, capsys):
     argv = argv_for(base, texts, tmp_path / "a", f"-c {tmp_path / 'c.yaml'}")
     assert call(argv) == 2
     assert match in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_batch_beyond_the_text_is_one_line(base, texts, tmp_path, capsys):
+    """100,000,000 sequences took all memory."""
+    (tmp_path / "c.yaml").write_text("batch_size: 100000000\n")
+    argv = argv_for(base, texts, tmp_path / "a", f"-c {tmp_path / 'c.yaml'}")
+    argv = [word for word in argv if word not in ("--batch-size", "2")]
+    argv.insert(argv.index("--num-layers") + 1, "2")
+    assert call(argv) == 2
+    assert "expected to need" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_options_come_before_yaml_and_yaml_before_defaults(tmp_path):

@@ -64,14 +64,23 @@ def test_adapters_on_another_base_are_told(base, converted, texts, tmp_path, cap
     assert "were trained on" in capsys.readouterr().err
 
 
-def test_the_default_length_is_one_that_can_be_trained(base, texts, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("more", "length", "why"),
+    [
+        ("", 128, "4 trained lengths, which measured best"),
+        ("--sampling contiguous", 256, "the scaling allows no more"),
+    ],
+)
+def test_the_default_length_is_one_that_can_be_trained(
+    base, texts, tmp_path, capsys, more, length, why
+):
     """The default of 2,048 tokens was refused by a scaling that reaches fewer."""
-    argv = argv_for(base, texts, tmp_path / "a", "--iters 1")
+    argv = argv_for(base, texts, tmp_path / "a", f"--iters 1 {more}")
     at = argv.index("--max-seq-length")
     assert call([*argv[:at], *argv[at + 2 :], "--batch-size", "1"]) == 0
-    assert "--max-seq-length is 256 tokens" in capsys.readouterr().err
+    assert f"--max-seq-length is {length} tokens: {why}" in capsys.readouterr().err
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert config["max_seq_length"] == 256
+    assert config["max_seq_length"] == length
 
 
 def test_the_network_learns_at_its_own_rate(base, texts, tmp_path):

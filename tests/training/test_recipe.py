@@ -7,6 +7,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_clex import load
+from mlx_clex.diagnosis.machine import described
 from mlx_clex.training.best import Best
 from mlx_clex.training.loop import Run
 
@@ -67,6 +68,23 @@ def test_a_stopped_recipe_goes_on(base, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "_iterate", plain)
     assert call([*argv_for(base, texts, parts, TWO_STAGE), "--resume"]) == 0
     assert equal(arrays(whole), arrays(parts))
+
+
+def test_rows_of_stage_2_that_do_not_fit_are_refused_first(
+    base, texts, tmp_path, monkeypatch, capsys
+):
+    """Stage 2 ran out of memory after stage 1 had trained for hours."""
+    assert call(argv_for(base, texts, tmp_path / "a", TWO_STAGE)) == 0
+    said = "Stage 2 on 1 x 128 tokens (--stage-2-length) is expected to need"
+    assert said in capsys.readouterr().err
+    machine = described(1.3e6, "cpu")
+    monkeypatch.setattr("mlx_clex.commands.memory_check.this_machine", lambda: machine)
+    argv = argv_for(base, texts, tmp_path / "b", f"{TWO_STAGE} --max-seq-length 32 --batch-size 1")
+    assert call(argv) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "128 tokens do not fit" in error
+    assert not (tmp_path / "b" / "stage-1" / "log.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import shutil
 import mlx.core as mx
 import pytest
 
+from ..conftest import as_peft
 from .commands import WORDS, argv_for, arrays, call, equal
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -61,7 +62,8 @@ def test_a_run_from_adapters_resumes(base, texts, tmp_path, capsys):
     """Its save has what it was started from; the file need not even be there any more."""
     start = str(tmp_path / "a" / "adapters.safetensors")
     assert call(argv_for(base, texts, tmp_path / "a", "--iters 2")) == 0
-    whole = argv_for(base, texts, tmp_path / "b", "--iters 4", "--resume-adapter-file", start)
+    folder = str(tmp_path / "a")
+    whole = argv_for(base, texts, tmp_path / "b", "--iters 4", "--resume-adapter-file", folder)
     assert call(whole) == 0
     half = argv_for(base, texts, tmp_path / "c", "--iters 2", "--resume-adapter-file", start)
     assert call(half) == 0
@@ -100,6 +102,23 @@ def test_adapters_to_start_from_bring_what_lies_beside_them(base, texts, tmp_pat
     capsys.readouterr()
     assert call([*argv, "--resume-adapter-file", file]) == 2
     assert "which this run does not train" in capsys.readouterr().err
+
+
+def test_a_run_starts_from_adapters_of_peft(base, texts, tmp_path, capsys):
+    """At the scale that they were made with: at another one they are another model."""
+    still = "--iters 1 --learning-rate 1e-30 --scaling-learning-rate 0"
+    assert call(argv_for(base, texts, tmp_path / "a", "--iters 2 --scaling-learning-rate 0")) == 0
+    for name, more, status in (("b", {}, 0), ("c", {"lora_alpha": 7}, 2)):
+        peft = as_peft(tmp_path / "a", tmp_path / f"peft-{name}", **more)
+        argv = argv_for(base, texts, tmp_path / name, still, "--resume-adapter-file", str(peft))
+        capsys.readouterr()
+        assert call(argv) == status
+    assert "this run trains some of scale 20. Give lora_parameters" in capsys.readouterr().err
+    ours, theirs = (arrays(tmp_path / name)["adapters.safetensors"] for name in "ba")
+    assert all(mx.array_equal(value, theirs[key]) for key, value in ours.items())
+    alone = argv_for(base, texts, tmp_path / "d", "--iters 1 --fine-tune-type scaling")
+    assert call([*alone, "--resume-adapter-file", str(peft)]) == 2
+    assert "cannot keep the PEFT adapters" in capsys.readouterr().err
 
 
 def test_adapters_of_another_program_are_left_alone(base, texts, tmp_path, capsys):

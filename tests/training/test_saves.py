@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlx_clex import load
+from mlx_clex.errors import InputError
 from mlx_clex.training.log import read_log
+from mlx_clex.training.saves import Checkpoints
 
 from .commands import argv_for, call
 
@@ -45,6 +48,56 @@ def test_the_root_changes_in_one_step(base, texts, tmp_path):
     config = json.loads((adapters / "adapter_config.json").read_text())
     assert config["fine_tune_type"] == "lora"
     assert config["trained_scaling"] is True
+
+
+STATES = {
+    "settings that are a text": lambda state: state.update(same="x"),
+    "an iteration of a text": lambda state: state["progress"].update(iteration="1"),
+    "a negative iteration": lambda state: state["progress"].update(iteration=-1),
+    "losses of NaN": lambda state: state["progress"].update(losses=float("nan")),
+    "a place beyond the data": lambda state: state["data"].update(index=1 << 40),
+    "a place of a text": lambda state: state["data"].update(index="0"),
+    "a generator's state that is a text": lambda state: state["rng"].update(state="x"),
+}
+
+
+def test_a_save_with_values_of_another_kind_is_refused(base, texts, tmp_path, capsys):
+    """A run went on from them, or ended with a traceback."""
+    adapters = tmp_path / "a"
+    assert call(argv_for(base, texts, adapters, "--iters 1")) == 0
+    argv = argv_for(base, texts, adapters, "--iters 2", "--resume")
+    state, arrays = adapters / "current/state.json", adapters / "current/adapters.safetensors"
+    whole, weights = state.read_text(), arrays.read_bytes()
+    for name, change in STATES.items():
+        entries = json.loads(whole)
+        change(entries)
+        state.write_text(json.dumps(entries))
+        assert call(argv) == 2, name
+        assert "is damaged" in capsys.readouterr().err, name
+    state.write_text(whole)
+    loaded = mx.load(str(arrays))
+    mx.eval(loaded)
+    for name, change, words in [
+        ("NaN", lambda a: a * float("nan"), "not finite"),
+        ("flat", lambda a: a.reshape(-1), "it must be"),
+        ("whole numbers", lambda a: a.astype(mx.int32), "it must be"),
+    ]:
+        mx.save_safetensors(str(arrays), {key: change(a) for key, a in loaded.items()})
+        assert call(argv) == 2, name
+        assert words in capsys.readouterr().err, name
+    arrays.write_bytes(weights)
+    assert call(argv) == 0
+
+
+def test_saves_that_lead_out_of_the_folder_are_refused(tmp_path):
+    """A resumed run wrote where a link in a stranger's folder led."""
+    for name in ("checkpoints", "current"):
+        folder, outside = tmp_path / name, tmp_path / f"outside-{name}"
+        folder.mkdir()
+        outside.mkdir()
+        (folder / name).symlink_to(outside)
+        with pytest.raises(InputError, match="leads out of its folder"):
+            Checkpoints(folder, keep=1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Check this device against stored answers and float64, for `doctor --self-test`."""
