@@ -21,6 +21,7 @@ from mlx_lm import generate
 from mlx_lm.utils import load_model
 
 from mlx_clex import attach, fuse, load, lora
+from mlx_clex.checkpoint.config import normalise_config
 from mlx_clex.diagnosis.model_report import report
 from mlx_clex.errors import InputError
 from mlx_clex.model_file import Model, ModelArgs
@@ -35,7 +36,8 @@ HEAD = """
 config.json, and random weights in narrow widths. {served} pass every column.
 `tests/test_configurations.py` holds each cell.
 
-- **loads**: `load` reads the folder and its tokenizer, and gives the logits of stock mlx-lm.
+- **loads**: `load` reads the folder and its tokenizer, and gives the logits of stock mlx-lm,
+  which is given the defaults of transformers for missing keys.
 - **clex**, **gene**, **yarn**: `attach` at scale 1 leaves the logits as they were.
 - **convert**: `convert --scaling clex`, load with the tokenizer, generate.
 - **lora, fuse**: two steps of `lora --scaling clex`, `fuse`, and the same logits again. The tests
@@ -91,7 +93,10 @@ def loads(folder: Path) -> str:
     """Load a folder as published, with its tokenizer; return "yes" for stock mlx-lm's logits."""
     model, tokenizer = load(folder)
     assert tokenizer.encode("text")
-    stock, _ = load_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    # Where a key is missing, transformers' default counts, which may differ from mlx-lm's.
+    absent = {k: v for k, v in normalise_config(config).items() if k not in config}
+    stock, _ = load_model(folder, model_config=absent)
     error = float(mx.abs(model(_ids()) - stock(_ids())).max())
     return "yes" if error == 0 else f"off by {error:.1e}"
 

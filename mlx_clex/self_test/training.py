@@ -20,6 +20,8 @@ from .golden import golden_model
 from .measurement import Measurement, largest
 
 METHODS = ("clex", "gene", "gene-param")
+# The rope_scaling of each; None keeps the golden model's own.
+_ENTRIES = (None, {"type": "gene", "factor": 4}, {"type": "gene-param", "factor": 4})
 FILE = "training_gradients.safetensors"
 _SCALE = 3.0
 
@@ -29,7 +31,7 @@ def step_of(method: str) -> tuple[TrainingStep, Batch, Draw]:
 
     The optimizer keeps the gradient, and the model's weights stay as they are.
     """
-    model, golden = golden_model(None if method == "clex" else {"type": method, "factor": 4})
+    model, golden = golden_model(_ENTRIES[METHODS.index(method)])
     rng = np.random.default_rng(0)
     for name in model.scaling.learned:  # at its start, much of the gradient is zero
         model.scaling[name] = mx.array(rng.uniform(-0.1, 0.1, model.scaling[name].shape))
