@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
                 rows.append(found.row(first.get(found.case)))
                 first.setdefault(found.case, found)
                 print(cells(rows[-1]), flush=True)
-        except Exception as error:  # one case must not end the others
+        except (Exception, SystemExit) as error:  # one case must not end the others
             skipped[name], failed = one_line(error), True
             print(f"| {name} | not run: {skipped[name]} |", flush=True)
     if args.output is not None:

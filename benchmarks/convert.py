@@ -53,10 +53,7 @@ def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 imports, start = peak(), time.perf_counter()
-try:
-    command.main()
-except SystemExit as end:
-    status = end.code
+status = command.main()
 seconds = time.perf_counter() - start
 print(json.dumps([status, imports, peak(), seconds]))
 """

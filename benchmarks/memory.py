@@ -18,12 +18,12 @@ import mlx.core as mx  # isort: skip
 import mlx.optimizers as optim
 import numpy as np
 from mlx_lm.generate import generate_step
-from mlx_lm.models import llama
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_clex.diagnosis.machine import this_back_end
 from mlx_clex.diagnosis.memory import Reading, Training, peak, reading, training
 from mlx_clex.diagnosis.sizes import Sizes, sizes_of_model
+from mlx_clex.self_test.measurement import random_llama
 from mlx_clex.training.draws import Draws, procedure_for
 from mlx_clex.training.step import Batch, TrainingStep, compute_in_depth
 
@@ -46,20 +46,9 @@ SETTINGS: tuple[Reading | Training, ...] = (
 
 def tiny_model() -> Any:
     """Return a random LLaMA of 6 layers with CLEX, in float32."""
-    mx.random.seed(0)
-    args = llama.ModelArgs(
-        model_type="llama",
-        hidden_size=128,
-        num_hidden_layers=6,
-        intermediate_size=352,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        rms_norm_eps=1e-5,
-        vocab_size=1000,
-        max_position_embeddings=256,
-    )
-    model = attach(llama.Model(args), {"type": "clex", "max_factor": 64})
+    changes = {"hidden_size": 128, "num_hidden_layers": 6, "intermediate_size": 352}
+    changes |= {"num_key_value_heads": 2, "vocab_size": 1000, "max_position_embeddings": 256}
+    model = attach(random_llama(**changes), {"type": "clex", "max_factor": 64})
     mx.eval(model.parameters())
     return model
 

@@ -26,12 +26,12 @@ import mlx.core as mx  # isort: skip
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx_lm.models import llama
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_clex.model.chunked_loss import hidden_states
 from mlx_clex.scaling import build_scaling
+from mlx_clex.self_test.measurement import random_llama
 from mlx_clex.training import step as step_module
 from mlx_clex.training.draws import Draws, procedure_for
 from mlx_clex.training.step import Batch, TrainingStep
@@ -46,18 +46,11 @@ def build(path: str | None, ours: bool) -> Any:
     if path:
         model: Any = load(path)[0]
     else:
-        model = llama.Model(
-            llama.ModelArgs(
-                model_type="llama",
-                hidden_size=256,
-                num_hidden_layers=2,
-                intermediate_size=688,
-                num_attention_heads=4,
-                rms_norm_eps=1e-5,
-                vocab_size=32_000,
-                max_position_embeddings=4096,
-                tie_word_embeddings=False,
-            )
+        model = random_llama(
+            intermediate_size=688,
+            vocab_size=32_000,
+            max_position_embeddings=4096,
+            tie_word_embeddings=False,
         )
     if ours:
         attach(model, {"type": "clex"})

@@ -17,6 +17,7 @@ import mlx_clex  # isort: skip  (before mlx.core: on Linux it looks for OpenBLAS
 import mlx.core as mx
 import mlx_lm
 import numpy as np
+from mlx_clex.convert import convert as convert_checkpoint
 from mlx_lm.generate import generate_step
 
 from mlx_clex.commands.memory_check import MemoryCheck
@@ -112,7 +113,7 @@ def convert(setup: Setup) -> Iterator[Comparison]:
 
         def block(kind: str) -> None:
             if kind == OURS:
-                mlx_clex.convert(source, target, scaling={"type": "clex"})
+                convert_checkpoint(source, target, scaling={"type": "clex"})
             else:
                 shutil.copytree(source, target)
 

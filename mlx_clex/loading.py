@@ -18,7 +18,6 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from . import bundled
 from .checkpoint.adapters import add_adapters, other_base
-from .checkpoint.config import base_config
 from .checkpoint.digest import state_digest
 from .checkpoint.files import expand
 from .checkpoint.folder import (
@@ -34,6 +33,7 @@ from .errors import InputError, reading, say
 from .model.finite import check_finite
 from .model.scaled_model import scaled
 from .model.sharding import share_out, wait_for_all
+from .model.stock import config_of
 from .model_file import open_model
 from .scaling import Scaling
 from .scaling.check import check_frequencies
@@ -171,7 +171,7 @@ def _load_model(
             model_config=model_config,
             trust_remote_code=trust_remote_code,
         )
-    for note in unread_settings(base_config(read_config(folder)), model):
+    for note in unread_settings(config_of(model), model):
         say(note)
     if adapter_path is not None:
         add_adapters(model, Path(adapter_path), scale)
