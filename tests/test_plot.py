@@ -189,7 +189,7 @@ def test_the_scaling_of_adapters(tmp_path, converted):
         (("frequencies", "--model", "/nowhere"), "no folder or file"),
         (("frequencies", "--model", "MODEL", "--max-scale", "1"), "greater than 1, got 1"),
         (("frequencies", "--model", "MODEL", "--max-scale", "9"), "within 1..8"),
-        (("frequencies", "--model", "MODEL", "MODEL", "--adapter-path", "a"), "one --model, got 2"),
+        (("frequencies", "--model", "MODEL", "x", "--adapter-path", "a"), "a single --model"),
         (("frequencies", "--model", "STOCK"), "so it has no scaling"),
     ],
 )
