@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from mlx_clex import bundled
 from mlx_clex.checkpoint import safetensors_file
+from mlx_clex.checkpoint.files import expand
 from mlx_clex.checkpoint.folder import SHIM, check_hub_id
 from mlx_clex.checkpoint.safetensors_file import TensorInfo
 from mlx_clex.errors import InputError, say
@@ -81,7 +82,7 @@ def convert(
         OSError: for example, the disk is full; nothing is left behind.
     """
     options = Options(**fields)
-    target = Path(mlx_path).expanduser()
+    target = expand(mlx_path)
     if not dry_run:
         check_target(target)
     if upload_repo is not None:

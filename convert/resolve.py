@@ -5,6 +5,7 @@ Not covered: which files of a folder are read (`read/source.py`).
 
 from pathlib import Path
 
+from mlx_clex.checkpoint.files import expand
 from mlx_clex.checkpoint.folder import check_hub_id
 from mlx_clex.errors import InputError
 
@@ -23,7 +24,7 @@ def find(hf_path: str | Path, revision: str | None = None) -> Checkpoint:
         InputError: there is no such folder or id, it has no weights or no config.json,
             or a shard that its index names is missing.
     """
-    path = Path(hf_path).expanduser()
+    path = expand(hf_path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"{path} is a file. Give its folder, a .gguf file, or a hub id.")
@@ -39,4 +40,4 @@ def find(hf_path: str | Path, revision: str | None = None) -> Checkpoint:
 def is_local(hf_path: str | Path) -> bool:
     """Return whether a local file or folder has this name; it is preferred to a hub id."""
     # Path("") is the current folder.
-    return str(hf_path) != "" and Path(hf_path).expanduser().exists()
+    return str(hf_path) != "" and expand(hf_path).exists()

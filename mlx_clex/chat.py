@@ -13,11 +13,11 @@ import importlib
 import signal
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from mlx_lm.chat import setup_arg_parser
 
+from .checkpoint.files import expand
 from .commands.chat_options import add_chat_arguments, check_chat_options, load_conversation
 from .commands.progress import reading_bar
 from .commands.run_command import command
@@ -92,10 +92,7 @@ def _obey(conversation: Conversation, line: str) -> None:
         )
     if COMMANDS[command].startswith("FILE") and not file:
         raise InputError(f"{command} needs a file: {command} FILE.")
-    try:
-        Path(file).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"{file}: there is no such user. Give the path without ~.") from error
+    expand(file)
     if command == "/help":
         print("\n".join(f"{name:10}{text}" for name, text in COMMANDS.items()))
     elif command == "/reset":

@@ -20,7 +20,7 @@ from mlx_lm.utils import dequantize_model, save_model
 
 from .checkpoint.adapters import other_base, read_adapters
 from .checkpoint.config import BASE_ROPE, SHIM, is_ours, normalise_config
-from .checkpoint.files import write_json
+from .checkpoint.files import expand, write_json
 from .checkpoint.folder import files_of, read_config
 from .commands.help import point_elsewhere
 from .commands.options import add_shared
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: the base model, the adapters or the target cannot be used.
     """
-    target = Path(args.save_path).expanduser()
+    target = expand(args.save_path)
     check_target(target)
     base = resolve(args.model)
     message = other_base(base, Path(args.adapter_path))

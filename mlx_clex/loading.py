@@ -20,6 +20,7 @@ from . import bundled
 from .checkpoint.adapters import add_adapters, other_base
 from .checkpoint.config import base_config
 from .checkpoint.digest import state_digest
+from .checkpoint.files import expand
 from .checkpoint.folder import (
     check_hub_id,
     files_of,
@@ -187,8 +188,8 @@ def resolve(path_or_hub_id: str | Path, *, cache_dir: str | Path | None = None) 
     """
     if str(path_or_hub_id).startswith(bundled.PREFIX):
         return bundled.folder(str(path_or_hub_id).removeprefix(bundled.PREFIX))
-    path = Path(path_or_hub_id).expanduser()
-    cache = Path(cache_dir or DEFAULT_CACHE).expanduser()
+    path = expand(path_or_hub_id)
+    cache = expand(cache_dir or DEFAULT_CACHE)
     if path.suffix == ".gguf" and path.is_file():
         return _converted(str(path), cache / f"{path.stem}@{state_digest([path])}-{CONVERSION}")
     if path.is_dir() and str(path_or_hub_id):

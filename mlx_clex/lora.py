@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .checkpoint.files import expand
 from .checkpoint.lock import locked
 from .commands.memory_check import MemoryCheck, add_force
 from .commands.run_command import check_seed, command
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
             check_seed(args.seed)
             options = TrainingOptions.of(args)
         # One process for all: the others of a distributed run would wait for it.
-        folder = Path(options.adapter_path).expanduser()
+        folder = expand(options.adapter_path)
         writes = options.train and ranks.first and folder.name
         with locked(folder, f"--adapter-path {folder}") if writes else nullcontext():
             first, *later = stages(options)

@@ -48,3 +48,30 @@ def test_an_unknown_command_is_one_line():
     assert done.stderr.count("\n") == 1
     assert "did you mean perplexity?" in done.stderr
     assert all(name in done.stderr for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "--model", "~nobody-here/model"),
+        ("convert", "--hf-path", "bundled:base", "--mlx-path", "~nobody-here/model"),
+        (
+            "lora",
+            "--train",
+            "--model",
+            "bundled:base",
+            "--data",
+            "~nobody-here/a",
+            "--scaling",
+            "none",
+        ),
+        ("plot", "~nobody-here/run.json"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_home_folder_of_no_user_is_one_line(arguments):
+    """It was a Python error: Could not determine home directory."""
+    done = mlx_clex(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "~nobody-here" in done.stderr

@@ -24,6 +24,18 @@ _LARGEST_CONFIG = 8_000_000
 _DEEPEST = 64  # lists and objects within each other
 
 
+def expand(name: str | Path) -> Path:
+    """Return a path in which ~ is replaced by the home folder.
+
+    Raises:
+        InputError: it begins with ~NAME, and there is no such user.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{name}: there is no such user. Give the path without ~.") from error
+
+
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces `target` when the block ends without an error.

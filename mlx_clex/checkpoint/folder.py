@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..scaling import SCALINGS
 from .config import SHIM, normalise_config, set_tied
 from .digest import samples_by_name
-from .files import check_link, largest_size, read_json
+from .files import check_link, expand, largest_size, read_json
 from .safetensors_file import read_header
 from .sizes import Held
 
@@ -49,7 +49,7 @@ def check_hub_id(name: str | Path) -> str:
 
 def _nearest(name: str) -> str | None:
     """Return the most similar name of a folder, .gguf file or bundled model, or None."""
-    path = Path(name).expanduser()
+    path = expand(name)
     known = dict.fromkeys(MODELS.values())
     if path.name and path.parent.is_dir():
         inside = (e for e in path.parent.iterdir() if e.is_dir() or e.suffix == ".gguf")

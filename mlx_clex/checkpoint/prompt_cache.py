@@ -20,7 +20,7 @@ from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache, save_prompt
 from ..errors import InputError, RunError, reading
 from ..model.plans import planned_caches, single_caches
 from ..model.scaled_model import make_prompt_cache
-from .files import new_file
+from .files import expand, new_file
 from .fingerprint import Fingerprint, difference
 from .safetensors_file import read_tensors
 
@@ -36,7 +36,7 @@ def file_for(name: str | Path) -> Path:
     Raises:
         InputError: the parent folder does not exist.
     """
-    path = Path(name).expanduser()
+    path = expand(name)
     if path.suffix != _SUFFIX:
         path = path.with_name(path.name + _SUFFIX)
     if not path.parent.is_dir():
@@ -134,7 +134,7 @@ def metadata_of(name: str | Path) -> dict[str, str]:
 
 
 def _existing(name: str | Path) -> Path:
-    path = Path(name).expanduser()
+    path = expand(name)
     file = path if path.is_file() else file_for(name)
     if not file.is_file():
         raise InputError(f"There is no file {file}.")

@@ -38,7 +38,7 @@ def open_tokenizer(
     options = dict(options or {})
     with reading(f"{name} has no tokenizer that loads"):
         if config.get("model_type") not in CONFIG_MAPPING:
-            # Of a family that it does not know, transformers would only check the rope.
+            # transformers reads nothing but the rope of a family that it does not know.
             options.setdefault("config", PreTrainedConfig())
         tokenizer = load_tokenizer(folder, options, eos_token_ids=ends)
         highest = max(_ids_of(tokenizer), default=-1)

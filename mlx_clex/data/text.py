@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import open_regular
+from ..checkpoint.files import expand, open_regular
 from ..errors import InputError
 
 
@@ -23,7 +23,7 @@ def read_text(file: str | Path, option: str = "") -> str:
     Raises:
         InputError: the file cannot be read, or is no UTF-8.
     """
-    path = Path(file).expanduser()
+    path = expand(file)
     try:
         with open_regular(path, pipe=True) as source:
             data = source.read()

@@ -257,7 +257,7 @@ def _without_scaling(model: nn.Module, source: Source, config: dict[str, Any]) -
         except InputError as error:
             yield "not possible", f"{name}: {error}"
     note = "" if length else ", with --trained-length"
-    yield "possible", f"mlx_clex.convert --scaling {'|'.join(possible)}{note}"
+    yield "possible", f"mlx_clex convert --scaling {'|'.join(possible)}{note}"
 
 
 def _own_rope(config: dict[str, Any], kind: str) -> Iterator[Row]:

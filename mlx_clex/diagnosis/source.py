@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import mlx.nn as nn
 
 from .. import bundled
+from ..checkpoint.files import expand
 from ..checkpoint.folder import check_hub_id, files_of, held_by, read_config
 from ..checkpoint.sizes import Held
 from ..errors import InputError, one_line
@@ -42,7 +43,7 @@ def find_source(path_or_hub_id: str | Path) -> Source:
     """
     if str(path_or_hub_id).startswith(bundled.PREFIX):
         path_or_hub_id = bundled.folder(str(path_or_hub_id).removeprefix(bundled.PREFIX))
-    path = Path(path_or_hub_id).expanduser()
+    path = expand(path_or_hub_id)
     if path.suffix == ".gguf" and path.is_file():
         from ..convert.read.gguf_file import config_of, header, read
 

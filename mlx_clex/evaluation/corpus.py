@@ -1,11 +1,11 @@
 """Load the text that `perplexity` and `compare` measure on."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..bundled import held_out_text
+from ..checkpoint.files import expand
 from ..data.corpus import Corpus, load_corpora
 from ..errors import InputError
 from ..loading import DEFAULT_CACHE
@@ -20,7 +20,7 @@ def corpus_of(data: str | None, split: str, tokenizer: Any) -> Corpus:
     if data is None:
         ids = np.array(tokenizer.encode(held_out_text(), verbose=False), np.uint32)
         return Corpus("The bundled text", ids, np.array([0]), np.array([0]))
-    path = Path(data).expanduser()
+    path = expand(data)
     corpora = load_corpora(
         path, tokenizer, mask_prompt=False, cache_dir=DEFAULT_CACHE, splits=[split]
     )

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.files import read_json, write_text
+from ..checkpoint.files import expand, read_json, write_text
 from ..checkpoint.lock import locked
 from ..errors import InputError, RunError
 
@@ -132,7 +132,7 @@ def alone(prefix: str | Path | None) -> Iterator[None]:
     if prefix is None:
         yield
         return
-    path = Path(str(prefix).removesuffix(".json")).expanduser()
+    path = expand(str(prefix).removesuffix(".json"))
     with locked(_path(path, ".json"), f"--output {prefix}"):
         yield
 
@@ -157,7 +157,7 @@ def open_results(
     results = Results(kind, json.loads(json.dumps(dict(settings))), tuple(keys))
     if prefix is None:
         return results
-    results.prefix = Path(str(prefix).removesuffix(".json")).expanduser()
+    results.prefix = expand(str(prefix).removesuffix(".json"))
     file = _path(results.prefix, ".json")
     if file.exists():
         there = read_results(file)
@@ -185,7 +185,7 @@ def read_results(path: str | Path, *kinds: str) -> Results:
     Raises:
         InputError: the file is missing, not a result file, or of another kind.
     """
-    prefix = Path(str(path).removesuffix(".json")).expanduser()
+    prefix = expand(str(path).removesuffix(".json"))
     file = _path(prefix, ".json")
     try:
         file.stat()

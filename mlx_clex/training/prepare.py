@@ -18,6 +18,7 @@ from mlx_lm.tuner.callbacks import get_reporting_callbacks
 
 from ..checkpoint.adapters import read_adapters
 from ..checkpoint.digest import weights_digest
+from ..checkpoint.files import expand
 from ..data.corpus import Corpus, load_corpora
 from ..errors import InputError, say
 from ..evaluation.perplexity import check_lengths, check_targets
@@ -153,7 +154,7 @@ def _under_scaling(options: TrainingOptions) -> bool:
 def _adapters_below(options: TrainingOptions) -> Path | str | None:
     """The folder of adapters that the model is loaded with."""
     if _under_scaling(options):
-        return adapters_below(Path(str(options.resume_adapter_file)).expanduser())
+        return adapters_below(expand(str(options.resume_adapter_file)))
     return None if options.train else (options.adapter_path or None)
 
 
@@ -161,7 +162,7 @@ def _load_data(options: TrainingOptions, tokenizer: Any) -> dict[str, Corpus]:
     """Load the parts of the data that the run needs, by name."""
     parts = (["train", "valid"] if options.train else []) + (["test"] if options.test else [])
     corpora = load_corpora(
-        Path(options.data or ".").expanduser(),
+        expand(options.data or "."),
         tokenizer,
         mask_prompt=options.mask_prompt,
         cache_dir=DEFAULT_CACHE,
@@ -229,7 +230,7 @@ def _training(
     if _under_scaling(options):
         kept, extra = names_of_adapters(Path(str(_adapters_below(options))))
     elif options.resume_adapter_file is not None and not going_on:
-        load_adapters(model, Path(options.resume_adapter_file).expanduser())
+        load_adapters(model, expand(options.resume_adapter_file))
     batches = _batches(options, corpora["train"])
     if batches.cut or batches.mute:
         say(

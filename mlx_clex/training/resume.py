@@ -20,6 +20,7 @@ from ..checkpoint.adapters import (
     tensor_files,
 )
 from ..checkpoint.digest import weights_digest
+from ..checkpoint.files import expand
 from ..checkpoint.folder import read_config
 from ..checkpoint.peft_adapters import is_peft
 from ..checkpoint.safetensors_file import read_header
@@ -37,7 +38,7 @@ def open_folder(options: TrainingOptions) -> Checkpoints:
     Raises:
         InputError: the message says what is in it.
     """
-    checkpoints = Checkpoints(Path(options.adapter_path).expanduser(), keep=options.keep)
+    checkpoints = Checkpoints(expand(options.adapter_path), keep=options.keep)
     if checkpoints.newest is not None and not options.resume:
         raise InputError(
             f"{options.adapter_path} holds a run already: go on with --resume, or give another "

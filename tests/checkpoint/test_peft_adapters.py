@@ -94,7 +94,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("fault", REFUSED)
 def test_what_is_not_read_is_named(fault, base, tmp_path):
-    """A part that is left out would be another model, without a word."""
+    """An adapter without one of its parts gives another model, so it must be refused."""
     settings, change, words = REFUSED[fault]
     folder = changed(tmp_path, "lora", change or (lambda tensors: tensors), **settings)
     with pytest.raises(InputError) as error:
