@@ -98,8 +98,8 @@ def generating(where: Callable[[], str]) -> Iterator[None]:
         raise InputError(f"mlx-lm does not accept an option: {error}{hint}") from error
     except LookupError as error:
         raise InputError(
-            f"The model gave a token that its tokenizer lacks ({one_line(error)}). The tokenizer is "
-            "damaged, or another model's: copy it again."
+            f"The model gave a token that its tokenizer lacks ({one_line(error)}). The tokenizer "
+            "is damaged, or another model's: copy it again."
         ) from error
     except RuntimeError as error:
         raise RunError(f"MLX failed {where()}: {error}{watchdog_advice(error)}") from error
