@@ -33,7 +33,7 @@ def base(tmp_path_factory):
 
 
 def logits_of(folder, adapters=None, ids=IDS):
-    model, _ = open_model(folder, lazy=False)
+    model, _ = open_model(folder)
     if adapters is not None:
         add_adapters(model, adapters, None)
     return np.array(model(mx.array([ids]))[0])
@@ -127,7 +127,7 @@ def test_a_head_that_is_the_embedding_is_not_adapted_by_halves(base, tmp_path):
 def test_a_quantised_base_takes_them(base, tmp_path):
     """Most people have the model in 4 bits; a tensor trained whole does not fit such a layer."""
     random = np.random.default_rng(1)
-    model, _ = open_model(base, lazy=False)
+    model, _ = open_model(base)
     wide = nn.Linear(64, 32)
     model.layers[0].self_attn.q_proj = nn.QuantizedLinear.from_linear(wide, group_size=32)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
@@ -143,7 +143,7 @@ def test_a_quantised_base_takes_them(base, tmp_path):
 
 def test_a_saved_answer_belongs_to_its_adapters(base, tmp_path):
     """A prompt cache made with one folder must not go on with another of the same tensors."""
-    model, _ = open_model(base, lazy=False)
+    model, _ = open_model(base)
     marks = {
         fingerprint(model, base, folder)["adapter"]
         for folder in (

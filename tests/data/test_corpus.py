@@ -277,7 +277,7 @@ def test_an_unusable_dataset_of_the_hub_is_refused(hub, tmp_path, monkeypatch):
         load_from(Path("owner/name"), tmp_path)
     with pytest.raises(InputError, match="Not found Hugging Face dataset: owner/none"):
         load_from(Path("owner/none"), tmp_path)
-    with pytest.raises(InputError, match=r"owner/name cannot be used.*masking"):
+    with pytest.raises(InputError, match=r"owner/name cannot be used. .*masking"):
         load_from(Path("owner/name"), tmp_path, mask_prompt=True)
     for name in ("a/b.txt", "../name", "a/b/c", "name"):
         with pytest.raises(InputError, match="neither a folder"):

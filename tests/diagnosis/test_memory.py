@@ -109,7 +109,8 @@ def test_what_saves_memory_is_predicted_to_save_it():
         assert peak(training(sizes, replace(train, grad_checkpoint=True), back_end)) < steps
         assert peak(training(sizes, replace(train, full=True), back_end)) > steps + 6e9 * 4
         fewer = replace(train, num_layers=8)
-        assert peak(training(sizes, fewer, back_end)) < 0.6 * steps
+        saved = steps - peak(training(sizes, fewer, back_end))
+        assert saved > 0.7 * (steps - sizes.weights)  # three quarters of the layers
         assert peak(training(sizes, replace(fewer, learns=True), back_end)) > 0.9 * steps
 
 
