@@ -14,7 +14,9 @@ from mlx_lm.utils import load_config, save_config
 
 from mlx_clex.checkpoint.tokenizer import open_tokenizer
 from mlx_clex.errors import InputError, reading, shown
+from mlx_clex.model.scaled_model import scaled
 from mlx_clex.model_file import open_model
+from mlx_clex.scaling.check import check_frequencies
 
 _DTYPE = re.compile(r"(torch\.)?(auto|(b?float|u?int)\d+\w*)")
 
@@ -65,4 +67,6 @@ def check_model(folder: Path) -> None:
         InputError: it does not load.
     """
     with reading("The converted checkpoint does not load. Check config.json of the source"):
-        open_model(folder)
+        model, _ = open_model(folder)
+        if (scaling := scaled(model).scaling) is not None:
+            check_frequencies(scaling)

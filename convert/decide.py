@@ -258,6 +258,11 @@ def _compare(expected: Mapping[str, Any], given: Mapping[str, mx.array]) -> None
                 f"The checkpoint has the tensor {name}, shape {tuple(array.shape)}, which its "
                 "model does not have. Is it another model's config.json?"
             )
+        if mx.issubdtype(array.dtype, mx.signedinteger) or array.dtype == mx.bool_:
+            raise InputError(
+                f"The tensor {name} has the type {str(array.dtype).removeprefix('mlx.core.')}. "
+                "Weights are floats. Download the checkpoint again."
+            )
         if tuple(array.shape) != tuple(expected[name]):
             raise InputError(
                 f"The tensor {name} has shape {tuple(array.shape)}; the config asks for "

@@ -96,6 +96,11 @@ def generating(where: Callable[[], str]) -> Iterator[None]:
         # mlx-lm checks sampling and KV quantisation only when it uses them.
         hint = " Try another --kv-group-size." if "[quantize]" in str(error) else ""
         raise InputError(f"mlx-lm does not accept an option: {error}{hint}") from error
+    except LookupError as error:
+        raise InputError(
+            f"The model gave a token that its tokenizer lacks ({one_line(error)}). The tokenizer "
+            "is damaged, or another model's: copy it again."
+        ) from error
     except RuntimeError as error:
         raise RunError(f"MLX failed {where()}: {error}{watchdog_advice(error)}") from error
 

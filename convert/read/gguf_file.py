@@ -97,8 +97,12 @@ def read(path: Path) -> GgufFile:
         raise InputError(
             f"{path} is big-endian, which mlx_clex does not read. Use the model's safetensors."
         )
-    for tensor in reader.tensors:
+    end = 0
+    for tensor in sorted(reader.tensors, key=lambda tensor: tensor.data_offset):
         _check_tensor(path, tensor)
+        if tensor.data_offset % reader.alignment or tensor.data_offset < end:
+            raise _broken(path, f"the data of {tensor.name} is not where it can be")
+        end = tensor.data_offset + tensor.n_bytes
     return GgufFile(path, metadata, reader.tensors)
 
 

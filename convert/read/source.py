@@ -132,7 +132,9 @@ def _shards(index: Any, name: str, place: str) -> list[str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{place}: {name} has no weight_map.")
-    shards = sorted({str(shard) for shard in weight_map.values()})
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InputError(f"{place}: {name} has a weight_map of other values than file names.")
+    shards = sorted(set(weight_map.values()))
     for shard in shards:
         if Path(shard).name != shard:  # a path out of the folder
             raise InputError(f"{place}: {name} names the shard {shard!r}, which is no file name.")

@@ -96,6 +96,8 @@ def _from_sentencepiece(source: Path, folder: Path, config: dict[str, Any]) -> d
     proto = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
     with reading(f"{source / 'tokenizer.model'} is no SentencePiece model"):
         proto.ParseFromString((source / "tokenizer.model").read_bytes())
+        if not proto.pieces:
+            raise ValueError("it has no pieces")
     config = _LLAMA_TOKENS | {"tokenizer_class": "LlamaTokenizer"} | config
     config.setdefault("add_bos_token", True)
     config.setdefault("add_eos_token", False)

@@ -22,6 +22,7 @@ from mlx_lm.utils import MODEL_REMAPPING
 
 from ..errors import InputError, shown
 from ..scaling import SCALINGS
+from ..scaling.factor import FactorScaling
 from ..scaling.none import NoScaling
 
 SHIM = "mlx_clex_model.py"  # the model_file of converted checkpoints
@@ -92,6 +93,11 @@ def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
     _check_sizes(config)
     _set_defaults(config)
     if ours:
+        if issubclass(SCALINGS[name], FactorScaling) and "factor" not in scaling:
+            raise InputError(
+                f"config.json has rope_scaling {shown({'type': name, **scaling})} without a "
+                "factor. Copy the model's own config.json."
+            )
         scaling.pop("rope_type", None)  # some files of mlx-lm want this name in theirs
         scaling = SCALINGS[name].from_release(scaling, config)
     if name in (_PLAIN, NoScaling.name):
@@ -308,6 +314,8 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if isinstance(value, dict):
             _check_sizes(value)
+        if any(number != number for number in (value if isinstance(value, list) else [value])):
+            raise InputError(f"config.json has {key} = NaN. Copy the model's own config.json.")
         most = next((n for name, n in _SIZES.items() if re.fullmatch(name, str(key))), None)
         if most is None or value is None or isinstance(value, list | dict):
             continue

@@ -68,6 +68,8 @@ def files_of(folder: Path) -> list[Path]:
             or a text of a size that no model has.
     """
     files = []
+    if not folder.is_dir():
+        raise InputError(f"{folder} is neither a folder nor a regular file. Copy it again.")
     entries = [*folder.iterdir(), *(folder / _TEMPLATES).glob("*")]
     for file in sorted(entry for entry in entries if not entry.name.startswith(".")):
         check_link(file, folder)
@@ -95,6 +97,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     # mlx-lm reads generation_config.json too.
     for name in ("generation_config.json", "config.json"):
+        check_link(folder / name, folder)
         config = read_json(folder / name) if os.path.lexists(folder / name) else {}
         if not isinstance(config, dict):
             raise InputError(f"{folder / name} is not a JSON object. Copy it again.")

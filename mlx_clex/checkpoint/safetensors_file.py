@@ -82,7 +82,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise _broken(path, f"its header has more than {_MAX_TENSORS:,} tensors")
     try:
         header = json.loads(text)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None) or {}  # mlx writes null
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("metadata other than texts")
         entries = [(name, *_entry(path, name, value)) for name, value in header.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):

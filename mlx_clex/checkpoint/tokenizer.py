@@ -33,15 +33,17 @@ def open_tokenizer(
     name = name or str(folder)
     vocabulary = config.get("vocab_size")
     ends = _ends(config.get("eos_token_id"), vocabulary)
-    # Its only complaint is that transformers does not know our rope_scaling types.
-    logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
+    # It warns of our rope_scaling types, and of what is refused or ignored here with a line.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     options = dict(options or {})
     with reading(f"{name} has no tokenizer that loads"):
         if config.get("model_type") not in CONFIG_MAPPING:
             # transformers reads nothing but the rope of a family that it does not know.
             options.setdefault("config", PreTrainedConfig())
         tokenizer = load_tokenizer(folder, options, eos_token_ids=ends)
-        highest = max(_ids_of(tokenizer), default=0)
+        highest = max(_ids_of(tokenizer), default=-1)
+        if highest < 0:
+            raise ValueError("its vocabulary is empty")
         # Some broken files fail, or panic, only when a text is encoded or decoded.
         ids = tokenizer.encode("A text.")
         tokenizer.decode(ids)

@@ -99,7 +99,15 @@ def _files(source: Source) -> Iterator[Row]:
         kind = "a published checkpoint: load converts it once"
     size = sum((folder / name).stat().st_size for name in weights)
     yield "weights", f"{size_text(size)} in {len(weights)} files, {kind}"
-    for index in sorted(folder.glob("[!.]*.index.json")):
+    indexes = sorted(folder.glob("[!.]*.index.json"))
+    if not indexes:
+        from ..convert.read.source import choose_weights
+
+        try:
+            choose_weights(names, lambda name: None, str(folder))
+        except InputError as error:
+            yield PROBLEM, str(error)
+    for index in indexes:
         try:
             wanted = set(read_json(index)["weight_map"].values())
         except (InputError, KeyError, AttributeError, TypeError):

@@ -112,8 +112,11 @@ _PLAIN = {"model_type", "rope_theta", "max_position_embeddings", "rope_scaling",
 _HARMLESS = {
     "text_config []",
     f"eos_token_id {1 << 40}",  # no text ends with it; a note says so
-    *(f"ours {name}" for name in ("factor 0", "factor 1e+308", "time_dt 1e-300")),
-    "yarn factor gone",
+    *(f"ours {name}" for name in ("factor 0", "time_dt 1e-300")),
+    # Names code, which is never run.
+    *(f"model_file {json.dumps(value)}" for value in _SETTINGS["model_file"]),
+    # No tensor is quantised.
+    'quantization {"bits": 0, "group_size": 0}',
 }
 # What a conversion reads, and mlx-lm does not.
 _UNREAD = {"torch_dtype 5", "torch_dtype {}"}

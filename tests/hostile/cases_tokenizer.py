@@ -89,7 +89,8 @@ def _files() -> Iterator[Case]:
         "gone": gone("tokenizer.model"),
     }.items():
         yield Case("sentencepiece", word, "ours", both(without, edit), ("generate",))
-        yield Case("sentencepiece", f"published, {word}", "published", edit, ("convert",))
+        status = FINE if word == "gone" else REFUSED  # there is a tokenizer.json
+        yield Case("sentencepiece", f"published, {word}", "published", edit, ("convert",), status)
 
 
 def _jsons() -> Iterator[Case]:
@@ -154,7 +155,7 @@ def _jsons() -> Iterator[Case]:
     }.items():
         yield Case("tokenizer code", name, "ours", edit, BOTH, FINE)
     edit = both(config(model_file="evil.py"), put("evil.py", code))
-    yield Case("tokenizer code", "a model file", "ours", edit, ALL)
+    yield Case("tokenizer code", "a model file", "ours", edit, ALL, FINE)
     edit = put("mlx_clex_model.py", code)
     yield Case("tokenizer code", "our model file replaced", "ours", edit, ALL, FINE)
     for name in ("sitecustomize.py", "mlx_lm.py", "json.py", "conftest.py"):
