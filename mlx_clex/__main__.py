@@ -33,7 +33,10 @@ def main() -> None:
     """Run the command that the first argument names, and exit with its status."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print(help_text())
+        try:
+            print(help_text(), flush=True)
+        except BrokenPipeError:  # `| head`
+            sys.stderr.close()
     elif name == "--version":
         print(f"mlx_clex {version('mlx-clex')}")
     elif name in NAMES:

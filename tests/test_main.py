@@ -1,5 +1,6 @@
 """The front door: one word before all commands."""
 
+import os
 import subprocess
 import sys
 
@@ -22,6 +23,27 @@ def test_without_a_command_it_lists_them_in_groups():
         assert f"\n{group}:\n" in done.stdout
         for name, text in commands.items():
             assert f"  {name:14}{text}\n" in done.stdout
+
+
+def test_help_imports_no_model_code():
+    """It took 2.7 seconds, most of them to import transformers."""
+    code = (
+        "import sys, mlx_clex; from mlx_clex.__main__ import main; main()\n"
+        "assert not {'mlx.core', 'mlx_lm', 'transformers'} & set(sys.modules)\n"
+        "assert {'attach', 'load', 'make_prompt_cache'} <= set(dir(mlx_clex))\n"
+        "assert not hasattr(mlx_clex, 'laod')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_reader_of_the_help_may_leave():
+    """`mlx_clex --help | head -3` was a Python error."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "mlx_clex", "--help"]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE)
+    os.close(write_end)
+    assert done.stderr == b""
 
 
 @pytest.mark.parametrize("script", [False, True])
