@@ -162,6 +162,24 @@ def as_peft(adapters, folder, **settings):
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def transformers_without_torch(tmp_path_factory):
+    """In programs that tests start, transformers does not find torch, as on most machines.
+
+    Importing it is half of the time that a command takes to start. Whoever imports it himself, to
+    read a .bin file, still can.
+    """
+    folder = tmp_path_factory.mktemp("start")
+    (folder / "sitecustomize.py").write_text(
+        "import importlib.util as util\n"
+        "find = util.find_spec\n"
+        "util.find_spec = lambda name, *more: None if name == 'torch' else find(name, *more)\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tokens():
     """(4, 300) token ids below 64."""
