@@ -57,6 +57,15 @@ def test_a_published_folder_that_cannot_be_used_leaves_nothing_in_the_cache(tmp_
     assert not list((tmp_path / "cache").glob("*"))
 
 
+@pytest.mark.parametrize("template", [5, True, {"default": 5}])
+def test_a_chat_template_that_is_no_text_is_refused(folder, template):
+    """A conversion copied it, and every later prompt failed."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    with pytest.raises(InputError, match=f"chat_template is ({template}|5), not a text"):
+        load(folder)
+
+
 def test_a_converted_folder_runs_under_stock_mlx_lm(folder):
     """The shim makes it a checkpoint for every program of mlx-lm, with the same answers."""
     ours, _ = load(folder)

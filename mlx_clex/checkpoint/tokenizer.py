@@ -44,6 +44,10 @@ def open_tokenizer(
         highest = max(_ids_of(tokenizer), default=-1)
         if highest < 0:
             raise ValueError("its vocabulary is empty")
+        templates = getattr(tokenizer._tokenizer, "chat_template", None) or ""
+        for text in templates.values() if isinstance(templates, dict) else [templates]:
+            if not isinstance(text, str):
+                raise ValueError(f"its chat_template is {shown(text)}, not a text")
         # Some broken files fail, or panic, only when a text is encoded or decoded.
         ids = tokenizer.encode("A text.")
         tokenizer.decode(ids)

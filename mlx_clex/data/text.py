@@ -61,7 +61,15 @@ def encode_text(tokenizer: Any, text: str, *, begins: bool) -> list[int]:
         begins: the text is bare and begins a sequence, so the tokenizer adds its special
             tokens. False for a rendered chat template, which has its own, and for text
             that follows other tokens.
+
+    Raises:
+        InputError: it has half of a surrogate pair, which is no character.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise InputError(f"A text has half of a surrogate pair, {half!a}: no character.") from error
     bare = without_bos(tokenizer, text) if begins else text
     # Not verbose: its warning names max_position_embeddings, which a scaling exceeds.
     tokens = list(tokenizer.encode(bare, add_special_tokens=begins, verbose=False))

@@ -201,7 +201,7 @@ TEMPLATES: dict[str, Any] = {
     "center": "{{ 'a' | center(10**10) }}",
     "doubling": "{% set ns = namespace(x='ab') %}{% for i in range(40) %}"
     "{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
-    "10^10^10": "{{ 10**10**10 }}",
+    "10^10^10": "{{ 10**(10**10) }}",
     "lipsum": "{{ lipsum(n=1000000) }}",
     "a shift": "{{ (1).__lshift__(10**11) }}",
     "globals": "{{ cycler.__init__.__globals__.os.popen('touch canary').read() }}",
@@ -228,7 +228,7 @@ TEMPLATES: dict[str, Any] = {
     "debug": "{% debug %}{{ 1 // 0 }}",
 }
 # What changes the answer alone, not whether there is one; each must still be quick and small.
-_ANSWERED = {"nothing", "a surrogate", "format to attributes"}
+_ANSWERED = {"strftime"}
 
 
 def _templates() -> Iterator[Case]:
