@@ -345,6 +345,20 @@ def test_a_broken_file_is_refused(cli, folders, tmp_path, size):
     assert len(err.strip().splitlines()) == 1
 
 
+def test_a_scale_without_finite_frequencies_is_refused(cli, folders, tmp_path):
+    """A conversation with it was restored, and every later answer failed."""
+    base = ("--model", folders("clex_llama"), "--prompt-cache-file", tmp_path / "c.safetensors")
+    assert cli(cache_prompt, *base, "--prompt", "A")[0] == 0
+    caches, metadata = load_prompt_cache(str(base[3]), return_metadata=True)
+    entry = json.loads(metadata["mlx_clex"])
+    metadata["mlx_clex"] = json.dumps(entry | {"scales": [1e308] * len(caches)})
+    save_prompt_cache(str(base[3]), caches, metadata)
+    status, _, err = cli(generate, *base)
+    assert status == 2
+    assert "scale 1e+308 is not finite" in err
+    assert len(err.strip().splitlines()) == 1
+
+
 def test_weights_are_no_cache(cli, folders):
     """A safetensors file with other tensors must be refused."""
     folder = folders("clex_llama")

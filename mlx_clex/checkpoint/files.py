@@ -28,8 +28,10 @@ def expand(name: str | Path) -> Path:
     """Return a path in which ~ is replaced by the home folder.
 
     Raises:
-        InputError: it begins with ~NAME, and there is no such user.
+        InputError: it begins with ~NAME, and there is no such user; or no path has its characters.
     """
+    if "\0" in str(name):
+        raise InputError(f"{str(name)!r} is no path: it has a NUL character.")
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
