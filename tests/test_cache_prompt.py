@@ -313,6 +313,7 @@ def test_the_suffix_may_be_left_out(cli, folders, tmp_path):
         (("--prompt", DOCUMENT, "--expected-length", "20"), ["--expected-length 20", "text"]),
         (("--prompt", DOCUMENT, "--expected-length", "300"), ["300 tokens", "256"]),
         (("--prompt", DOCUMENT * 9), ["reach", "256"]),
+        (("--prompt", DOCUMENT * 999), ["bytes", "reaches 256 tokens"]),
         (("--prompt", "A", "--expected-length", "9", "--scale", "2"), ["--scale prompt"]),
         (("--prompt", "A", "--scale", "9"), ["1..8"]),
         (("--prompt", "A", "--max-kv-size", "9"), ["--max-kv-size"]),

@@ -258,7 +258,6 @@ def _data() -> Iterator[Case]:
         "a link to zeros": linked("prompt.txt", "/dev/zero"),
         "60 MB": sparse("prompt.txt", 60 << 20),
         "beyond the reach": put("prompt.txt", "hello " * 20_000),
-        "300 MB of nothing": sparse("prompt.txt", 300 << 20),
     }.items():
         yield Case("prompt file", name, "", edit, ("prompt", "fill-cache"))
 
