@@ -140,9 +140,14 @@ def _jsons() -> Iterator[Case]:
         "added tokens of words": {"added_tokens_decoder": {"a": {"content": "x"}}},
         "an unknown tool parser": {"tool_parser_type": "../evil"},
     }
+    # tokenizer.json is read in place of the class; special_tokens_map.json has the end.
+    harmless = {"a class of os", *(name for name in settings if name.startswith("an end"))}
     for name, changes in settings.items():
         edit = config(_CONFIG, **changes)
-        yield Case("tokenizer settings", name, "ours", edit)
+        status = FINE if name in harmless else REFUSED
+        # A conversion writes a length of its own.
+        other = {"convert": FINE} if name == "a length of a text" else {}
+        yield Case("tokenizer settings", name, "ours", edit, BOTH, status, other)
     for name, edit in {
         "code beside it": both(
             config(_CONFIG, auto_map={"AutoTokenizer": ["evil.Evil", None]}), put("evil.py", code)
