@@ -14,6 +14,8 @@ from mlx_lm.cache_prompt import setup_arg_parser as stock_parser
 from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
 
 from mlx_clex import cache_prompt, generate, load, make_prompt_cache
+from mlx_clex.checkpoint.prompt_cache import load_cache
+from mlx_clex.errors import InputError
 from mlx_clex.model.cache import ScaledKVCache, ScaledQuantizedKVCache
 
 from .conftest import GOLDEN, random_adapters, stock_folder
@@ -354,10 +356,9 @@ def test_a_scale_without_finite_frequencies_is_refused(cli, folders, tmp_path):
     entry = json.loads(metadata["mlx_clex"])
     metadata["mlx_clex"] = json.dumps(entry | {"scales": [1e308] * len(caches)})
     save_prompt_cache(str(base[3]), caches, metadata)
-    status, _, err = cli(generate, *base)
-    assert status == 2
-    assert "scale 1e+308 is not finite" in err
-    assert len(err.strip().splitlines()) == 1
+    model, _ = load(base[1])
+    with pytest.raises(InputError, match=r"scale 1e\+308 is not finite"):
+        load_cache(base[3], model, entry["fingerprint"])
 
 
 def test_weights_are_no_cache(cli, folders):
