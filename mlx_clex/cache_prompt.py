@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
     folder = resolve(args.model)
     tokenizer_config = {"eos_token": args.eos_token} if args.eos_token is not None else {}
     model, tokenizer = load(folder, **loading_options(args), tokenizer_config=tokenizer_config)
-    tokens = _encode(tokenizer, text, templated=not args.ignore_chat_template)
+    limit = scaled(model).limit
+    tokens = _encode(tokenizer, text, templated=not args.ignore_chat_template, limit=limit)
     expected = _expected_length(args, model, len(tokens))
     caches = make_prompt_cache(model, expected)
     start = time.perf_counter()
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"Saved: {file}, {file.stat().st_size / 1e6:.1f} MB")
 
 
-def _encode(tokenizer: Any, text: str, *, templated: bool) -> list[int]:
+def _encode(tokenizer: Any, text: str, *, templated: bool, limit: int | None = None) -> list[int]:
     """Return the tokens of the text; with a chat template, as an unfinished user message."""
     if templated and tokenizer.has_chat_template:
         messages = [{"role": "user", "content": "<query>"}]
@@ -108,9 +109,10 @@ def _encode(tokenizer: Any, text: str, *, templated: bool) -> list[int]:
             raise InputError(
                 "This model's chat template drops the message. Give --ignore-chat-template."
             )
-        tokens = encode_text(tokenizer, begin + without_bos(tokenizer, text), begins=False)
+        after = begin + without_bos(tokenizer, text)
+        tokens = encode_text(tokenizer, after, begins=False, limit=limit)
     else:
-        tokens = encode_text(tokenizer, text, begins=True)
+        tokens = encode_text(tokenizer, text, begins=True, limit=limit)
     if not text or not tokens:
         raise InputError("The text is empty: give one with --prompt or --prompt-file.")
     return tokens

@@ -113,7 +113,8 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
     draft = _load_draft(args, tokenizer) if args.draft_model is not None else None
 
     saved = _saved_cache(args, model, Path(source)) if args.prompt_cache_file else None
-    prompt = encode_prompt(args, tokenizer, continues=saved is not None)
+    continues, limit = saved is not None, scaled(model).limit
+    prompt = encode_prompt(args, tokenizer, continues=continues, limit=limit)
     read = max((getattr(c, "offset", 0) for c in single_caches(saved or [])), default=0)
     max_tokens = cap_max_tokens(model, read + len(prompt), args.max_tokens)
     check.reading(read + len(prompt) + max(0, max_tokens), **limits)

@@ -14,6 +14,8 @@ from mlx_lm.cache_prompt import setup_arg_parser as stock_parser
 from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
 
 from mlx_clex import cache_prompt, generate, load, make_prompt_cache
+from mlx_clex.checkpoint.prompt_cache import load_cache
+from mlx_clex.errors import InputError
 from mlx_clex.model.cache import ScaledKVCache, ScaledQuantizedKVCache
 
 from .conftest import GOLDEN, random_adapters, stock_folder
@@ -313,6 +315,7 @@ def test_the_suffix_may_be_left_out(cli, folders, tmp_path):
         (("--prompt", DOCUMENT, "--expected-length", "20"), ["--expected-length 20", "text"]),
         (("--prompt", DOCUMENT, "--expected-length", "300"), ["300 tokens", "256"]),
         (("--prompt", DOCUMENT * 9), ["reach", "256"]),
+        (("--prompt", DOCUMENT * 999), ["bytes", "reaches 256 tokens"]),
         (("--prompt", "A", "--expected-length", "9", "--scale", "2"), ["--scale prompt"]),
         (("--prompt", "A", "--scale", "9"), ["1..8"]),
         (("--prompt", "A", "--max-kv-size", "9"), ["--max-kv-size"]),
@@ -343,6 +346,19 @@ def test_a_broken_file_is_refused(cli, folders, tmp_path, size):
     assert status == 2
     assert "no saved cache" in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_scale_without_finite_frequencies_is_refused(cli, folders, tmp_path):
+    """A conversation with it was restored, and every later answer failed."""
+    base = ("--model", folders("clex_llama"), "--prompt-cache-file", tmp_path / "c.safetensors")
+    assert cli(cache_prompt, *base, "--prompt", "A")[0] == 0
+    caches, metadata = load_prompt_cache(str(base[3]), return_metadata=True)
+    entry = json.loads(metadata["mlx_clex"])
+    metadata["mlx_clex"] = json.dumps(entry | {"scales": [1e308] * len(caches)})
+    save_prompt_cache(str(base[3]), caches, metadata)
+    model, _ = load(base[1])
+    with pytest.raises(InputError, match=r"scale 1e\+308 is not finite"):
+        load_cache(base[3], model, entry["fingerprint"])
 
 
 def test_weights_are_no_cache(cli, folders):

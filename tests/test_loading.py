@@ -57,6 +57,30 @@ def test_a_published_folder_that_cannot_be_used_leaves_nothing_in_the_cache(tmp_
     assert not list((tmp_path / "cache").glob("*"))
 
 
+@pytest.mark.parametrize("template", [5, True, {"default": 5}])
+def test_a_chat_template_that_is_no_text_is_refused(folder, template):
+    """A conversion copied it, and every later prompt failed."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    with pytest.raises(InputError, match=f"chat_template is ({template}|5), not a text"):
+        load(folder)
+
+
+def test_a_normalizer_that_blows_texts_up_is_refused(folder):
+    """A prompt of two letters took 3.6 GB."""
+    step = {"type": "Replace", "pattern": {"String": "i"}, "content": "ii"}
+    path = folder / "tokenizer.json"
+    entries = json.loads(path.read_text())
+    for steps, allowed in ((9, True), (10, False)):
+        entries["normalizer"] = {"type": "Sequence", "normalizers": [step] * steps}
+        path.write_text(json.dumps(entries))
+        if allowed:
+            load(folder)
+        else:
+            with pytest.raises(InputError, match="can make a text 1,024 times as long"):
+                load(folder)
+
+
 def test_a_converted_folder_runs_under_stock_mlx_lm(folder):
     """The shim makes it a checkpoint for every program of mlx-lm, with the same answers."""
     ours, _ = load(folder)

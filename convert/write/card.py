@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard
-from yaml import YAMLError
 
+from mlx_clex.errors import InputError, reading
 from mlx_clex.scaling import Scaling
 
 _ROWS = 16  # rows of the table of scales
@@ -66,8 +66,9 @@ def licence_of(folder: Path) -> str | None:
     if not file.is_file():
         return None
     try:
-        licence = ModelCard.load(file).data.license
-    except (ValueError, OSError, YAMLError):
+        with reading("The card does not load"):
+            licence = ModelCard.load(file).data.license
+    except (InputError, OSError):
         return None
     # Only a plain name: other text could add lines to the new card.
     plain = isinstance(licence, str) and re.fullmatch(r"[\w.+-]{1,64}", licence)

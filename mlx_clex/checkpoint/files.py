@@ -24,16 +24,24 @@ _LARGEST_CONFIG = 8_000_000
 _DEEPEST = 64  # lists and objects within each other
 
 
-def expand(name: str | Path) -> Path:
+def expand(name: str | Path, option: str = "") -> Path:
     """Return a path in which ~ is replaced by the home folder.
 
+    Args:
+        name: as the user gave it.
+        option: put before the name in an error.
+
     Raises:
-        InputError: it begins with ~NAME, and there is no such user.
+        InputError: it begins with ~NAME, and there is no such user; or no path has its characters.
     """
+    if "\0" in str(name):
+        raise InputError(f"{option}{str(name)!r} is no path: it has a NUL character.")
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
-        raise InputError(f"{name}: there is no such user. Give the path without ~.") from error
+        raise InputError(
+            f"{option}{name}: there is no such user. Give the path without ~."
+        ) from error
 
 
 @contextmanager

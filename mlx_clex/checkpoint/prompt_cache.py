@@ -19,7 +19,8 @@ from mlx_lm.models.cache import QuantizedKVCache, load_prompt_cache, save_prompt
 
 from ..errors import InputError, RunError, reading
 from ..model.plans import planned_caches, single_caches
-from ..model.scaled_model import make_prompt_cache
+from ..model.scaled_model import make_prompt_cache, scaled
+from ..scaling.check import check_frequencies
 from .files import expand, new_file
 from .fingerprint import Fingerprint, difference
 from .safetensors_file import read_tensors
@@ -102,6 +103,7 @@ def load_cache(
         raise InputError(
             f"{name} cannot be used: {what}. Use the same model and options, or make it again."
         )
+    scaling: Any = scaled(model).scaling
     kinds, wanted = _kinds(caches), _kinds(make_prompt_cache(model))
     if kinds != wanted:
         raise InputError(
@@ -111,6 +113,8 @@ def load_cache(
     with reading(f"{name} is a damaged cache. Make it again"):
         if not _are_whole(caches, model):
             raise ValueError("its sizes or numbers are not those of this model")
+        for scale in {cache.scale for cache in planned_caches(caches)} - {None}:
+            check_frequencies(scaling, scale)
     return caches, metadata
 
 

@@ -15,9 +15,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 READY, RENDERED, FAILED = b"+", b"=", b"!"
 
 
-def send(pipe: BinaryIO, kind: bytes, text: str = "") -> None:
+def send(pipe: BinaryIO, kind: bytes, text: str = "", errors: str = "strict") -> None:
     """Write an answer: a byte that tells its kind, and a text."""
-    data = kind + text.encode("utf-8", "surrogatepass")
+    data = kind + text.encode("utf-8", errors)
     pipe.write(len(data).to_bytes(8, "little") + data)
     pipe.flush()
 
@@ -45,7 +45,7 @@ def main() -> None:
         except MemoryError:
             send(answers, FAILED, "it takes too much memory")
         except BaseException as error:  # a template raises anything
-            send(answers, FAILED, str(error)[:1000] or type(error).__name__)
+            send(answers, FAILED, str(error)[:1000] or type(error).__name__, "replace")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class _Process:
             child.stdin.write(len(data).to_bytes(8, "little") + data)
             child.stdin.flush()
             answer = self._answer(child, SECONDS, memory)
-        text = answer[1:].decode("utf-8", "surrogatepass")
+        text = answer[1:].decode()
         if answer[:1] != RENDERED:
             raise ValueError(text)
         return text

@@ -1,6 +1,8 @@
 """Opens the tokenizer of a folder, and checks that its ids are the model's."""
 
+import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..errors import InputError, reading, say, shown
 from .rendering import guard
+
+_LARGEST_GROWTH = 1000  # of a text by a normalizer; those of published models replace by one letter
 
 
 def open_tokenizer(
@@ -44,6 +48,15 @@ def open_tokenizer(
         highest = max(_ids_of(tokenizer), default=-1)
         if highest < 0:
             raise ValueError("its vocabulary is empty")
+        templates = getattr(tokenizer._tokenizer, "chat_template", None) or ""
+        for text in templates.values() if isinstance(templates, dict) else [templates]:
+            if not isinstance(text, str):
+                raise ValueError(f"its chat_template is {shown(text)}, not a text")
+        backend = getattr(tokenizer._tokenizer, "backend_tokenizer", None)
+        normalizer = getattr(backend, "normalizer", None)
+        longer = 1 if normalizer is None else _growth(json.loads(normalizer.__getstate__()))
+        if longer > _LARGEST_GROWTH:
+            raise ValueError(f"its normalizer can make a text {longer:,} times as long")
         # Some broken files fail, or panic, only when a text is encoded or decoded.
         ids = tokenizer.encode("A text.")
         tokenizer.decode(ids)
@@ -54,6 +67,14 @@ def open_tokenizer(
             f"{vocabulary}: it is another model's tokenizer."
         )
     return tokenizer
+
+
+def _growth(normalizer: Mapping[str, Any]) -> int:
+    """Return how many times as long a normalizer of tokenizer.json can make a text."""
+    parts = normalizer.get("normalizers")
+    if parts is not None:
+        return math.prod(_growth(part) for part in parts)
+    return max(1, len(normalizer.get("content") or normalizer.get("prepend") or ""))
 
 
 def _ends(given: Any, vocabulary: Any) -> list[int] | None:

@@ -23,15 +23,14 @@ def read_text(file: str | Path, option: str = "") -> str:
     Raises:
         InputError: the file cannot be read, or is no UTF-8.
     """
-    path = expand(file)
+    path = expand(file, option)
     try:
         with open_regular(path, pipe=True) as source:
             data = source.read()
     except InputError as error:
         raise InputError(f"{option}{path} cannot be read: it is not a file.") from error
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{option}{path} cannot be read: {reason}.") from error
+    except OSError as error:
+        raise InputError(f"{option}{path} cannot be read: {error.strerror}.") from error
     return decode_text(data, f"{option}{path}")
 
 
@@ -52,7 +51,7 @@ def normalise_text(text: str) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def encode_text(tokenizer: Any, text: str, *, begins: bool) -> list[int]:
+def encode_text(tokenizer: Any, text: str, *, begins: bool, limit: int | None = None) -> list[int]:
     """Return the tokens of a text.
 
     Args:
@@ -61,13 +60,33 @@ def encode_text(tokenizer: Any, text: str, *, begins: bool) -> list[int]:
         begins: the text is bare and begins a sequence, so the tokenizer adds its special
             tokens. False for a rendered chat template, which has its own, and for text
             that follows other tokens.
+        limit: of the model, in tokens. A text that must have more is refused at once: tokenising
+            60 MB takes minutes and gigabytes.
+
+    Raises:
+        InputError: it is too long, or has half of a surrogate pair, which is no character.
     """
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise InputError(f"A text has half of a surrogate pair, {half!a}: no character.") from error
+    if limit is not None and size > limit and size > limit * longest_token(tokenizer):
+        raise InputError(
+            f"The text has {size} bytes, and this model reaches {limit} tokens of at most "
+            f"{longest_token(tokenizer)} bytes each. Shorten the text."
+        )
     bare = without_bos(tokenizer, text) if begins else text
     # Not verbose: its warning names max_position_embeddings, which a scaling exceeds.
     tokens = list(tokenizer.encode(bare, add_special_tokens=begins, verbose=False))
     if bare != text and tokens[:1] != [tokenizer.bos_token_id]:
         tokens.insert(0, tokenizer.bos_token_id)  # asked for, of a tokenizer that adds none
     return tokens
+
+
+def longest_token(tokenizer: Any) -> int:
+    """Return the bytes of text that one token stands for, at most."""
+    return max((len(text.encode()) for text in tokenizer.get_vocab()), default=1)
 
 
 def without_bos(tokenizer: Any, text: str) -> str:

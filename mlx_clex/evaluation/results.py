@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import math
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -242,6 +243,8 @@ def _is_cell(name: str, cell: Any) -> bool:
         return isinstance(cell, list) and all(_is_cell("loss", loss) for loss in cell)
     if isinstance(cell, str):
         cell.encode()
+        if any(unicodedata.category(c) == "Cc" and c not in "\n\t" for c in cell):
+            return False  # a terminal would obey it
         return name not in _NUMBERS | _MAYBE_NUMBERS and len(cell) <= _LONGEST
     if isinstance(cell, int | float) and not isinstance(cell, bool):
         low = 0 if name in (_NUMBERS | _MAYBE_NUMBERS) - _SIGNED else -_LARGEST

@@ -32,7 +32,7 @@ def check_frequencies(
     first = scaling.scale_at(1) if scale is None else scale
     last = scaling.largest_scale if scaling.learned and scale is None else first
     found: dict[str, str] = {}
-    for at in np.arange(first, max(first, last) + 0.5).tolist():
+    for at in (first, *np.arange(first + 1, last + 0.5).tolist()):
         for layer in range((scaling.shape.layers or 1) if scaling.by_layer else 1):
             inv_freq = scaling.finite_inv_freq(at, layer)
             for kind, where in _suspicious(inv_freq, strict) if scaling.learned else ():

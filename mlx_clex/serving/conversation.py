@@ -327,7 +327,8 @@ class Conversation:
         begins = not self.tokens and not self.templated
         if not begins:
             text = without_bos(self.tokenizer, text)
-        new = encode_text(self.tokenizer, before + text + after, begins=begins)
+        limit = scaled(self.model).limit
+        new = encode_text(self.tokenizer, before + text + after, begins=begins, limit=limit)
         if not new:
             raise InputError("The message is empty.")
         return new, keep

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.server as stock
 
+from ..data.text import longest_token
 from ..errors import InputError, RunError
 from ..loading import load
 from ..model.scaled_model import make_prompt_cache, scaled
@@ -87,7 +88,7 @@ class ScaledModelProvider(stock.ModelProvider):
             hasattr(cache, "merge") for cache in make_prompt_cache(model)
         )
         _fill_detokenizer(tokenizer, config_value(model, "vocab_size") or 0)
-        self.longest_token = max((len(text.encode()) for text in tokenizer.get_vocab()), default=1)
+        self.longest_token = longest_token(tokenizer)
         self.model, self.tokenizer, self.draft_model = model, tokenizer, draft
         if (model_path, adapter_path) == (self.cli_args.model, self.cli_args.adapter_path):
             self.reach = scaled(model).reach

@@ -23,13 +23,16 @@ from ..model.scaled_model import scaled
 _SMALLEST_PASS = 256
 
 
-def encode_prompt(args: argparse.Namespace, tokenizer: Any, *, continues: bool) -> list[int]:
+def encode_prompt(
+    args: argparse.Namespace, tokenizer: Any, *, continues: bool, limit: int | None = None
+) -> list[int]:
     """Return the tokens of the prompt that the options describe.
 
     Args:
         args: the parsed options.
         tokenizer: mlx-lm's wrapper.
         continues: a saved cache holds the beginning of the conversation.
+        limit: of the model, in tokens.
 
     Raises:
         InputError: no text, or a file that cannot be read.
@@ -42,7 +45,8 @@ def encode_prompt(args: argparse.Namespace, tokenizer: Any, *, continues: bool) 
         text = without_bos(tokenizer, text)
     if templated:
         text = _apply_template(args, tokenizer, text, continues)
-    tokens = encode_text(tokenizer, text, begins=not (templated or continues))
+    begins = not (templated or continues)
+    tokens = encode_text(tokenizer, text, begins=begins, limit=limit)
     if not tokens:
         raise InputError(
             "The tokenizer makes no tokens of the prompt: are its files missing in the model's "

@@ -8,6 +8,7 @@ Not covered: which options there are (`options.py`).
 
 import argparse
 import dataclasses
+import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ _LONGEST = 64  # numbers of a list
 # What a value must be, for messages.
 _KINDS = {
     int: "a whole number",
-    float: "a number",
+    float: "a finite number",
     bool: "true or false",
     str: "text (in quotes)",
     dict: "a block of `key: value` lines",
@@ -82,6 +83,8 @@ class Option:
             return
         fits = isinstance(value, (int, float) if kind is float else kind)
         fits = fits and isinstance(value, bool) == (kind is bool)
+        if kind is float:
+            fits = fits and abs(value) <= sys.float_info.max
         if kind is list:
             fits = fits and all(type(part) is int for part in value) and len(value) <= _LONGEST
         if not fits:

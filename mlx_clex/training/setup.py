@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import build_schedule, linear_to_lora_layers
 
 from ..checkpoint.adapters import check_lora
-from ..errors import InputError, reading
+from ..errors import InputError, reading, shown
 from ..scaling import PREFIX
 
 FINE_TUNE_TYPES = ("lora", "dora", "full", "scaling")
@@ -30,6 +30,7 @@ OPTIMIZERS: dict[str, Any] = {
 }
 # Numbers that each keeps for a weight that it trains.
 OPTIMIZER_STATES = {"adam": 2, "adamw": 2, "muon": 1, "sgd": 1, "adafactor": 0}
+_LORA_KEYS = {"rank", "scale", "dropout", "keys"}
 # Settings of ours, which `optimizer_config` may replace.
 _OPTIONS: dict[str, dict[str, Any]] = {
     "adafactor": {"relative_step": False},  # True would ignore the learning rate
@@ -76,6 +77,11 @@ def choose_trained(
         flat: Any = tree_flatten(model.parameters())
         widest = max((max(a.shape) for _, a in flat if a.ndim == 2), default=1)
         check_lora(lora_parameters, widest, "lora_parameters")
+        if unknown := sorted(map(shown, lora_parameters.keys() - _LORA_KEYS)):
+            raise InputError(
+                f"lora_parameters has {', '.join(unknown)}, which is none of: "
+                f"{', '.join(sorted(_LORA_KEYS))}."
+            )
         with reading("lora_parameters cannot be used"):
             linear_to_lora_layers(
                 model, len(last), dict(lora_parameters), use_dora=fine_tune_type == "dora"

@@ -25,14 +25,14 @@ def render(tokenizer, template, messages=MESSAGES, **options):
 
 def test_text_is_that_of_transformers(tokenizer):
     """A template in another process must see what it sees in this one."""
-    template = ECHO + "{% if add_generation_prompt %}{{ eos_token }}{{ mood }}\ud800{% endif %}"
+    template = ECHO + "{% if add_generation_prompt %}{{ eos_token }}{{ mood }}{% endif %}"
 
     text = render(tokenizer, template, add_generation_prompt=True, mood="é\n")
 
     inner = tokenizer._tokenizer
     options = {"add_generation_prompt": True, "mood": "é\n"}
     assert text == inner.apply_chat_template(MESSAGES, tokenize=False, **options)
-    assert text == f"user: hello{tokenizer.eos_token}é\n\ud800"
+    assert text == f"user: hello{tokenizer.eos_token}é\n"
     ids = tokenizer.apply_chat_template(MESSAGES, mood="x")
     assert ids == tokenizer.encode("user: hello", add_special_tokens=False)
 
@@ -42,6 +42,7 @@ def test_text_is_that_of_transformers(tokenizer):
     [
         ("{{ raise_exception('not this') }}", "not this"),
         ("{{ 1/0 }}", "division by zero"),
+        ("{{ '\\ud800' }}", "surrogates not allowed"),
         ("{% if %}", "Expected an expression"),
         ("{{ x.y.z }}", "'x' is undefined"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion depth"),

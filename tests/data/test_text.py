@@ -11,7 +11,8 @@ from mlx_lm.utils import load_tokenizer
 
 from mlx_clex import cache_prompt
 from mlx_clex.data.corpus import load_corpora
-from mlx_clex.data.text import TextTokenizer, read_text
+from mlx_clex.data.text import TextTokenizer, encode_text, read_text
+from mlx_clex.errors import InputError
 from mlx_clex.evaluation.corpus import corpus_of
 from mlx_clex.serving.prompt import encode_prompt, prompt_text
 
@@ -130,3 +131,9 @@ def test_rows_without_a_text_are_told_with_their_place(tokenizer, tmp_path, caps
         assert len(corpus.starts) == 2
         told = capsys.readouterr().err
         assert f"Left out, for want of a text: {file}, line 2; {file}, line 4." in told
+
+
+def test_half_of_a_surrogate_pair_is_one_line(tokenizer):
+    """A prompt or a row with it ended in a TypeError of tokenizers, which did not say so."""
+    with pytest.raises(InputError, match=r"half of a surrogate pair, '\\ud800'"):
+        encode_text(tokenizer, "a \ud800", begins=True)

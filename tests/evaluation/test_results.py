@@ -131,10 +131,17 @@ def test_other_files_are_refused(tmp_path, text):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("length", 0), ("length", -1), ("perplexity", 0.0), ("perplexity", -1.0), ("high", 1e308)],
+    [
+        ("length", 0),
+        ("length", -1),
+        ("perplexity", 0.0),
+        ("perplexity", -1.0),
+        ("high", 1e308),
+        ("label", "a\x1b[2J"),
+    ],
 )
 def test_figures_that_cannot_be_are_refused(tmp_path, name, value):
-    """A negative perplexity was drawn as any other."""
+    """A negative perplexity was drawn as any other, and a label cleared the terminal."""
     opened(tmp_path / "out").add(row("base", 128, 5.0) | {name: value})
     with pytest.raises(InputError, match=r"out\.json is not a result file"):
         read_results(tmp_path / "out")

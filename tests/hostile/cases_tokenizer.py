@@ -140,9 +140,14 @@ def _jsons() -> Iterator[Case]:
         "added tokens of words": {"added_tokens_decoder": {"a": {"content": "x"}}},
         "an unknown tool parser": {"tool_parser_type": "../evil"},
     }
+    # tokenizer.json is read in place of the class; special_tokens_map.json has the end.
+    harmless = {"a class of os", *(name for name in settings if name.startswith("an end"))}
     for name, changes in settings.items():
         edit = config(_CONFIG, **changes)
-        yield Case("tokenizer settings", name, "ours", edit)
+        status = FINE if name in harmless else REFUSED
+        # A conversion writes a length of its own.
+        other = {"convert": FINE} if name == "a length of a text" else {}
+        yield Case("tokenizer settings", name, "ours", edit, BOTH, status, other)
     for name, edit in {
         "code beside it": both(
             config(_CONFIG, auto_map={"AutoTokenizer": ["evil.Evil", None]}), put("evil.py", code)
@@ -201,7 +206,7 @@ TEMPLATES: dict[str, Any] = {
     "center": "{{ 'a' | center(10**10) }}",
     "doubling": "{% set ns = namespace(x='ab') %}{% for i in range(40) %}"
     "{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
-    "10^10^10": "{{ 10**10**10 }}",
+    "10^10^10": "{{ 10**(10**10) }}",
     "lipsum": "{{ lipsum(n=1000000) }}",
     "a shift": "{{ (1).__lshift__(10**11) }}",
     "globals": "{{ cycler.__init__.__globals__.os.popen('touch canary').read() }}",
@@ -228,7 +233,7 @@ TEMPLATES: dict[str, Any] = {
     "debug": "{% debug %}{{ 1 // 0 }}",
 }
 # What changes the answer alone, not whether there is one; each must still be quick and small.
-_ANSWERED = {"nothing", "a surrogate", "format to attributes"}
+_ANSWERED = {"strftime"}
 
 
 def _templates() -> Iterator[Case]:

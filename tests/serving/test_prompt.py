@@ -106,7 +106,9 @@ def test_files_that_cannot_be_read(tmp_path, name):
     """Each is one line with the option and the path."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match=r"^--prompt-file .*(cannot be read|is no UTF-8 text): "):
+    with pytest.raises(
+        InputError, match=r"^--prompt-file .*(cannot be read|is no UTF-8 text|is no path): "
+    ):
         read_text(tmp_path / name, "--prompt-file ")
 
 

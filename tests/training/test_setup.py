@@ -4,7 +4,10 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_clex.training.setup import OPTIMIZERS, build_optimizer
+from mlx_clex.errors import InputError
+from mlx_clex.training.setup import OPTIMIZERS, build_optimizer, choose_trained
+
+from ..conftest import scaled_llama
 
 
 def test_half_precision_weights_train(tmp_path):
@@ -41,3 +44,16 @@ def test_every_optimizer_minds_its_learning_rate(name):
     assert rest == pytest.approx(whole, rel=1e-3)
     assert same == rest
     assert tenth == pytest.approx(whole / 10, rel=0.01)
+
+
+def test_unknown_settings_of_adapters_are_refused():
+    """A misspelt `keys` was ignored, and other modules were trained."""
+    options = {
+        "fine_tune_type": "lora",
+        "num_layers": 1,
+        "scaling": False,
+        "norms_and_embeddings": False,
+    }
+    parameters = {"rank": 2, "scale": 1.0, "dropout": 0.0, "kays": ["mlp.up_proj"]}
+    with pytest.raises(InputError, match="lora_parameters has 'kays', which is none of: dropout"):
+        choose_trained(scaled_llama("clex"), lora_parameters=parameters, **options)
