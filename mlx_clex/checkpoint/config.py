@@ -275,7 +275,7 @@ def set_tied(config: dict[str, Any], *, has_head: bool, same: bool) -> None:
 
     Args:
         config: config.json; changed in place.
-        has_head: whether the checkpoint has a tensor lm_head.weight.
+        has_head: whether the checkpoint has a tensor of the head (`model_file.head_name`).
         same: whether it equals the embedding.
     """
     if has_head and not same:
