@@ -34,7 +34,7 @@ from mlx_clex.model.own_rope import (
     plain_rope,
     without_own_rope,
 )
-from mlx_clex.model_file import Model, ModelArgs
+from mlx_clex.model_file import Model, ModelArgs, head_name
 from mlx_clex.scaling import PREFIX, SCALINGS, Scaling
 from mlx_clex.scaling.config import parse_config
 
@@ -80,12 +80,14 @@ def decide_outcome(
     renaming = rename(weights)
     held = Held.of(info_of(array) for array in weights.values())
     config = _config(config, held, options, notes)
-    head = weights.get("lm_head.weight")
-    embedding = weights.get("model.embed_tokens.weight")
-    same = False
-    if head is not None and embedding is not None and head.shape == embedding.shape:
-        same = bool(mx.array_equal(head[:1], embedding[:1]))
-    set_tied(config, has_head=head is not None, same=same)
+    name = head_name(config, {name: array.shape for name, array in weights.items()}, held)
+    if name is None:
+        set_tied(config, has_head=False, same=False)
+    else:
+        head = weights[name]
+        alike = [a for n, a in weights.items() if n != name and a.shape == head.shape]
+        same = any(bool(mx.array_equal(head[:1], array[:1])) for array in alike)
+        set_tied(config, has_head=True, same=same)
     ours = _scaling_weights(weights, renaming)
     if ours and options.scaling is not None:
         raise InputError(

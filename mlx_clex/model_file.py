@@ -6,23 +6,28 @@ mlx-lm calls `ModelArgs.from_dict(config)` and then `Model(args)`. `ModelArgs` h
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.rope_utils import initialize_rope
 from mlx_lm.utils import _get_classes as get_stock_classes
 from mlx_lm.utils import load_model
 
-from .checkpoint.config import BASE_ROPE, is_ours, normalise_config
-from .checkpoint.folder import SHIM, held_by, read_config, tied_override
+from .checkpoint.config import BASE_ROPE, is_ours, normalise_config, set_tied
+from .checkpoint.digest import samples_by_name
+from .checkpoint.folder import SHIM, files_of, held_by, read_config
+from .checkpoint.safetensors_file import read_header
 from .checkpoint.sizes import Held, build_within
 from .errors import InputError, reading, shown
 from .model.own_rope import build_plain
 from .model.scaled_model import attach
 from .model.stock import keep_config
 from .scaling import SCALINGS
+
+_HEAD = "lm_head.weight"  # the output head in the files of most families
 
 # No `from __future__ import annotations` in this file: mlx-lm executes the importing
 # file without registering it in sys.modules, where dataclasses would look types up.
@@ -105,11 +110,12 @@ def open_model(
     Raises:
         InputError: as in `Model`. mlx-lm raises other types for files that it cannot read.
     """
-    overrides = tied_override(folder) | dict(model_config or {})
+    held = held_by(folder)
+    overrides = _tied_override(folder, held) | dict(model_config or {})
     ours = read_config(folder).get("model_file") == SHIM
     if ours:
         overrides["model_file"] = None
-    make = functools.partial(Model, scale=scale, held=held_by(folder))
+    make = functools.partial(Model, scale=scale, held=held)
 
     class Args(ModelArgs):
         @classmethod
@@ -123,6 +129,49 @@ def open_model(
         get_model_classes=lambda config: (make, Args),
         trust_remote_code=trust_remote_code,
     )
+
+
+def head_name(
+    config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], held: Held
+) -> str | None:
+    """Return the name of the output head in the files of a model, or None if they have none.
+
+    Args:
+        config: config.json.
+        shapes: shapes of the tensors in the files, by name.
+        held: what the files hold.
+    """
+    if _HEAD in shapes:
+        return _HEAD
+    # A head under another name has a row for each token, as the embedding has.
+    rows = config.get("vocab_size")
+    wide = {name for name, shape in shapes.items() if shape and shape[0] == rows}
+    if sum(name.endswith(".weight") for name in wide) < 2:
+        return None
+    names = []
+    for tied in (False, True):
+        args = ModelArgs.from_dict({**config, "tie_word_embeddings": tied})
+        try:
+            flat: Any = tree_flatten(Model(args, held=held).parameters())
+        except Exception:  # building the model itself says what is wrong
+            return None
+        names.append({name for name, _ in flat})
+    untied, both = names
+    return next(iter(wide & (untied - both)), None)
+
+
+def _tied_override(folder: Path, held: Held) -> dict[str, bool]:
+    """Return tie_word_embeddings where the weights of a folder decide it, else nothing."""
+    files = [file for file in files_of(folder) if file.suffix == ".safetensors"]
+    shapes = {name: info.shape for file in files for name, info in read_header(file).items()}
+    config = read_config(folder)
+    name = head_name(config, shapes, held)
+    if name is None or name.replace(".weight", ".scales") in shapes:
+        return {}
+    samples = samples_by_name(files)
+    head = samples.pop(name)
+    set_tied(config, has_head=True, same=head in samples.values())
+    return {"tie_word_embeddings": config["tie_word_embeddings"]}
 
 
 def _known_to_mlx_lm(rope_scaling: Mapping[str, Any]) -> bool:

@@ -116,7 +116,7 @@ def tuned(folder: Path, target: Path) -> str:
     texts = target / "texts"
     texts.mkdir(parents=True)
     (texts / "a.txt").write_text("the quick brown fox runs away . " * 20)
-    steps = "--train --scaling clex --iters 2 --batch-size 1 --max-seq-length 16"
+    steps = "--train --scaling clex --iters 2 --batch-size 1 --max-seq-length 16 --val-batches 0"
     where = ["--model", str(folder), "--adapter-path", str(target / "adapters")]
     _call(lora, *steps.split(), *where, "--data", str(texts))
     _call(fuse, *where, "--save-path", str(target / "fused"))

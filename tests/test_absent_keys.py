@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from mlx_clex.convert import convert
+from mlx_lm.utils import save_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from mlx_clex import load
 
+from . import tiny_families
 from .conftest import GOLDEN
 
 BOUND = 1e-3  # of the largest logit; mlx-lm's gelu of Gemma and StarCoder2 is the exact one
@@ -57,10 +59,14 @@ def write(family, folder, **given):
             spread = 0.1 if weight.ndim < 2 else weight.shape[-1] ** -0.5
             weight.copy_(torch.randn(weight.shape) * spread + (weight.ndim < 2 and "norm" in name))
     model.save_pretrained(folder)
-    for file in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(GOLDEN / "clex_llama" / file, folder)
+    copy_tokenizer(folder)
     config = json.loads((folder / "config.json").read_text())
     return {key: value for key, value in config.items() if key in given or key not in ABSENT}
+
+
+def copy_tokenizer(folder):
+    for file in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(GOLDEN / "clex_llama" / file, folder)
 
 
 def check(folder, target, config):
@@ -89,3 +95,20 @@ def test_the_head_is_the_one_of_transformers(family, tied, tmp_path):
     config.pop("tie_word_embeddings")
     given = {} if tied is None else {"tie_word_embeddings": tied}
     check(tmp_path / "source", tmp_path / "target", config | given)
+
+
+@pytest.mark.parametrize("tied", [None, True])
+@pytest.mark.parametrize("family", ["internlm2", "exaone"])
+def test_the_head_may_have_any_name(family, tied, tmp_path):
+    """`convert` looked for lm_head alone, so it refused InternLM 2, whose head is `output`."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    model = tiny_families.tiny(family, vocab_size=512, tie_word_embeddings=False)
+    save_model(source, model)
+    config = tiny_families.config(family, vocab_size=512, max_position_embeddings=64)
+    if tied is not None:
+        config["tie_word_embeddings"] = tied
+    (source / "config.json").write_text(json.dumps(config))
+    copy_tokenizer(source)
+    convert(source, target)
+    for way in (source, target):
+        assert mx.array_equal(load(way)[0](mx.array(IDS)), model(mx.array(IDS))), way.name

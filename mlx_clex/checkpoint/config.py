@@ -10,6 +10,7 @@ stay unchanged.
 
 import dataclasses
 import functools
+import json
 import logging
 import re
 import warnings
@@ -201,7 +202,23 @@ def _set_base(config: dict[str, Any]) -> None:
 
 
 def read_by_transformers(config: Mapping[str, Any]) -> Any:
-    """Return the config object that transformers makes of a config.json, or None if it cannot."""
+    """Return the config object that transformers makes of a config.json, or None if it cannot.
+
+    The object is shared between calls and must not be changed.
+    """
+    try:
+        text = json.dumps(config, sort_keys=True)
+    except (RecursionError, TypeError, ValueError):  # not from a config.json
+        return _read(dict(config))
+    return _read_text(text)
+
+
+@functools.lru_cache(maxsize=32)
+def _read_text(text: str) -> Any:
+    return _read(json.loads(text))
+
+
+def _read(config: dict[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
     family = str(config.get("model_type"))
@@ -213,7 +230,7 @@ def read_by_transformers(config: Mapping[str, Any]) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return reader.from_dict(deepcopy(dict(config)))  # it writes into the config
+            return reader.from_dict(deepcopy(config))  # it writes into the config
     except Exception:  # config classes raise anything on settings they do not take
         return None
     finally:
@@ -275,7 +292,7 @@ def set_tied(config: dict[str, Any], *, has_head: bool, same: bool) -> None:
 
     Args:
         config: config.json; changed in place.
-        has_head: whether the checkpoint has a tensor lm_head.weight.
+        has_head: whether the checkpoint has a tensor of the head (`model_file.head_name`).
         same: whether it equals the embedding.
     """
     if has_head and not same:

@@ -12,8 +12,7 @@ from typing import Any
 from ..bundled import MODELS
 from ..errors import InputError
 from ..scaling import SCALINGS
-from .config import SHIM, normalise_config, set_tied
-from .digest import samples_by_name
+from .config import SHIM, normalise_config
 from .files import check_link, expand, largest_size, read_json
 from .safetensors_file import read_header
 from .sizes import Held
@@ -121,18 +120,6 @@ def held_by(folder: Path) -> Held:
             "weights again."
         )
     return Held.of(tensors.values())
-
-
-def tied_override(folder: Path) -> dict[str, bool]:
-    """Return tie_word_embeddings where the weights of a folder decide it, else nothing."""
-    samples = samples_by_name([f for f in files_of(folder) if f.suffix == ".safetensors"])
-    head = samples.get("lm_head.weight")
-    if head is None or "lm_head.scales" in samples:
-        return {}
-    embeddings = [text for name, text in samples.items() if name.endswith("embed_tokens.weight")]
-    config = read_config(folder)
-    set_tied(config, has_head=True, same=head in embeddings)
-    return {"tie_word_embeddings": config["tie_word_embeddings"]}
 
 
 def needs_conversion(names: list[str], config: dict[str, Any], where: Any) -> bool:

@@ -1,12 +1,14 @@
 """What load refuses is a problem in doctor's report, in one line."""
 
 import pytest
+from mlx_clex.convert import convert
 
 from mlx_clex import load
 from mlx_clex.diagnosis.model_report import report
 from mlx_clex.errors import InputError
 
 from ..conftest import GOLDEN, stock_folder
+from ..published_configs import tiny_folder
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 REFUSED = {
@@ -47,3 +49,14 @@ def test_a_folder_that_loads_has_no_problem(tmp_path):
     """The report of a good model must not send people looking."""
     folder = stock_folder(tmp_path, GOLDEN / "clex_llama", vocab_size=512)
     assert [text for row, text in report(str(folder)) if row == "problem"] == []
+
+
+@pytest.mark.parametrize("method", ["clex", "yarn"])
+@pytest.mark.parametrize("name", ["phi-3.5-mini", "phi-3.5-moe"])
+def test_a_converted_phi_is_described(name, method, tmp_path):
+    """transformers refused the rope_scaling of converted Phi-3 folders, and doctor fell over."""
+    source = tiny_folder(name, tmp_path / "source")
+    made = convert(source, tmp_path / "made", scaling={"type": method})
+    rows = report(str(made))
+    assert all("mlx-lm uses the long_factor" in text for row, text in rows if row == "problem")
+    assert any(method in text for row, text in rows if row not in ("model", "weights")), rows
