@@ -16,7 +16,7 @@ from mlx_lm.utils import _get_classes as get_stock_classes
 from mlx_lm.utils import load_model
 
 from .checkpoint.config import BASE_ROPE, is_ours, normalise_config
-from .checkpoint.folder import SHIM, held_by, read_config, tied_override
+from .checkpoint.folder import SHIM, headers_of, held_by, read_config, tied_override
 from .checkpoint.sizes import Held, build_within
 from .errors import InputError, reading, shown
 from .model.own_rope import build_plain
@@ -105,11 +105,12 @@ def open_model(
     Raises:
         InputError: as in `Model`. mlx-lm raises other types for files that it cannot read.
     """
-    overrides = tied_override(folder) | dict(model_config or {})
-    ours = read_config(folder).get("model_file") == SHIM
+    written, headers = read_config(folder), headers_of(folder)
+    overrides = tied_override(headers, written) | dict(model_config or {})
+    ours = written.get("model_file") == SHIM
     if ours:
         overrides["model_file"] = None
-    make = functools.partial(Model, scale=scale, held=held_by(folder))
+    make = functools.partial(Model, scale=scale, held=held_by(headers, written))
 
     class Args(ModelArgs):
         @classmethod

@@ -213,7 +213,7 @@ def read_by_transformers(config: Mapping[str, Any]) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return reader.from_dict(deepcopy(dict(config)))  # it writes into the config
+            return reader(**deepcopy(dict(config)))  # it writes into the config
     except Exception:  # config classes raise anything on settings they do not take
         return None
     finally:
