@@ -249,12 +249,13 @@ def _fit_to_cpu(model: nn.Module, name: str | Path) -> None:
     """On a CPU, warn of slow types and cast experts to float32, the only type MLX takes."""
     if mx.default_device() != mx.cpu:
         return
-    types = {module.weight.dtype for module in model.modules() if type(module) is nn.Linear}
+    modules = model.modules()
+    types = {module.weight.dtype for module in modules if type(module) is nn.Linear}
     if types & {mx.bfloat16, mx.float16}:
         say(
             f"{name} is in half precision, in which a CPU is up to 30 times slower than in "
             "float32. Convert it with --dtype float32."
         )
-    for module in model.modules():
+    for module in modules:
         if type(module) is SwitchLinear and module.weight.dtype != mx.float32:
             module.weight = module.weight.astype(mx.float32)

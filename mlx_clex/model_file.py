@@ -18,8 +18,7 @@ from mlx_lm.utils import load_model
 
 from .checkpoint.config import BASE_ROPE, is_ours, normalise_config, set_tied
 from .checkpoint.digest import samples_by_name
-from .checkpoint.folder import SHIM, files_of, held_by, read_config
-from .checkpoint.safetensors_file import read_header
+from .checkpoint.folder import SHIM, Headers, headers_of, held_by, read_config
 from .checkpoint.sizes import Held, build_within
 from .errors import InputError, reading, shown
 from .model.own_rope import build_plain
@@ -110,9 +109,10 @@ def open_model(
     Raises:
         InputError: as in `Model`. mlx-lm raises other types for files that it cannot read.
     """
-    held = held_by(folder)
-    overrides = _tied_override(folder, held) | dict(model_config or {})
-    ours = read_config(folder).get("model_file") == SHIM
+    written, headers = read_config(folder), headers_of(folder)
+    held = held_by(headers, written)
+    overrides = _tied_override(headers, written, held) | dict(model_config or {})
+    ours = written.get("model_file") == SHIM
     if ours:
         overrides["model_file"] = None
     make = functools.partial(Model, scale=scale, held=held)
@@ -160,18 +160,18 @@ def head_name(
     return next(iter(wide & (untied - both)), None)
 
 
-def _tied_override(folder: Path, held: Held) -> dict[str, bool]:
+def _tied_override(headers: Headers, config: Mapping[str, Any], held: Held) -> dict[str, bool]:
     """Return tie_word_embeddings where the weights of a folder decide it, else nothing."""
-    files = [file for file in files_of(folder) if file.suffix == ".safetensors"]
-    shapes = {name: info.shape for file in files for name, info in read_header(file).items()}
-    config = read_config(folder)
+    shapes = {name: info.shape for header in headers.values() for name, info in header.items()}
     name = head_name(config, shapes, held)
     if name is None or name.replace(".weight", ".scales") in shapes:
         return {}
-    samples = samples_by_name(files)
+    alike = tuple(other for other, shape in shapes.items() if shape == shapes[name])
+    samples = samples_by_name(headers, alike)
     head = samples.pop(name)
-    set_tied(config, has_head=True, same=head in samples.values())
-    return {"tie_word_embeddings": config["tie_word_embeddings"]}
+    tied = dict(config)
+    set_tied(tied, has_head=True, same=head in samples.values())
+    return {"tie_word_embeddings": tied["tie_word_embeddings"]}
 
 
 def _known_to_mlx_lm(rope_scaling: Mapping[str, Any]) -> bool:

@@ -230,7 +230,7 @@ def _read(config: dict[str, Any]) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return reader.from_dict(deepcopy(config))  # it writes into the config
+            return reader(**deepcopy(config))  # it writes into the config
     except Exception:  # config classes raise anything on settings they do not take
         return None
     finally:

@@ -7,12 +7,12 @@ Not covered: forgery, and changes outside the sampled bytes.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ..errors import InputError
 from ..scaling import PREFIX
-from .safetensors_file import read_header
+from .safetensors_file import TensorInfo, read_header
 
 _SAMPLES = 4  # samples of a tensor's data
 _SAMPLE = 64  # bytes in a sample
@@ -39,7 +39,7 @@ def weights_digest(folder: Path) -> str:
 
 def weights_samples(files: list[Path]) -> Iterator[bytes]:
     """Yield what each tensor is known by, in the order of their names, without the scaling's."""
-    known = samples_by_name(files)
+    known = samples_by_name({file: read_header(file) for file in files})
     if files and not known:
         raise InputError(f"{files[0]} holds no tensors.")
     for name in sorted(known):
@@ -47,19 +47,25 @@ def weights_samples(files: list[Path]) -> Iterator[bytes]:
             yield name.encode() + known[name]
 
 
-def samples_by_name(files: list[Path]) -> dict[str, bytes]:
-    """Return type, shape and a few bytes of every tensor in safetensors files."""
+def samples_by_name(
+    headers: Mapping[Path, Mapping[str, TensorInfo]], suffixes: tuple[str, ...] = ("",)
+) -> dict[str, bytes]:
+    """Return type, shape and a few bytes of tensors in safetensors files.
+
+    Args:
+        headers: of the files.
+        suffixes: the names of the tensors end with one of these.
+    """
     known = {}
-    for file in files:
-        header = read_header(file)
+    for file, header in headers.items():
         at = file.stat().st_size - sum(info.nbytes for info in header.values())
         with file.open("rb", buffering=0) as data:
             for name, info in header.items():
-                samples = []
                 last = max(info.nbytes - _SAMPLE, 0)
-                for step in range(_SAMPLES):
+                for step in range(_SAMPLES if name.endswith(suffixes) else 0):
+                    if not step:
+                        known[name] = f" {info.dtype} {info.shape}".encode()
                     data.seek(at + last * step // (_SAMPLES - 1))
-                    samples.append(data.read(min(_SAMPLE, info.nbytes)))
-                known[name] = f" {info.dtype} {info.shape}".encode() + b"".join(samples)
+                    known[name] += data.read(min(_SAMPLE, info.nbytes))
                 at += info.nbytes
     return known

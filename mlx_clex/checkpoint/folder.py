@@ -6,6 +6,7 @@ Not covered: the meaning of the settings in config.json (`config.py`).
 import difflib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..errors import InputError
 from ..scaling import SCALINGS
 from .config import SHIM, normalise_config
 from .files import check_link, expand, largest_size, read_json
-from .safetensors_file import read_header
+from .safetensors_file import TensorInfo, read_header
 from .sizes import Held
 
 # Suffixes of files that mlx-lm, transformers or mlx_clex open, and of those that are parsed whole.
@@ -103,21 +104,31 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def held_by(folder: Path) -> Held:
+Headers = Mapping[Path, Mapping[str, TensorInfo]]
+
+
+def headers_of(folder: Path) -> Headers:
+    """Return the checked headers of the .safetensors files of a folder.
+
+    Raises:
+        InputError: a file is broken, or as `files_of`.
+    """
+    return {f: read_header(f) for f in files_of(folder) if f.suffix == ".safetensors"}
+
+
+def held_by(headers: Headers, config: Mapping[str, Any]) -> Held:
     """Return what the .safetensors files of a folder hold, as their headers say.
 
     Raises:
-        InputError: a file is broken, or config.json names a quantisation that no tensor has.
+        InputError: the config names a quantisation that no tensor has.
     """
-    files = [f for f in files_of(folder) if f.suffix == ".safetensors"]
-    tensors = {name: info for file in files for name, info in read_header(file).items()}
-    quantised = read_config(folder).get("quantization_config")
+    tensors = {name: info for header in headers.values() for name, info in header.items()}
+    quantised = config.get("quantization_config")
     method = quantised.get("quant_method") if isinstance(quantised, dict) else None
     if method in _PACKED and not any(name.endswith(".qweight") for name in tensors):
         raise InputError(
-            f"{folder / 'config.json'} says that the weights are quantised with {method}, but no "
-            "tensor is (none is called qweight). Remove quantization_config, or download the "
-            "weights again."
+            f"config.json says that the weights are quantised with {method}, but no tensor is "
+            "(none is called qweight). Remove quantization_config, or download the weights again."
         )
     return Held.of(tensors.values())
 

@@ -11,6 +11,7 @@ from mlx_lm.utils import load_tokenizer
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..errors import InputError, reading, say, shown
+from .config import read_by_transformers
 from .rendering import guard
 
 _LARGEST_GROWTH = 1000  # of a text by a normalizer; those of published models replace by one letter
@@ -44,6 +45,8 @@ def open_tokenizer(
         if config.get("model_type") not in CONFIG_MAPPING:
             # transformers reads nothing but the rope of a family that it does not know.
             options.setdefault("config", PreTrainedConfig())
+        elif (read := read_by_transformers(config)) is not None:
+            options.setdefault("config", read)  # else transformers says what is wrong
         tokenizer = load_tokenizer(folder, options, eos_token_ids=ends)
         highest = max(_ids_of(tokenizer), default=-1)
         if highest < 0:

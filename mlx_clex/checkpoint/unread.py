@@ -34,8 +34,9 @@ def _unread(config: Mapping[str, Any], model: nn.Module) -> Iterator[str]:
     kind = entry.get("type") or entry.get("rope_type")
     head = config.get("head_dim") or 0
     share = config.get("partial_rotary_factor") or 1
-    ropes = [rope for owner in model.modules() for _, rope in ropes_in(owner)]
-    if any(type(rope) is nn.RoPE and rope.dims == head > int(share * head) for rope in ropes):
+    partial = head > int(share * head)
+    ropes = (rope for owner in model.modules() for _, rope in ropes_in(owner))
+    if partial and any(type(rope) is nn.RoPE and rope.dims == head for rope in ropes):
         yield (
             f"mlx-lm ignores partial_rotary_factor {share:g} of this model and rotates all {head} "
             "dimensions of a head, where transformers rotates a part"

@@ -14,9 +14,10 @@ Not covered: memory that MLX keeps for reuse, and memory of Python and its packa
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
+from ..model import parts as passes
 from ..model.chunked_loss import chunk_length
 from .machine import Machine
 from .sizes import Sizes
@@ -72,19 +73,35 @@ Parts = dict[str, float]  # name -> bytes; the peak is their sum
 
 
 def reading(sizes: Sizes, run: Reading, back_end: str) -> Parts:
-    """Return the parts of the peak while the last slice of a prompt is read."""
+    """Return the parts of the peak while a prompt is read."""
     item = sizes.itemsize
-    tokens = min(run.step, run.length)
-    scores = 0.0
-    if not fused(sizes, tokens, back_end):
-        scores = tokens * run.length * (run.batch * sizes.heads * item + _MASK)
-    return {
-        "weights": sizes.weights,
-        "KV cache": _cache(sizes, run),
-        "copy of a layer's cache": run.batch * sizes.caches.largest * _grown(run.length) * item,
-        "attention scores": scores,
-        "activations": run.batch * tokens * item * _width(sizes, _READ),
-    }
+
+    def at(tokens: int, length: int) -> Parts:
+        scores = 0.0
+        if not fused(sizes, tokens, back_end):
+            scores = tokens * length * (run.batch * sizes.heads * item + _MASK)
+        return {
+            "weights": sizes.weights,
+            "KV cache": _cache(sizes, replace(run, length=length)),
+            "copy of a layer's cache": run.batch * sizes.caches.largest * _grown(length) * item,
+            "attention scores": scores,
+            "activations": run.batch * tokens * item * _width(sizes, _READ),
+        }
+
+    return max((at(*slice_) for slice_ in _slices(sizes, run)), key=peak)
+
+
+def _slices(sizes: Sizes, run: Reading) -> Iterator[tuple[int, int]]:
+    """Yield (tokens read at once, length after them) where the scores are largest.
+
+    A long pass is read in parts (`model/parts.py`): the last of each number of parts.
+    """
+    step, heads = min(run.step, run.length), run.batch * sizes.heads
+    last = passes.part_length(step, run.length - step, heads) if sizes.scaled else step
+    yield last, run.length
+    for count in range(1, math.ceil(step / last)):
+        tokens = math.ceil(step / count)
+        yield tokens, min(run.length, passes.MOST_SCORES // (heads * tokens))
 
 
 def decoding(sizes: Sizes, run: Reading, back_end: str) -> Parts:

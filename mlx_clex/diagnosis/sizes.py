@@ -64,6 +64,7 @@ class Sizes:
     caches: Caches
     linear: tuple[tuple[int, int], ...]  # (inputs, outputs) of the linear maps of all layers
     parameters: int  # numbers in all layers
+    scaled: bool  # it has a scaling, so long passes are read in parts
     learns_scaling: bool  # its scaling has tensors, which are trained by default
     reach: int | None  # tokens the model is made for
 
@@ -115,7 +116,8 @@ def sizes_of_model(model: nn.Module) -> Sizes:
         InputError: its config lacks a size.
     """
     layers: list[nn.Module] = model.layers
-    linear = [pair for layer in layers for pair in _linear(layer, model)]
+    modules = [module for layer in layers for module in layer.modules()]
+    linear = [_linear(module, model) for module in modules if isinstance(module, _LINEAR)]
     hidden = config_value(model, "hidden_size")
     if hidden is None and linear:
         # Most maps of a layer take its input.
@@ -143,7 +145,13 @@ def sizes_of_model(model: nn.Module) -> Sizes:
         vocabulary=vocabulary,
         caches=caches,
         linear=tuple(linear),
-        parameters=sum(a.size for layer in layers for _, a in _flat(layer.parameters())),
+        parameters=sum(
+            value.size
+            for module in modules
+            for name, value in module.items()
+            if isinstance(value, mx.array) and not name.startswith("_")
+        ),
+        scaled=scaling is not None,
         learns_scaling=scaling is not None
         and bool(scaling.learned and scaling.learning_rate_share),
         reach=scaled(model).reach,
@@ -188,20 +196,15 @@ def _flat(tree: Any) -> list[tuple[str, mx.array]]:
     return [(name, array) for name, array in flat if isinstance(array, mx.array)]
 
 
-def _linear(layer: nn.Module, model: nn.Module) -> list[tuple[int, int]]:
-    """Return (inputs, outputs) of the linear maps that a token passes in a layer."""
-    found = []
-    for module in layer.modules():
-        if not isinstance(module, _LINEAR):
-            continue
-        outputs, inputs = module.weight.shape[-2:]
-        if "bits" in vars(module):
-            inputs = inputs * 32 // module.bits
-        experts = 1
-        if module.weight.ndim == 3:
-            experts = config_value(model, "num_experts_per_tok") or 1
-        found.append((experts * inputs, experts * outputs))
-    return found
+def _linear(module: Any, model: nn.Module) -> tuple[int, int]:
+    """Return (inputs, outputs) of a linear map, of all experts of a token together."""
+    outputs, inputs = module.weight.shape[-2:]
+    if "bits" in vars(module):
+        inputs = inputs * 32 // module.bits
+    experts = 1
+    if module.weight.ndim == 3:
+        experts = config_value(model, "num_experts_per_tok") or 1
+    return experts * inputs, experts * outputs
 
 
 def _header(path: Path | None) -> dict[str, TensorInfo]:

@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from .. import bundled
 from ..checkpoint.files import expand
-from ..checkpoint.folder import check_hub_id, files_of, held_by, read_config
+from ..checkpoint.folder import check_hub_id, files_of, headers_of, held_by, read_config
 from ..checkpoint.sizes import Held
 from ..errors import InputError, one_line
 from ..model_file import Model, ModelArgs
@@ -78,7 +78,7 @@ def held_by_files(folder: Path) -> Held:
         return Held.in_bytes(_LARGEST)
     if bins and not any(file.suffix == ".safetensors" for file in files):
         return Held.of(tensor.info for file in bins for tensor in read_tensors(file).values())
-    return held_by(folder)
+    return held_by(headers_of(folder), read_config(folder))
 
 
 def build(source: Source) -> nn.Module:

@@ -12,7 +12,7 @@ Not covered: models that rotate without a rope module (refused), and learned or 
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -69,7 +69,16 @@ def find_sites(model: nn.Module) -> list[Site]:
     """
     if getattr(model, "layers", None) is None:
         raise InputError(f"{model_name(model)} has no `layers`. attach takes mlx-lm models only.")
-    ropes = [(owner, *rope) for owner in model.modules() for rope in ropes_in(owner)]
+    layer_of = {
+        id(module): index
+        for index, layer in reversed(list(enumerate(model.layers)))
+        for module in layer.modules()
+    }
+    ropes = [
+        _Found(owner, *rope, layer_of.get(id(owner), 0))
+        for owner in model.modules()
+        for rope in ropes_in(owner)
+    ]
     log = _listen(model, ropes) if ropes else []
     sites = _sort_out(model, ropes, log)
     if not sites:
@@ -86,9 +95,16 @@ def ropes_in(owner: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return the attributes of a module that are ropes, with their names."""
     return [
         (name, rope)
-        for name, rope in owner.children().items()
-        if isinstance(rope, nn.Module) and any(part in name for part in _NAMES)
+        for name, rope in owner.items()
+        if any(part in name for part in _NAMES) and isinstance(rope, nn.Module)
     ]
+
+
+class _Found(NamedTuple):
+    owner: nn.Module
+    name: str
+    rope: nn.Module
+    layer: int
 
 
 # The logged pass.
@@ -134,7 +150,7 @@ class _Spy(nn.Module):
         return out
 
 
-def _listen(model: nn.Module, ropes: list[tuple[nn.Module, str, nn.Module]]) -> _Log:
+def _listen(model: nn.Module, ropes: list[_Found]) -> _Log:
     log: _Log = []
     caches = stock_caches(model)
     for index, cache in enumerate(caches):
@@ -143,8 +159,8 @@ def _listen(model: nn.Module, ropes: list[tuple[nn.Module, str, nn.Module]]) -> 
     stock: Any = stock_class(model)
     (_, tokens, *_) = inspect.signature(stock.__call__).parameters
     try:
-        for index, (owner, name, rope) in enumerate(ropes):
-            setattr(owner, name, _Spy(rope, index, log))
+        for index, found in enumerate(ropes):
+            setattr(found.owner, found.name, _Spy(found.rope, index, log))
         # Data that is concatenated with a key is computed; zero weights make it cheap.
         model.update(tree_map(_nothing_like, weights))
         stock.__call__(model, **{tokens: mx.array([[0, 1]]), "cache": caches})
@@ -154,8 +170,8 @@ def _listen(model: nn.Module, ropes: list[tuple[nn.Module, str, nn.Module]]) -> 
             f"the pass failed: {type(error).__name__}: {error}"
         ) from error
     finally:
-        for owner, name, rope in ropes:
-            setattr(owner, name, rope)
+        for found in ropes:
+            setattr(found.owner, found.name, found.rope)
         model.update(weights)
     return log
 
@@ -182,16 +198,14 @@ def _tap(cache: Any, path: tuple[int, ...], log: _Log) -> None:
 # Evaluation of the log.
 
 
-def _sort_out(
-    model: nn.Module, ropes: list[tuple[nn.Module, str, nn.Module]], log: _Log
-) -> list[Site]:
+def _sort_out(model: nn.Module, ropes: list[_Found], log: _Log) -> list[Site]:
     sites: dict[int, Site] = {}  # ropes with a full cache, by index
     window: set[int] = set()  # ropes with any other cache
     found: dict[Any, tuple[int, Place] | None] = {}  # equal attention modules are searched once
     waiting: list[_Rotated] = []  # calls whose output is not in a cache yet
     for event in log:
         if isinstance(event, _Rotated):
-            if not stands_still(ropes[event.rope][2], event.out):
+            if not stands_still(ropes[event.rope].rope, event.out):
                 waiting.append(event)
             continue
         # Most often the last rope that was called, but an indexer may be called in between.
@@ -199,7 +213,7 @@ def _sort_out(
         for rope in candidates:
             calls = _calls_of(rope, waiting)
             shapes = [array.shape for array in (*(c.out for c in calls), event.keys, event.values)]
-            alike = (type(ropes[rope][0]), ropes[rope][1], *shapes)
+            alike = (type(ropes[rope].owner), ropes[rope].name, *shapes)
             if alike not in found:
                 found[alike] = _find_keys(calls, event)
             if found[alike] is not None:
@@ -227,18 +241,9 @@ def _calls_of(rope: int, log: Sequence[_Rotated | _Cached]) -> list[_Rotated]:
 
 
 def _site(
-    model: nn.Module,
-    ropes: list[tuple[nn.Module, str, nn.Module]],
-    rope: int,
-    calls: list[_Rotated],
-    log: _Log,
+    model: nn.Module, ropes: list[_Found], rope: int, calls: list[_Rotated], log: _Log
 ) -> Site:
-    owner, name, module = ropes[rope]
-    layers = [
-        index
-        for index, layer in enumerate(model.layers)
-        if any(inside is owner for inside in layer.modules())
-    ]
+    owner, name, module, layer = ropes[rope]
     if any(call.odd for call in calls):
         raise InputError(
             f"{model_name(model)} calls its rope with arguments besides an array and an offset. "
@@ -253,26 +258,29 @@ def _site(
         ) from error
     heads = calls[0].out.shape[1]
     in_a_pass = len(_calls_of(rope, log))
-    return Site(layers[0] if layers else 0, owner, name, base, in_a_pass, 0, heads, heads)
+    return Site(layer, owner, name, base, in_a_pass, 0, heads, heads)
 
 
 def _find_keys(calls: list[_Rotated], event: _Cached) -> tuple[int, Place] | None:
     """Return the index of the call that made the cached keys, and their place."""
     places = [
-        (call, Place(part, start), array[..., start : start + call.out.shape[-1]])
+        (call, Place(part, start), array)
         for part, array in (("keys", event.keys), ("values", event.values))
         for call in calls
         for start in sorted({0, array.shape[-1] - call.out.shape[-1]})
         if start >= 0
     ]
 
-    # Whole arrays first: comparing a part computes the rest of the array.
-    def partial(candidate: tuple[_Rotated, Place, mx.array]) -> bool:
-        call, place, _ = candidate
-        cached = event.keys if place.part == "keys" else event.values
-        return cached.shape[-1] != call.out.shape[-1]
+    # The same array first, as in most families, then whole arrays: comparing computes them, and
+    # comparing a part computes the rest of the array.
+    def order(candidate: tuple[_Rotated, Place, mx.array]) -> tuple[bool, bool]:
+        call, _, array = candidate
+        return array is not call.out, array.shape[-1] != call.out.shape[-1]
 
-    for call, place, cached in sorted(places, key=partial):
+    for call, place, array in sorted(places, key=order):
+        if array is call.out:
+            return calls.index(call), place
+        cached = array[..., place.start : place.start + call.out.shape[-1]]
         if cached.shape[2] == call.out.shape[2] and cached.shape[1] % call.out.shape[1] == 0:
             repeats = cached.shape[1] // call.out.shape[1]
             if mx.allclose(cached, mx.repeat(call.out, repeats, axis=1), rtol=1e-2, atol=1e-2):
@@ -307,7 +315,7 @@ def _add_keys(
 
 def _add_query_only(
     model: nn.Module,
-    ropes: list[tuple[nn.Module, str, nn.Module]],
+    ropes: list[_Found],
     sites: dict[int, Site],
     window: set[int],
     log: _Log,
@@ -322,12 +330,12 @@ def _add_query_only(
         calls = _calls_of(rope, log)
         if rope in sites or rope in window or len(calls) != 1:
             continue  # two calls and no cache: the keys go into a recurrent state
-        sliding = getattr(ropes[rope][0], "is_sliding", None)
+        sliding = getattr(ropes[rope].owner, "is_sliding", None)
         before = [
             other
             for other in seen
             if (other in sites or other in window)
-            and getattr(ropes[other][0], "is_sliding", None) == sliding
+            and getattr(ropes[other].owner, "is_sliding", None) == sliding
         ]
         if before and before[-1] in sites:
             source = sites[before[-1]]
@@ -336,9 +344,7 @@ def _add_query_only(
             site.unmovable, site.ungainable = source.unmovable, source.ungainable
 
 
-def _nothing_found(
-    model: nn.Module, ropes: list[tuple[nn.Module, str, nn.Module]], log: _Log
-) -> str:
+def _nothing_found(model: nn.Module, ropes: list[_Found], log: _Log) -> str:
     name = model_name(model)
     kinds = sorted({type(cache).__name__ for cache in stock_caches(model)})
     if any(isinstance(event, _Rotated) for event in log):

@@ -40,14 +40,15 @@ def check_finite(model: nn.Module) -> None:
     tensors = {name: a for name, a in flat if mx.issubdtype(a.dtype, mx.floating) and a.size}
     # NaN or infinity makes the sum not finite. So may large numbers, so the tensor is checked too.
     sums = [tensor.sum().astype(mx.float32) for tensor in tensors.values()]
-    finite: Any = mx.isfinite(mx.stack(sums)).tolist()
-    for (name, tensor), fine in zip(tensors.items(), finite, strict=True):
-        if not fine and not mx.isfinite(tensor).all().item():
-            raise InputError(f"The tensor {name} has values that are not finite. {_ADVICE}")
     logits = model(mx.array([[0, 1]]), cache=make_prompt_cache(model))[0, -1].astype(mx.float32)
-    # Both are NaN if any logit is NaN. Activations that overflow in a norm become zeros, and all
-    # logits are then equal. A single logit of -inf is legal: it rules a token out.
-    low, high = (float(value) for value in (logits.min(), logits.max()))
+    # Both ends are NaN if any logit is NaN. Computed together with the sums, which costs less.
+    found: Any = mx.stack([*sums, logits.min(), logits.max()]).tolist()
+    *found, low, high = found
+    for (name, tensor), total in zip(tensors.items(), found, strict=True):
+        if not math.isfinite(total) and not mx.isfinite(tensor).all().item():
+            raise InputError(f"The tensor {name} has values that are not finite. {_ADVICE}")
+    # Activations that overflow in a norm become zeros, and all logits are then equal. A single
+    # logit of -inf is legal: it rules a token out.
     if not (low < high < math.inf):
         name, value = _largest(tensors)
         what = "all equal" if low == high else "not finite"

@@ -68,6 +68,7 @@ class Planner:
         self.constant = scaling.static or fixed_scale is not None
         self.warned = False
         self.given: Pass | None = None
+        self._kept: tuple[Any, Pass] | None = None  # what the last pass depends on, and the pass
 
     def scale_at(self, length: int) -> float:
         if self.fixed_scale is not None:
@@ -100,12 +101,26 @@ class Planner:
                     cache.move_to(scales, self._difference_of(keys.layer), keys.place)
         # A pass with caches generates text, even if the model is in training mode.
         learns = caches is None and model.training
-        return self._enter(self._pass(scales, lengths, learns))
+        # The frequencies of rows are lazy, so they belong to the streams of this thread.
+        if learns or any(scale != scales[0] for scale in scales):
+            return self._enter(self._pass(scales, lengths, learns))
+        by_length = self.scaling.gain_follows == "length" and self.fixed_scale is None
+        depends_on = (self.scaling.use_current_weights(), scales, by_length and lengths)
+        if self._kept is None or self._kept[0] != depends_on:
+            self._kept = depends_on, self._pass(scales, lengths, learns=False)
+        return self._enter(self._kept[1])
 
     def go_on(self) -> None:
         """Begin another part of the same pass: the scale and gain stay, the positions move on."""
         assert self.current.now is not None
-        self._enter(self.current.now.at_other_positions())
+        self.current.now.forget_positions()
+        self._enter(self.current.now)
+
+    def end(self) -> None:
+        """End the pass; nothing of the size of its text is kept."""
+        if self.current.now is not None and self.current.now is not self.given:
+            self.current.now.forget_positions()
+        self.current.now = None
 
     @property
     def heads(self) -> int:
@@ -166,7 +181,7 @@ class Planner:
 
     def _pass(self, scales: list[float], lengths: list[int], learns: bool) -> Pass:
         scaling = self.scaling
-        new = Pass()
+        new = Pass(learns=learns)
         scale = scales[0]
         same = all(other == scale for other in scales)
         new.rotary_gain = scaling.rotary_gain(scale)  # if rows have other scales, it is constant

@@ -15,7 +15,7 @@ Not covered: the scale of a pass, and keys that are already cached.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -250,12 +250,13 @@ class Pass:
     query_gain: Any = None
     # On queries: a function of positions (L,) or (B, L), in tokens.
     position_gain: Any = None
+    learns: bool = True  # False: no gradient is taken
     _tables: dict[int, tuple[mx.array, mx.array, mx.array]] = field(default_factory=dict)
     _gains: mx.array | None = None  # on queries, computed in the first layer
 
-    def at_other_positions(self) -> "Pass":
-        """Return the same scale and gain, with nothing computed from the positions of this one."""
-        return replace(self, _tables={}, _gains=None)
+    def forget_positions(self) -> None:
+        """Drop what was computed from the positions of a pass; scale and gain stay."""
+        self._tables, self._gains = {}, None
 
     @cached_property
     def _gain_array(self) -> mx.array:
@@ -277,6 +278,8 @@ class Pass:
                 positions = made[0] if made else positions_from(offset, x.shape[-2])
             self._tables[layer] = (positions, *cos_sin(positions, self.inv_freq[layer]))
         positions, cos, sin = self._tables[layer]
+        if not self.learns:
+            return rotate_by(x, cos, sin, traditional=traditional)
         inv_freq = self.inv_freq[layer]
         return rotate_at(x, inv_freq, positions, (cos, sin), traditional=traditional)
 

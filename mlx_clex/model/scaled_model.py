@@ -363,7 +363,7 @@ def _scaled_class(stock: type) -> type:
             tokens = kwargs.get("input_embeddings", tokens)
         cache = args[cache_at] if len(args) > cache_at else kwargs.get("cache")
         planner = self._planner
-        current = planner.begin(self, tokens.shape[1], cache)
+        planner.begin(self, tokens.shape[1], cache)
         try:
             if cache is not None and tokens.shape[1] > FEWEST:
                 given = dict(zip(names, args, strict=False)) | kwargs
@@ -371,7 +371,7 @@ def _scaled_class(stock: type) -> type:
                 return read_in_parts(read, given, tokens, planner)
             return stock.__call__(self, *args, **kwargs)
         finally:
-            current.now = None
+            planner.end()
 
     members = {"__call__": call, "stock_class": stock, "__module__": stock.__module__}
     if hasattr(stock, "shard"):

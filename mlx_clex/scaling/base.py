@@ -262,7 +262,7 @@ class Scaling(nn.Module, ABC):
         return self.base ** -(np.arange(0, self.dims, 2) / self.dims)
 
     def _table(self, scale: float, layer: int) -> tuple[mx.array, mx.array]:
-        solved = self._use_current_weights()
+        solved = self.use_current_weights()
         table = solved.tables.get((scale, layer))
         if table is None:
             inv_freq = self.finite_inv_freq(scale, layer)
@@ -276,8 +276,11 @@ class Scaling(nn.Module, ABC):
             solved.tables[scale, layer] = table
         return table
 
-    def _use_current_weights(self) -> "_Solved":
-        """Return what is solved with the current weights; drop what older weights gave."""
+    def use_current_weights(self) -> "_Solved":
+        """Return what is solved with the current weights; drop what older weights gave.
+
+        Another object than before means other weights.
+        """
         solved = self._solved
         weights = tuple(self[name] for name in self.learned)
         if any(a is not b for a, b in zip(weights, solved.weights, strict=False)):
@@ -291,7 +294,7 @@ class Scaling(nn.Module, ABC):
         Raises:
             InputError: float32 cannot hold them; the message has the method, scale and pair.
         """
-        self._use_current_weights()
+        self.use_current_weights()
         try:
             with np.errstate(all="ignore"):
                 inv_freq = self._solve(scale, layer)

@@ -32,11 +32,11 @@ def check_frequencies(
     first = scaling.scale_at(1) if scale is None else scale
     last = scaling.largest_scale if scaling.learned and scale is None else first
     found: dict[str, str] = {}
-    for at in (first, *np.arange(first + 1, last + 0.5).tolist()):
-        for layer in range((scaling.shape.layers or 1) if scaling.by_layer else 1):
-            inv_freq = scaling.finite_inv_freq(at, layer)
-            for kind, where in _suspicious(inv_freq, strict) if scaling.learned else ():
-                found.setdefault(kind, f"{where} at scale {at:g}")
+    scales = [first, *np.arange(first + 1, last + 0.5).tolist()]
+    for layer in range((scaling.shape.layers or 1) if scaling.by_layer else 1):
+        inv_freq = np.stack([scaling.finite_inv_freq(scale, layer) for scale in scales])
+        for kind, at, text in _suspicious(inv_freq, strict) if scaling.learned else ():
+            found.setdefault(kind, f"{text} at scale {scales[at]:g}")
     if not found:
         return None
     return (
@@ -45,13 +45,19 @@ def check_frequencies(
     )
 
 
-def _suspicious(inv_freq: np.ndarray, strict: bool) -> Iterator[tuple[str, str]]:
-    """Yield each kind of suspicious frequency, and where its first one is."""
+def _suspicious(inv_freq: np.ndarray, strict: bool) -> Iterator[tuple[str, int, str]]:
+    """Yield each kind of suspicious frequency, and the index of the scale and text of its first.
+
+    Args:
+        inv_freq: radians per token, (scales, D/2) or (scales, H, D/2).
+        strict: as in `check_frequencies`.
+    """
     size = np.abs(inv_freq)
     for where in np.argwhere(size > (1 if strict else 2) * math.pi)[:1]:
         speed = size[tuple(where)]
-        yield "fast", f"pair {where[-1]} turns {speed:.3g} radians per token (above pi it aliases)"
+        text = f"pair {where[-1]} turns {speed:.3g} radians per token (above pi it aliases)"
+        yield "fast", where[0], text
     for where in np.argwhere(size < np.finfo(np.float32).tiny)[:1]:
-        yield "lost", f"pair {where[-1]} is too slow for float32 and does not turn"
+        yield "lost", where[0], f"pair {where[-1]} is too slow for float32 and does not turn"
     for where in np.argwhere(np.diff(inv_freq) > 0)[: int(strict)]:
-        yield "order", f"pair {where[-1] + 1} is faster than pair {where[-1]}"
+        yield "order", where[0], f"pair {where[-1] + 1} is faster than pair {where[-1]}"

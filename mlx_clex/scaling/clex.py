@@ -221,8 +221,7 @@ class Clex(Scaling):
         y = curve.y[below - 1]
         if scale != below:
             *_, y = solve(curve.rhs, y, _equal_steps(below, scale, curve.refinement))
-        slope = self._line()[1]
-        return self._base_inv_freq() * np.exp(y - slope * math.log(2 * scale - 1))
+        return curve.base * np.exp(y - curve.slope * math.log(2 * scale - 1))
 
     def _line(self) -> tuple[np.ndarray, np.ndarray]:
         """Return z(1) + ln n(1) and i/(D-2), the line in u that the network reads, (D/2,)."""
@@ -247,7 +246,8 @@ class Clex(Scaling):
             # The largest so far, NaN included: a later scale builds on the earlier ones.
             errors = np.maximum.accumulate(errors.max(axis=1))
             if errors[-1] <= _TOLERANCE or 2 * len(times) > _MOST_STEPS:
-                return _Curve(rhs, refinement, len(times) - 1, y, errors)
+                base, slope = self._base_inv_freq(), self._line()[1]
+                return _Curve(rhs, refinement, len(times) - 1, y, errors, base, slope)
             refinement *= 2
 
     def _rhs(self) -> Rhs:
@@ -274,6 +274,8 @@ class _Curve:
     steps: int  # in all
     y: np.ndarray  # (max_factor, D/2)
     errors: np.ndarray  # estimated, of ln inv_freq up to each scale, (max_factor,)
+    base: np.ndarray  # the base model's frequencies, radians per token, (D/2,)
+    slope: np.ndarray  # of the line in u, (D/2,)
 
 
 def _equal_steps(t: float, later: float, refinement: int) -> list[float]:

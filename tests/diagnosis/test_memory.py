@@ -114,6 +114,18 @@ def test_what_saves_memory_is_predicted_to_save_it():
         assert peak(training(sizes, replace(fewer, learns=True), back_end)) > 0.9 * steps
 
 
+def test_long_passes_are_read_in_parts():
+    """At 65,536 tokens the scores were predicted at 2.1 times what a pass in parts has."""
+    sizes = replace(seven_billion(), itemsize=4)
+    most = 2**31 * 4 + 2**31 / 32  # of 32 heads, with a mask of one byte for all heads
+    for length, scores in ((16384, most / 2), (32768, most), (65536, most), (131072, most)):
+        assert reading(sizes, Reading(length=length), "cpu")["attention scores"] == scores
+    # Just past a bound, passes are shorter than before it.
+    assert reading(sizes, Reading(length=33000), "cpu")["attention scores"] == most
+    stock = replace(sizes, scaled=False)
+    assert reading(stock, Reading(length=65536), "cpu")["attention scores"] == 2 * most
+
+
 def test_the_longest_length_is_the_last_that_fits():
     """One token more must not fit; no length at all is 0."""
     sizes = seven_billion()
