@@ -18,7 +18,7 @@ with locked(Path(sys.argv[1])):
 
 def holder(target):
     """A program that holds the lock of a target until it is sent a line."""
-    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     return subprocess.Popen([sys.executable, "-c", HOLD, str(target)], text=True, **pipes)
 
 
