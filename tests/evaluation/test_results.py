@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from mlx_clex import compare, evaluate, passkey, perplexity
+from mlx_clex.checkpoint import lock
 from mlx_clex.errors import InputError, RunError
 from mlx_clex.evaluation.results import open_results, read_results
 
@@ -195,13 +196,17 @@ def test_a_folder_that_cannot_be_written_is_bad_input(tmp_path):
     ],
     ids=["perplexity", "passkey", "compare", "evaluate"],
 )
-def test_two_runs_with_one_output_take_turns(command, argv, tmp_path, capsys):
+def test_two_runs_with_one_output_take_turns(command, argv, tmp_path, capsys, monkeypatch):
     """Each read the file, measured for hours, and wrote it without the other's rows."""
-    first = holder(tmp_path / "out.json", 3)
+    first = holder(tmp_path / "out.json")
     assert first.stdout.readline() == "held\n"
-    argv = [*argv, "--output", str(tmp_path / "out")]
-    assert command.main(argv) == 2
-    error = capsys.readouterr().err
-    assert f"Waiting for process {first.pid}" in error
-    assert "no/model" in error  # only then was the model looked for
-    first.communicate(timeout=60)
+    said = []
+
+    def say(text):
+        said.append(text)
+        first.communicate("\n", timeout=60)
+
+    monkeypatch.setattr(lock, "say", say)
+    assert command.main([*argv, "--output", str(tmp_path / "out")]) == 2
+    assert [text.startswith(f"Waiting for process {first.pid}") for text in said] == [True]
+    assert "no/model" in capsys.readouterr().err  # only then was the model looked for
