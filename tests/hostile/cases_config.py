@@ -118,8 +118,11 @@ _HARMLESS = {
     # No tensor is quantised.
     'quantization {"bits": 0, "group_size": 0}',
 }
-# What a conversion reads, and mlx-lm does not.
-_UNREAD = {"torch_dtype 5", "torch_dtype {}"}
+# What a conversion reads, and mlx-lm does not; whether the embedding is the head, the weights say.
+_UNREAD = {
+    *(f"torch_dtype {value}" for value in ("5", "{}", "[]", '"__class__"')),
+    *(f"tie_word_embeddings {value}" for value in ('"yes"', "1", "[]", "{}")),
+}
 
 
 def cases() -> Iterator[Case]:
