@@ -95,9 +95,14 @@ def main(argv: list[str] | None = None) -> None:
         "--model", default="bundled:base", help="the stock model (default: bundled:base)"
     )
     parser.add_argument("--backend", choices=tuple(BACK_ENDS), help="refuse to run on another one")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192, 32768])
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        help="in tokens (default: 512 2048 8192 32768; of --quick: 512 2048)",
+    )
     parser.add_argument("--blocks", type=int, default=9, help="blocks of each kind (default: 9)")
-    parser.add_argument("--quick", action="store_true", help="512 and 2,048 tokens, blocks of 8")
+    parser.add_argument("--quick", action="store_true", help="shorter lengths, blocks of 8 tokens")
     parser.add_argument(
         "--cpu-time",
         action="store_true",
@@ -112,12 +117,12 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"there is no case {name!r}.{hint} Cases: {', '.join(CASES)}.")
     if args.backend not in (None, this_back_end()):
         parser.error(f"{BACK_ENDS[args.backend]} is not there: MLX uses {this_back_end()} here.")
-    if args.blocks < 2 or min(args.lengths) < 2:
+    lengths = args.lengths or ([512, 2048] if args.quick else [512, 2048, 8192, 32768])
+    if args.blocks < 2 or min(lengths) < 2:
         parser.error("--blocks and --lengths must be at least 2.")
-    setup = Setup(args.model, tuple(sorted(args.lengths)), args.blocks, cpu_time=args.cpu_time)
+    setup = Setup(args.model, tuple(sorted(lengths)), args.blocks, cpu_time=args.cpu_time)
     if args.quick:
-        short: dict[str, Any] = {"lengths": (512, 2048), "trained": (512,)}
-        setup = replace(setup, tokens=8, trained_length=256, quick=True, **short)
+        setup = replace(setup, tokens=8, trained_length=256, trained=(512,), quick=True)
     clock = "processor" if args.cpu_time else "wall-clock"
     facts = where() | {"clock": clock}
     print("; ".join(f"{name} {value}" for name, value in facts.items()))

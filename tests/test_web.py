@@ -311,7 +311,7 @@ def test_the_page_asks_for_nothing_elsewhere(page):
 def test_ctrl_c_ends_an_answer_and_the_page():
     """The thread with the model ends after the pass under way, before the interpreter does."""
     gradio_client = pytest.importorskip("gradio_client", reason="the page needs gradio")
-    process, address = start("bundled:gene", "--max-tokens", 100_000, stderr=subprocess.PIPE)
+    process, address = start(GOLDEN / "gene_llama", "--max-tokens", 100_000, stderr=subprocess.PIPE)
     client = gradio_client.Client(address, verbose=False)
     job = client.submit("A cat.", api_name="/send")
     end = time.monotonic() + 60
@@ -323,6 +323,28 @@ def test_ctrl_c_ends_an_answer_and_the_page():
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
     assert "terminate" not in errors
+
+
+def test_what_is_asked_for_meanwhile_waits(tmp_path):
+    """The end of an answer hid the note of a document that was dropped before it."""
+    gradio_client = pytest.importorskip("gradio_client", reason="the page needs gradio")
+    (tmp_path / "fox.txt").write_text(SENTENCE)
+    process, address = start(GOLDEN / "gene_llama", "--max-tokens", 100_000)
+    try:
+        client = gradio_client.Client(address, verbose=False)
+        answer = client.submit("A cat.", api_name="/send")
+        while len(answer.outputs()) < 3:
+            assert not answer.done()
+            time.sleep(0.05)
+        dropped = client.submit(gradio_client.handle_file(tmp_path / "fox.txt"), api_name="/drop")
+        time.sleep(2)
+        assert dropped.outputs() == []
+        client.predict(api_name="/set")  # the button to stop
+        assert "Stopped." in answer.result(60)
+        assert any("of fox.txt" in str(shown) for shown in dropped.result(60))
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
 
 
 @pytest.mark.parametrize(

@@ -271,8 +271,11 @@ def build_page(
         state = [talk, figures, note, stop, system]
         page.load(view, None, state, show_progress="hidden")
         settings = [system, heat, most]
-        box.submit(send, [box, *settings], [*state, box], show_progress="hidden")
-        document.upload(drop, [document, system], [*state, document], show_progress="hidden")
+        # One group: what ends first must also be shown first, or an answer's end hides the note of
+        # a document dropped meanwhile.
+        one_by_one = {"concurrency_id": "turns", "concurrency_limit": 1, "show_progress": "hidden"}
+        box.submit(send, [box, *settings], [*state, box], **one_by_one)
+        document.upload(drop, [document, system], [*state, document], **one_by_one)
         stop.click(conversation.stop.set, queue=False)
-        new.click(reset, None, state, show_progress="hidden")
+        new.click(reset, None, state, **one_by_one)
     return page
