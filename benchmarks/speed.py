@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_clex.convert import convert
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import KVCache, trim_prompt_cache
-from mlx_lm.utils import save_config, save_model
+from mlx_lm.utils import quantize_model, save_config, save_model
 
 from mlx_clex.checkpoint.folder import read_config
 from mlx_clex.loading import resolve
@@ -24,6 +24,7 @@ from mlx_clex.scaling import SCALINGS
 from .blocks import AGAIN, OURS, STOCK, Comparison, interleave
 
 CHUNK = 512  # tokens in one pass of prefill
+_GROUP = 32  # weights that share a scale; the rows of small models are not divisible by 64
 
 
 @dataclass
@@ -76,16 +77,16 @@ class Setup:
         convert(stock, ours, scaling={"type": "clex"}, trained_length=self.trained_length)
         return {STOCK: stock, OURS: ours, AGAIN: stock}
 
-    def scaled(self, name: str = "clex") -> Any:
+    def scaled(self, name: str = "clex", bits: int | None = None) -> Any:
         """Return another model with the same weights in memory and a scaling."""
         entry = {"type": name}
-        return mlx_clex.attach(self.another(), entry, trained_length=self.trained_length)
+        return mlx_clex.attach(self.another(bits), entry, trained_length=self.trained_length)
 
-    def another(self) -> Any:
-        """Return another stock model with the same weights in memory."""
+    def another(self, bits: int | None = None) -> Any:
+        """Return another stock model with the same weights in memory, or with quantised ones."""
         model: Any = mlx_clex.load(self.model)[0]
         model.update(self.stock.parameters())
-        return model
+        return quantize_model(model, {}, _GROUP, bits)[0] if bits else model
 
     @cached_property
     def ids(self) -> mx.array:
@@ -192,21 +193,25 @@ class QueryRope(nn.Module):
         return self._rope(x, offset=offset) if self._calls % 2 else x
 
 
-def _benches(setup: Setup, scaled: Any, length: int, **options: Any) -> dict[str, Bench]:
-    plain = Bench(setup, setup.stock, None, length, **options)
+def _benches(
+    setup: Setup, scaled: Any, length: int, stock: Any = None, **options: Any
+) -> dict[str, Bench]:
+    plain = Bench(setup, stock or setup.stock, None, length, **options)
     return {STOCK: plain, OURS: Bench(setup, scaled, None, length, **options), AGAIN: plain}
 
 
-def decode(setup: Setup, kv_bits: int | None = None) -> Iterator[Comparison]:
-    """Decode after texts of each length."""
-    scaled = setup.scaled()
+def decode(
+    setup: Setup, kv_bits: int | None = None, bits: int | None = None
+) -> Iterator[Comparison]:
+    """Decode after texts of each length, with keys and values or with weights of so many bits."""
+    stock, scaled = setup.another(bits), setup.scaled(bits=bits)
     for length in setup.lengths:
-        benches = _benches(setup, scaled, length, kv_bits=kv_bits)
+        benches = _benches(setup, scaled, length, stock, kv_bits=kv_bits)
         seconds = setup.interleave(
             lambda kind: benches[kind].decode(length, setup.tokens),  # noqa: B023
         )
-        name = f"decode, {kv_bits}-bit KV" if kv_bits else "decode"
-        yield Comparison(name, length, seconds, goal=0.99)
+        of = f", {kv_bits}-bit KV" if kv_bits else f", {bits}-bit weights" if bits else ""
+        yield Comparison(f"decode{of}", length, seconds, goal=0.99)
 
 
 def batch(setup: Setup) -> Iterator[Comparison]:
@@ -264,6 +269,7 @@ def method(setup: Setup, name: str) -> Iterator[Comparison]:
 CASES: dict[str, Callable[[Setup], Iterator[Comparison]]] = {
     "decode": decode,
     "decode-kv8": partial(decode, kv_bits=8),
+    "decode-4bit": partial(decode, bits=4),
     "step": step,
     "prefill": prefill,
     "batch": batch,
