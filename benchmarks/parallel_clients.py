@@ -25,6 +25,14 @@ from openai import OpenAI
 
 LENGTHS = (100, 300, 700, 1000, 1500, 2500, 4000, 6000)  # approximate prompt lengths, tokens
 TRAINED = 1024  # --trained-length of the conversion, tokens
+# The Linux CPU build of MLX gets its fast matrix product from mlx_clex; stock must have it too.
+WITH_BLAS = """
+import runpy, sys
+from mlx_clex._blas import use_openblas
+use_openblas()
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__")
+"""
 WORDS = ["river", "stone", "lamp", "garden", "winter", "paper", "bridge", "copper", "orchard"]
 
 
@@ -109,7 +117,7 @@ def served(folder: Path, *options: object, module: str = "mlx_clex.server") -> I
         port = free.getsockname()[1]
     command = ["--model", folder, "--port", port, "--log-level", "WARNING", *options]
     server = subprocess.Popen(
-        [sys.executable, "-m", module, *map(str, command)], stdout=subprocess.DEVNULL
+        [sys.executable, "-c", WITH_BLAS, module, *map(str, command)], stdout=subprocess.DEVNULL
     )
     try:
         while True:

@@ -119,4 +119,7 @@ def watchdog_advice(error: BaseException, *, training: bool = False) -> str:
             " macOS ends GPU work that takes seconds while a display is on: turn the display off "
             "(caffeinate -s keeps the Mac awake), lower --max-seq-length, and go on with --resume."
         )
-    return " macOS ends GPU work that takes seconds: read smaller steps, --prefill-step-size 512."
+    return (
+        " macOS ends GPU work that takes seconds: read a shorter text, or smaller steps "
+        "(--prefill-step-size 512, if the command has it)."
+    )

@@ -147,9 +147,11 @@ def run(args: argparse.Namespace) -> None:
         parts = Change("", sizes, run_).parts(machine.back_end)
         _print_peak("training", run_.length, peak(parts), parts_text(parts), machine)
 
-    found = {"context": changes(sizes, read, in_4_bits)}
-    for run_ in trained:
-        found["training sequence"] = changes(sizes, run_, in_4_bits)
+    longest = max(trained, key=lambda run_: run_.length)
+    found = {
+        "context": changes(sizes, read, in_4_bits),
+        "training sequence": changes(sizes, longest, in_4_bits),
+    }
     for what, its in found.items():
         within = (
             f" (the model reaches {sizes.reach:,})" if what == "context" and sizes.reach else ""

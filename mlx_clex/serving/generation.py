@@ -17,7 +17,7 @@ import mlx.nn as nn
 import mlx_lm.server as stock
 
 from ..data.text import longest_token
-from ..errors import InputError, RunError
+from ..errors import InputError, RunError, watchdog_advice
 from ..loading import load
 from ..model.scaled_model import make_prompt_cache, scaled
 from ..model.stock import config_value
@@ -229,7 +229,7 @@ class PlanningResponseGenerator(stock.ResponseGenerator):
                 if loaded:
                     logging.exception("A request failed while tokens were made")
                 for ticket in list(self._under_way):
-                    ticket.put(RunError(f"Generation failed: {error}"))
+                    ticket.put(RunError(f"Generation failed: {error}{watchdog_advice(error)}"))
                 self._under_way.clear()
                 if self._is_distributed or not loaded:
                     self.failure = error

@@ -1,6 +1,7 @@
 """The report of doctor must be correct and must not load weights."""
 
 import json
+import re
 import shutil
 
 import mlx.core as mx
@@ -160,6 +161,9 @@ def test_doctor_prints_the_report(capsys, tmp_path):
     out = capsys.readouterr().out
     assert out.startswith("```\nmlx-clex")
     assert "reach          256 tokens; longer texts are refused" in out
+    # The summary of `plan`; a CPU reads 256 tokens of a model of 0.39 MB with 3 MB.
+    assert re.search(r"^while reading  256 tokens: [23]\.\d+ MB \(.*weights 0\.39 MB", out, re.M)
+    assert "fits           256 tokens fit as they are." in out
     assert run("/nowhere/at/all") == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     with pytest.raises(InputError, match=r"config\.json"):

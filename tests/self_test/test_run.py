@@ -1,6 +1,7 @@
 """The self-test must pass on a correct machine and fail on a wrong one."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -48,6 +49,40 @@ def test_the_error_of_tf32_is_measured_in_a_process_of_its_own(monkeypatch):
     (here,) = golden.prefill()
     assert found.bound is None
     assert found.measured == pytest.approx(here.measured, rel=0.5)  # a CPU has no TF32
+
+
+def test_an_array_that_is_too_large(monkeypatch):
+    """On a CPU it ends the process, so the check ran nowhere; an empty one passes."""
+    assert list(running.too_large()) == []
+    monkeypatch.setattr(running, "on_metal", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_buffer_length": 2**20})
+    assert [found.passed for found in running.too_large()] == [False, True]
+
+    ones = mx.ones
+
+    def full(shape, *rest):
+        if math.prod(shape) > 2**20:
+            raise RuntimeError("[malloc] Unable to allocate")
+        return ones(shape, *rest)
+
+    monkeypatch.setattr(mx, "ones", full)
+    assert [found.passed for found in running.too_large()] == [True, True]
+
+
+def test_tf32_alone_breaks_the_golden_bound():
+    """Emulated: a healthy M5 failed the self-test by its default, 4.2e-3 against 5e-4."""
+    errors = {}
+    for enabled in "01":
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.emulate_metal", "-m", "mlx_clex.self_test.golden"],
+            env=os.environ | {"MLX_ENABLE_TF32": enabled},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        errors[enabled] = float(done.stdout)
+    assert errors["0"] < 5e-4
+    assert 1e-3 < errors["1"] < 1e-2
 
 
 def test_keys_that_do_not_move_fail(monkeypatch, capsys):
