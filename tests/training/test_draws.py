@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_clex.errors import InputError
-from mlx_clex.model.rotary import cos_sin
+from mlx_clex.model.rotary import cos_sin, rotate_at
 from mlx_clex.scaling import build_scaling
 from mlx_clex.training.draws import (
     Draws,
@@ -69,9 +69,18 @@ def test_released_clex_positions_give_the_released_table(name, converted):
     assert seen == 5
 
 
+def turned(positions, inv_freq):
+    """Cosines and sines, (L, D/2) or (H, L, D/2), from the rotation with its own gradient."""
+    shape = *inv_freq.shape[:-1], len(positions), inv_freq.shape[-1]
+    # A pair (1, 0) turned by an angle is (its cosine, its sine).
+    unit = mx.concatenate([mx.ones(shape), mx.zeros(shape)], axis=-1)
+    rotated = rotate_at(unit.reshape(1, -1, *unit.shape[-2:]), inv_freq, positions)
+    return mx.split(rotated.reshape(unit.shape), 2, axis=-1)
+
+
 @pytest.mark.parametrize("name", CLEX)
 def test_clex_gradients_are_the_released_ones(name, converted):
-    """Gradients of sum(cotangent * table), through every step of the solver."""
+    """Gradients of sum(cotangent * table), through the rotation and every step of the solver."""
     golden, scaling = answers(name), golden_scaling(name, converted)
     seen = 0
     for key in golden:
@@ -86,7 +95,7 @@ def test_clex_gradients_are_the_released_ones(name, converted):
         def objective(up, down, t=t, positions=positions, cotangent=cotangent):
             before = scaling.up_proj, scaling.down_proj
             scaling.up_proj, scaling.down_proj = up, down
-            tables = cos_sin(positions, scaling.differentiable_inv_freq(mx.array(float(t))))
+            tables = turned(positions, scaling.differentiable_inv_freq(mx.array(float(t))))
             scaling.up_proj, scaling.down_proj = before
             wide = [mx.concatenate([table, table], axis=-1) for table in tables]
             return (cotangent * mx.stack(wide)).sum()
@@ -130,7 +139,7 @@ def test_gene_param_gradients_are_the_released_ones(converted):
     def objective(*values):
         for name, value in zip(names, values, strict=True):
             scaling[name] = value
-        tables = cos_sin(positions, scaling.differentiable_inv_freq(2.0, 0))
+        tables = turned(positions, scaling.differentiable_inv_freq(2.0, 0))
         for name, value in zip(names, before, strict=True):
             scaling[name] = value
         wide = [mx.concatenate([t, t], axis=-1).transpose(1, 0, 2) for t in tables]
