@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from huggingface_hub import ModelCard
+from huggingface_hub.repocard import metadata_load
 
 from mlx_clex.errors import InputError, reading
 from mlx_clex.scaling import Scaling
@@ -67,7 +67,7 @@ def licence_of(folder: Path) -> str | None:
         return None
     try:
         with reading("The card does not load"):
-            licence = ModelCard.load(file).data.license
+            licence = (metadata_load(file) or {}).get("license")
     except (InputError, OSError):
         return None
     # Only a plain name: other text could add lines to the new card.

@@ -33,6 +33,7 @@ from ..serving.test_requests import CHATS, COMPLETIONS, DEFAULTS, SERVED
 from .case import write_safetensors
 from .cases_config import KEYS, SCALING_KEYS
 from .cases_tokenizer import TEMPLATES
+from .fuzz_folders import folder_targets
 from .fuzz_inputs import BYTES, VALUES, Target, mutated, objects
 
 
@@ -275,6 +276,7 @@ def targets(folder: Path) -> Iterator[Target]:
     yield Target(".gguf", mutated(gguf.read_bytes()), of_file(read_gguf, ".gguf"), 1_000)
     shard = next((_GOLDEN / "clex_llama").glob("*.bin")).read_bytes()
     yield Target(".bin", mutated(shard), of_file(torch_bin.read_header, ".bin"), 1_500)
+    yield from folder_targets(folder, _BUNDLED)
 
 
 _BUNDLED = Path(prompts.__file__).parents[1] / "bundled" / "clex"
