@@ -12,6 +12,7 @@ spaces, which LLaMA does not use.
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_clex.checkpoint.safetensors_file import array_bytes, info_of
-from mlx_clex.errors import InputError
+from mlx_clex.errors import InputError, reading
 
 from ..read.gguf_file import import_gguf
 
@@ -78,6 +79,9 @@ def write(
         tokenizer: metadata from `tokenizer_of`.
         name: name of the model, shown to users.
         advance: called after each tensor with its size in bytes.
+
+    Raises:
+        InputError: the file cannot hold a setting.
     """
     gguf = import_gguf("--for llama.cpp")
     entry = config["rope_scaling"]
@@ -101,34 +105,35 @@ def write(
 
     kind = types[arrays["token_embd.weight"].dtype]
     writer = gguf.GGUFWriter(target, "llama")
-    writer.add_name(name)
-    writer.add_file_type({"F32": 0, "F16": 1, "BF16": 32}[kind])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(key_heads)
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
-    writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(arrays["token_embd.weight"].shape[0])
-    for key, value in tokenizer.items():
-        _put(writer, key, value)
-    for ours, array in arrays.items():
-        raw = gguf.GGMLQuantizationType[types[array.dtype]]
-        writer.add_tensor_info(ours, array.shape, np.dtype(np.float32), array.nbytes, raw)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for ours in list(arrays):
-        size = info_of(arrays[ours]).nbytes
-        writer.write_tensor_data(np.frombuffer(array_bytes(arrays.pop(ours)), np.uint8))
-        mx.clear_cache()
-        advance(size)
-    writer.close()
+    with closing(writer):
+        with reading("--for llama.cpp cannot write the settings of this model"):
+            writer.add_name(name)
+            writer.add_file_type({"F32": 0, "F16": 1, "BF16": 32}[kind])
+            writer.add_context_length(config["max_position_embeddings"])
+            writer.add_embedding_length(config["hidden_size"])
+            writer.add_block_count(config["num_hidden_layers"])
+            writer.add_feed_forward_length(config["intermediate_size"])
+            writer.add_head_count(heads)
+            writer.add_head_count_kv(key_heads)
+            writer.add_key_length(config["head_dim"])
+            writer.add_value_length(config["head_dim"])
+            writer.add_rope_dimension_count(config["head_dim"])
+            writer.add_rope_freq_base(config["rope_theta"])
+            writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+            writer.add_vocab_size(arrays["token_embd.weight"].shape[0])
+            for key, value in tokenizer.items():
+                _put(writer, key, value)
+            for ours, array in arrays.items():
+                raw = gguf.GGMLQuantizationType[types[array.dtype]]
+                writer.add_tensor_info(ours, array.shape, np.dtype(np.float32), array.nbytes, raw)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        for ours in list(arrays):
+            size = info_of(arrays[ours]).nbytes
+            writer.write_tensor_data(np.frombuffer(array_bytes(arrays.pop(ours)), np.uint8))
+            mx.clear_cache()
+            advance(size)
 
 
 def permute(rows: mx.array, heads: int) -> mx.array:
@@ -151,12 +156,12 @@ def tokenizer_of(folder: Path, rows: int) -> dict[str, Any]:
 
     Raises:
         InputError: llama.cpp has no such tokenizer, or mlx_clex does not know its name there.
+        Exception: the files are damaged.
     """
-    try:
-        whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--for llama.cpp needs a tokenizer.json: {error}") from error
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError("--for llama.cpp needs a tokenizer.json, which the source lacks.")
+    whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     if (folder / "tokenizer.model").exists():
         found = _sentencepiece(folder / "tokenizer.model")
     else:

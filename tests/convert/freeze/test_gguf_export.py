@@ -165,6 +165,32 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
     assert not target.exists()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"added_tokens": ...},
+        {"added_tokens": [{"id": 0}]},
+        {"added_tokens": 5},
+        {"model": ...},
+        {"model": {"type": "BPE", "merges": []}},
+        {"model": {"type": "BPE", "vocab": {"a": "1"}, "merges": []}},
+        {"deep": "[" * 100_000 + "]" * 100_000},
+    ],
+)
+def test_a_damaged_tokenizer_is_one_line_and_leaves_nothing(tmp_path, changes):
+    """--for llama.cpp ended with a traceback: it read tokenizer.json by itself, unchecked."""
+    source, target = byte_level_folder(tmp_path, CUTS["gpt-2"]), tmp_path / "out"
+    file = source / "tokenizer.json"
+    whole = {k: v for k, v in {**json.loads(file.read_text()), **changes}.items() if v is not ...}
+    deep = whole.pop("deep", None)
+    file.write_text(deep or json.dumps(whole))
+    with pytest.raises(InputError, match="tokenizer"):
+        convert(
+            source, target, scaling={"type": "ntk", "factor": 4}, freeze=4, freeze_for="llama.cpp"
+        )
+    assert not list(tmp_path.glob("out*"))
+
+
 @pytest.mark.parametrize("name", ["clex_llama", "clex_llama_gqa_log_scale", "gene_llama"])
 def test_llama_cpp_gives_our_logits(tmp_path, name):
     """Rows of queries and keys, frequency factors and gain must follow llama.cpp's conventions."""
