@@ -265,6 +265,7 @@ def _write_checkpoint(
     write_weights(
         folder,
         outcome.tensors,
+        outcome.unquantised,
         shard_bytes=min(MAX_FILE_SIZE_GB << 30, max(largest, 1 << 30)),
         file_format=outcome.file_format,
         advance=advance,

@@ -20,8 +20,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_clex.checkpoint.safetensors_file import array_bytes, info_of
+from mlx_clex.checkpoint.safetensors_file import info_of
 from mlx_clex.errors import InputError, reading
+from mlx_clex.model.finite import finite_bytes
 
 from ..read.gguf_file import import_gguf
 
@@ -81,7 +82,7 @@ def write(
         advance: called after each tensor with its size in bytes.
 
     Raises:
-        InputError: the file cannot hold a setting.
+        InputError: the file cannot hold a setting, or a tensor has values that are not finite.
     """
     gguf = import_gguf("--for llama.cpp")
     entry = config["rope_scaling"]
@@ -131,7 +132,7 @@ def write(
             writer.write_ti_data_to_file()
         for ours in list(arrays):
             size = info_of(arrays[ours]).nbytes
-            writer.write_tensor_data(np.frombuffer(array_bytes(arrays.pop(ours)), np.uint8))
+            writer.write_tensor_data(np.frombuffer(finite_bytes(ours, arrays.pop(ours)), np.uint8))
             mx.clear_cache()
             advance(size)
 
