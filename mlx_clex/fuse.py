@@ -9,7 +9,6 @@ Not covered: GGUF, which cannot hold a scaling.
 import argparse
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from mlx_lm.utils import dequantize_model, save_model
 
 from .checkpoint.adapters import other_base, read_adapters
 from .checkpoint.config import BASE_ROPE, SHIM, is_ours, normalise_config
-from .checkpoint.files import expand, write_json
+from .checkpoint.files import expand, scratch_folder, write_json
 from .checkpoint.folder import files_of, read_config
 from .commands.help import point_elsewhere
 from .commands.options import add_shared
@@ -87,10 +86,9 @@ def run(args: argparse.Namespace) -> None:
     if args.dequantize:
         config.pop("quantization", None)
         config.pop("quantization_config", None)
-    target.parent.mkdir(parents=True, exist_ok=True)
     # On the disk of the target, which needs the space for the result anyway.
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        merged = Path(scratch) / target.name
+    with scratch_folder(target.with_name(f"{target.name}.merged")) as scratch:
+        merged = scratch / target.name
         save_model(merged, model, donate_model=True)
         for file in files_of(base):
             if not file.name.endswith(_NOT_THE_TOKENIZER):

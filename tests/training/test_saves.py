@@ -1,6 +1,8 @@
 """Saves of a run: whole or not there, and changed in one step."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -35,6 +37,18 @@ def test_a_full_disk_leaves_the_save_before(base, texts, tmp_path, monkeypatch, 
     assert "No space left" in capsys.readouterr().err
     assert [path.name for path in (adapters / "checkpoints").iterdir()] == ["0000001"]
     load(base, adapter_path=adapters)
+
+
+def test_the_next_save_deletes_what_a_killed_run_left(base, texts, tmp_path, capsys):
+    """A half save had a name without a process, and stayed unless its own number was saved."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
+    )
+    left = tmp_path / "a" / "checkpoints" / f"0000007.incomplete-{int(done.stdout)}"
+    left.mkdir(parents=True)
+    assert call(argv_for(base, texts, tmp_path / "a", "--iters 1")) == 0
+    assert [path.name for path in left.parent.iterdir()] == ["0000001"]
+    assert f"Deleted {left.name}, which a killed command left." in capsys.readouterr().err
 
 
 def test_the_root_changes_in_one_step(base, texts, tmp_path):
