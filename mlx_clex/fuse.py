@@ -14,8 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
-from mlx_lm.utils import dequantize_model, save_model
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_lm.utils import MAX_FILE_SIZE_GB, dequantize_model
 
 from .checkpoint.adapters import other_base, read_adapters
 from .checkpoint.config import BASE_ROPE, SHIM, is_ours, normalise_config
@@ -26,7 +26,7 @@ from .commands.options import add_shared
 from .commands.run_command import command
 from .convert import convert
 from .convert.write.card import licence_of
-from .convert.write.output import check_target
+from .convert.write.output import check_target, write_weights
 from .errors import InputError, say
 from .loading import load, resolve
 from .model.own_rope import without_own_rope
@@ -89,7 +89,10 @@ def run(args: argparse.Namespace) -> None:
     # On the disk of the target, which needs the space for the result anyway.
     with scratch_folder(target.with_name(f"{target.name}.merged")) as scratch:
         merged = scratch / target.name
-        save_model(merged, model, donate_model=True)
+        merged.mkdir()
+        weights: Any = dict(tree_flatten(model.parameters()))
+        model.update(tree_map(lambda _: mx.array([]), model.parameters()))  # written ones are freed
+        write_weights(merged, weights, {}, shard_bytes=MAX_FILE_SIZE_GB << 30, file_format="mlx")
         for file in files_of(base):
             if not file.name.endswith(_NOT_THE_TOKENIZER):
                 shutil.copyfile(file, merged / file.name)

@@ -68,8 +68,8 @@ def test_the_fused_model_answers_as_the_adapters_do(kind, base, tmp_path):
 
 KILL_WHILE_WRITING = """
 import os, signal, sys
-from mlx_clex import fuse; from mlx_clex.convert.write import output
-output.finite_bytes = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+from mlx_clex import fuse; from mlx_clex.convert import pipeline
+pipeline.write_weights = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 fuse.main(sys.argv[1:])
 """
 

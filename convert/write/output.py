@@ -74,7 +74,7 @@ def write_weights(
     *,
     shard_bytes: int,
     file_format: str,
-    advance: Callable[[int], object],
+    advance: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Write the tensors in shards, each evaluated, written and freed in turn.
 
