@@ -350,7 +350,7 @@ class Run:
         config = {
             **self.config,
             "trained_scaling": bool(scaling),
-            "trained_extra": bool(extra),
+            "trained_extra": sorted(extra),
         }
         state = {
             "same": _as_json(same),
