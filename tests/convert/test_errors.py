@@ -416,7 +416,7 @@ def test_a_disk_that_fills_up_meanwhile_is_a_failed_run(tmp_path, capsys, monkey
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mlx_clex.convert.write.output.array_bytes", full)
+    monkeypatch.setattr("mlx_clex.convert.write.output.finite_bytes", full)
     argv = ["--hf-path", str(GOLDEN / "clex_phi"), "--mlx-path", str(tmp_path / "out")]
     assert main(argv) == 1
     assert "No space left" in capsys.readouterr().err
