@@ -166,7 +166,7 @@ def tokenizer_of(folder: Path, rows: int) -> dict[str, Any]:
     if (folder / "tokenizer.model").exists():
         found = _sentencepiece(folder / "tokenizer.model")
     else:
-        found = _byte_level(whole)
+        found = _byte_level(whole, rows)
     tokens, kinds = found["tokens"], found["token_type"]
     ids = {token["content"]: token["id"] for token in whole["added_tokens"]}
     special = {token["id"] for token in whole["added_tokens"] if token["special"]}
@@ -212,7 +212,7 @@ def _sentencepiece(file: Path) -> dict[str, Any]:
     }
 
 
-def _byte_level(whole: dict[str, Any]) -> dict[str, Any]:
+def _byte_level(whole: dict[str, Any], rows: int) -> dict[str, Any]:
     model = whole["model"]
     cut = tuple(_cuts(whole.get("pre_tokenizer") or {}))
     if model.get("type") != "BPE" or whole.get("normalizer") or cut not in _CUTS:
@@ -221,13 +221,12 @@ def _byte_level(whole: dict[str, Any]) -> dict[str, Any]:
             f"SentencePiece's tokenizer.model, and the byte-level {', '.join(_CUTS.values())}."
         )
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    tokens = [token for token, _ in sorted(model["vocab"].items(), key=lambda item: item[1])]
-    kinds = [_NORMAL] * len(tokens)
+    tokens = {number: token for token, number in model["vocab"].items()}  # may leave ids out
     return {
         "model": "gpt2",
         "pre": _CUTS[cut],
-        "tokens": tokens,
-        "token_type": kinds,
+        "tokens": [tokens.get(number, f"[PAD{number}]") for number in range(rows)],
+        "token_type": [_NORMAL if number in tokens else _UNUSED for number in range(rows)],
         "merges": merges,
     }
 

@@ -165,6 +165,24 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
     assert not target.exists()
 
 
+def test_a_token_keeps_its_id_where_ids_are_left_out(tmp_path):
+    """Every token after a gap got another's id: tokens were written in order, not by id."""
+    source, target = byte_level_folder(tmp_path, CUTS["gpt-2"]), tmp_path / "out"
+    file = source / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    token = max(whole["model"]["vocab"], key=whole["model"]["vocab"].get)
+    last = whole["model"]["vocab"][token]
+    whole["model"]["vocab"][token] = last + 5
+    file.write_text(json.dumps(whole))
+    convert(source, target, scaling={"type": "ntk", "factor": 4}, freeze=4, freeze_for="llama.cpp")
+    metadata = gguf_file.read(target / gguf_export.FILE).metadata
+    assert metadata["tokenizer.ggml.tokens"][last + 5] == token
+    assert metadata["tokenizer.ggml.tokens"][last] == f"[PAD{last}]"
+    text = "in 1999, 2024 and 12345"
+    ours = Tokenizer.from_file(str(file)).encode(text).ids
+    assert LlamaCpp(target / gguf_export.FILE).encode(text) == ours
+
+
 @pytest.mark.parametrize(
     "changes",
     [
