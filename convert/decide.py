@@ -49,6 +49,7 @@ class Outcome:
 
     config: dict[str, Any]
     tensors: dict[str, mx.array]  # lazy, in the order of writing; the writer empties it
+    unquantised: dict[str, mx.array]  # lazy; what -q makes the tensors of the same names from
     scaling: Scaling | None  # None where the checkpoint has no mlx_clex scaling
     method: str  # name of the scaling
     reach: int  # tokens, for the tokenizer
@@ -104,7 +105,7 @@ def decide_outcome(
     expected = {name: array.shape for name, array in _flat(model) if not name.startswith(PREFIX)}
     _compare(expected, rest)
     model.load_weights(list(rest.items()), strict=False)
-    config = cast_and_quantize(model, config, options, notes)
+    config, unquantised = cast_and_quantize(model, config, options, notes)
     method = (config.get("rope_scaling") or {"type": "none"})["type"]
     # A scaling without learned tensors is an empty module, and so false.
     own = scaling.reach if scaling is not None else None
@@ -127,7 +128,9 @@ def decide_outcome(
     del model, rest, published, weights
     gc.collect()
     file_format = "pt" if options.for_transformers else "mlx"
-    return Outcome(config, tensors, scaling, method, reach, renaming, notes, file_format)
+    return Outcome(
+        config, tensors, unquantised, scaling, method, reach, renaming, notes, file_format
+    )
 
 
 def _config(

@@ -14,7 +14,7 @@ from mlx_clex.checkpoint import safetensors_file
 from mlx_clex.checkpoint.files import expand
 from mlx_clex.checkpoint.folder import SHIM, check_hub_id
 from mlx_clex.checkpoint.safetensors_file import TensorInfo
-from mlx_clex.errors import InputError, say
+from mlx_clex.errors import InputError, reading, say
 
 from .check import check_config, check_model, check_tokenizer
 from .decide import Outcome, decide_outcome
@@ -220,11 +220,11 @@ def _write(
     missing = write_tokenizer(checkpoint, words, outcome.reach, source.gguf)
     if missing:
         say(missing)
-    elif not options.for_llama_cpp:
+    else:
         generation = checkpoint.folder / "generation_config.json"
         if generation.exists() and source.gguf is None:
-            shutil.copyfile(generation, folder / generation.name)
-        check_tokenizer(folder, outcome.config, checkpoint.name)
+            shutil.copyfile(generation, words / generation.name)
+        check_tokenizer(words, outcome.config, checkpoint.name)
     tokenizer = _gguf_tokenizer(source, outcome, words) if options.for_llama_cpp else {}
     if not source.is_lazy:
         outcome = decide_outcome(source.config, source.rewrite(scratch), options)
@@ -265,6 +265,7 @@ def _write_checkpoint(
     write_weights(
         folder,
         outcome.tensors,
+        outcome.unquantised,
         shard_bytes=min(MAX_FILE_SIZE_GB << 30, max(largest, 1 << 30)),
         file_format=outcome.file_format,
         advance=advance,
@@ -277,4 +278,6 @@ def _gguf_tokenizer(source: Source, outcome: Outcome, folder: Path) -> dict[str,
     if source.gguf is not None:
         metadata = source.gguf.metadata
         return {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
-    return gguf_export.tokenizer_of(folder, outcome.tensors["model.embed_tokens.weight"].shape[0])
+    with reading(f"--for llama.cpp does not read the tokenizer of {source.checkpoint.name}"):
+        rows = outcome.tensors["model.embed_tokens.weight"].shape[0]
+        return gguf_export.tokenizer_of(folder, rows)

@@ -52,8 +52,7 @@ def run(args: argparse.Namespace) -> None:
         InputError: there is no entry of a name.
     """
     folder = DEFAULT_CACHE.expanduser()
-    for path in delete_all_leftovers(folder):
-        print(f"Deleted {path.name}, which a killed command left.")
+    delete_all_leftovers(folder)
     entries = {entry.path.name: entry for entry in _entries(folder)}
     names = list(entries) if args.delete_all else args.delete or []
     for name in names:

@@ -9,25 +9,24 @@ Not covered: GGUF, which cannot hold a scaling.
 import argparse
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
-from mlx_lm.utils import dequantize_model, save_model
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_lm.utils import MAX_FILE_SIZE_GB, dequantize_model
 
 from .checkpoint.adapters import other_base, read_adapters
 from .checkpoint.config import BASE_ROPE, SHIM, is_ours, normalise_config
-from .checkpoint.files import expand, write_json
+from .checkpoint.files import expand, scratch_folder, write_json
 from .checkpoint.folder import files_of, read_config
 from .commands.help import point_elsewhere
 from .commands.options import add_shared
 from .commands.run_command import command
 from .convert import convert
 from .convert.write.card import licence_of
-from .convert.write.output import check_target
+from .convert.write.output import check_target, write_weights
 from .errors import InputError, say
 from .loading import load, resolve
 from .model.own_rope import without_own_rope
@@ -87,11 +86,13 @@ def run(args: argparse.Namespace) -> None:
     if args.dequantize:
         config.pop("quantization", None)
         config.pop("quantization_config", None)
-    target.parent.mkdir(parents=True, exist_ok=True)
     # On the disk of the target, which needs the space for the result anyway.
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        merged = Path(scratch) / target.name
-        save_model(merged, model, donate_model=True)
+    with scratch_folder(target.with_name(f"{target.name}.merged")) as scratch:
+        merged = scratch / target.name
+        merged.mkdir()
+        weights: Any = dict(tree_flatten(model.parameters()))
+        model.update(tree_map(lambda _: mx.array([]), model.parameters()))  # written ones are freed
+        write_weights(merged, weights, {}, shard_bytes=MAX_FILE_SIZE_GB << 30, file_format="mlx")
         for file in files_of(base):
             if not file.name.endswith(_NOT_THE_TOKENIZER):
                 shutil.copyfile(file, merged / file.name)

@@ -53,7 +53,7 @@ def test_leftovers_of_killed_commands_go_and_others_stay(folder, capsys):
     for name in (gone, running):
         (folder / name).mkdir()
     assert call() == 0
-    assert f"Deleted {gone}" in capsys.readouterr().out
+    assert f"Deleted {gone}, which a killed command left." in capsys.readouterr().err
     assert running in names(folder)
     assert gone not in names(folder)
 

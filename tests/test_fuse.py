@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 
 import mlx.core as mx
 import pytest
@@ -60,7 +63,30 @@ def test_the_fused_model_answers_as_the_adapters_do(kind, base, tmp_path):
     assert mx.abs(load(base)[0](IDS) - wanted).max().item() > 1e-3
     ours = load(tmp_path / "fused")[0](IDS)
     assert mx.abs(ours - wanted).max().item() < 1e-3
-    assert not list(tmp_path.glob(".fused*"))
+    assert not list(tmp_path.glob("*incomplete*"))
+
+
+KILL_WHILE_WRITING = """
+import os, signal, sys
+from mlx_clex import fuse; from mlx_clex.convert import pipeline
+pipeline.write_weights = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+fuse.main(sys.argv[1:])
+"""
+
+
+def test_the_next_run_deletes_what_a_killed_one_left(base, tmp_path, capsys):
+    """Each kill left the merged model in a hidden folder that nothing found again."""
+    adapters = random_adapters(base, tmp_path / "adapters", 1)
+    target = tmp_path / "out" / "fused"
+    argv = ["--model", str(base), "--adapter-path", str(adapters), "--save-path", str(target)]
+    done = subprocess.run([sys.executable, "-c", KILL_WHILE_WRITING, *argv], check=False)
+    assert done.returncode == -signal.SIGKILL
+    left = {path.name.rpartition("-")[0] for path in target.parent.iterdir()}
+    assert left == {"fused.incomplete", "fused.merged.incomplete"}
+    assert merge(base, adapters, target) == 0
+    assert [path.name for path in target.parent.iterdir()] == ["fused"]
+    told = capsys.readouterr().err
+    assert told.count("which a killed command left") == 2
 
 
 def test_adapters_of_peft_are_fused(base, tmp_path):

@@ -12,6 +12,7 @@ spaces, which LLaMA does not use.
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_clex.checkpoint.safetensors_file import array_bytes, info_of
-from mlx_clex.errors import InputError
+from mlx_clex.checkpoint.safetensors_file import info_of
+from mlx_clex.errors import InputError, reading
+from mlx_clex.model.finite import finite_bytes
 
 from ..read.gguf_file import import_gguf
 
@@ -78,6 +80,9 @@ def write(
         tokenizer: metadata from `tokenizer_of`.
         name: name of the model, shown to users.
         advance: called after each tensor with its size in bytes.
+
+    Raises:
+        InputError: the file cannot hold a setting, or a tensor has values that are not finite.
     """
     gguf = import_gguf("--for llama.cpp")
     entry = config["rope_scaling"]
@@ -101,34 +106,35 @@ def write(
 
     kind = types[arrays["token_embd.weight"].dtype]
     writer = gguf.GGUFWriter(target, "llama")
-    writer.add_name(name)
-    writer.add_file_type({"F32": 0, "F16": 1, "BF16": 32}[kind])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(key_heads)
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
-    writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(arrays["token_embd.weight"].shape[0])
-    for key, value in tokenizer.items():
-        _put(writer, key, value)
-    for ours, array in arrays.items():
-        raw = gguf.GGMLQuantizationType[types[array.dtype]]
-        writer.add_tensor_info(ours, array.shape, np.dtype(np.float32), array.nbytes, raw)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for ours in list(arrays):
-        size = info_of(arrays[ours]).nbytes
-        writer.write_tensor_data(np.frombuffer(array_bytes(arrays.pop(ours)), np.uint8))
-        mx.clear_cache()
-        advance(size)
-    writer.close()
+    with closing(writer):
+        with reading("--for llama.cpp cannot write the settings of this model"):
+            writer.add_name(name)
+            writer.add_file_type({"F32": 0, "F16": 1, "BF16": 32}[kind])
+            writer.add_context_length(config["max_position_embeddings"])
+            writer.add_embedding_length(config["hidden_size"])
+            writer.add_block_count(config["num_hidden_layers"])
+            writer.add_feed_forward_length(config["intermediate_size"])
+            writer.add_head_count(heads)
+            writer.add_head_count_kv(key_heads)
+            writer.add_key_length(config["head_dim"])
+            writer.add_value_length(config["head_dim"])
+            writer.add_rope_dimension_count(config["head_dim"])
+            writer.add_rope_freq_base(config["rope_theta"])
+            writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+            writer.add_vocab_size(arrays["token_embd.weight"].shape[0])
+            for key, value in tokenizer.items():
+                _put(writer, key, value)
+            for ours, array in arrays.items():
+                raw = gguf.GGMLQuantizationType[types[array.dtype]]
+                writer.add_tensor_info(ours, array.shape, np.dtype(np.float32), array.nbytes, raw)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        for ours in list(arrays):
+            size = info_of(arrays[ours]).nbytes
+            writer.write_tensor_data(np.frombuffer(finite_bytes(ours, arrays.pop(ours)), np.uint8))
+            mx.clear_cache()
+            advance(size)
 
 
 def permute(rows: mx.array, heads: int) -> mx.array:
@@ -151,16 +157,16 @@ def tokenizer_of(folder: Path, rows: int) -> dict[str, Any]:
 
     Raises:
         InputError: llama.cpp has no such tokenizer, or mlx_clex does not know its name there.
+        Exception: the files are damaged.
     """
-    try:
-        whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--for llama.cpp needs a tokenizer.json: {error}") from error
+    if not (folder / "tokenizer.json").is_file():
+        raise InputError("--for llama.cpp needs a tokenizer.json, which the source lacks.")
+    whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     if (folder / "tokenizer.model").exists():
         found = _sentencepiece(folder / "tokenizer.model")
     else:
-        found = _byte_level(whole)
+        found = _byte_level(whole, rows)
     tokens, kinds = found["tokens"], found["token_type"]
     ids = {token["content"]: token["id"] for token in whole["added_tokens"]}
     special = {token["id"] for token in whole["added_tokens"] if token["special"]}
@@ -206,7 +212,7 @@ def _sentencepiece(file: Path) -> dict[str, Any]:
     }
 
 
-def _byte_level(whole: dict[str, Any]) -> dict[str, Any]:
+def _byte_level(whole: dict[str, Any], rows: int) -> dict[str, Any]:
     model = whole["model"]
     cut = tuple(_cuts(whole.get("pre_tokenizer") or {}))
     if model.get("type") != "BPE" or whole.get("normalizer") or cut not in _CUTS:
@@ -215,13 +221,12 @@ def _byte_level(whole: dict[str, Any]) -> dict[str, Any]:
             f"SentencePiece's tokenizer.model, and the byte-level {', '.join(_CUTS.values())}."
         )
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    tokens = [token for token, _ in sorted(model["vocab"].items(), key=lambda item: item[1])]
-    kinds = [_NORMAL] * len(tokens)
+    tokens = {number: token for token, number in model["vocab"].items()}  # may leave ids out
     return {
         "model": "gpt2",
         "pre": _CUTS[cut],
-        "tokens": tokens,
-        "token_type": kinds,
+        "tokens": [tokens.get(number, f"[PAD{number}]") for number in range(rows)],
+        "token_type": [_NORMAL if number in tokens else _UNUSED for number in range(rows)],
         "merges": merges,
     }
 

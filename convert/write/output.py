@@ -9,8 +9,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_clex.checkpoint.files import new_folder, write_json
-from mlx_clex.checkpoint.safetensors_file import array_bytes, info_of, write
+from mlx_clex.checkpoint.safetensors_file import info_of, write
 from mlx_clex.errors import InputError
+from mlx_clex.model.finite import finite_bytes
 
 
 def check_target(target: Path) -> None:
@@ -69,19 +70,24 @@ def whole_or_nothing(target: Path) -> Iterator[Path]:
 def write_weights(
     folder: Path,
     tensors: dict[str, mx.array],
+    unquantised: dict[str, mx.array],
     *,
     shard_bytes: int,
     file_format: str,
-    advance: Callable[[int], object],
+    advance: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Write the tensors in shards, each evaluated, written and freed in turn.
 
     Args:
         folder: the folder to write to.
         tensors: lazy arrays; emptied while writing.
+        unquantised: what some of them are quantised from; emptied, too.
         shard_bytes: largest size of a file, unless one tensor is larger.
         file_format: "mlx" or "pt".
         advance: called after each tensor with its size in bytes.
+
+    Raises:
+        InputError: a tensor has values that are not finite.
     """
     infos = {name: info_of(array) for name, array in tensors.items()}
     shards = _split({name: info.nbytes for name, info in infos.items()}, shard_bytes)
@@ -90,7 +96,7 @@ def write_weights(
         file = "model.safetensors"
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        entries = [(name, infos[name], _taker(tensors, name)) for name in names]
+        entries = [(name, infos[name], _taker(tensors, unquantised, name)) for name in names]
         write(folder / file, entries, file_format, advance)
         weight_map.update(dict.fromkeys(names, file))
     index = {
@@ -100,10 +106,12 @@ def write_weights(
     write_json(folder / "model.safetensors.index.json", index)
 
 
-def _taker(tensors: dict[str, mx.array], name: str) -> Callable[[], memoryview]:
+def _taker(
+    tensors: dict[str, mx.array], unquantised: dict[str, mx.array], name: str
+) -> Callable[[], memoryview]:
     def take() -> memoryview:
         mx.clear_cache()  # free the work memory of the last tensor
-        return array_bytes(tensors.pop(name))
+        return finite_bytes(name, tensors.pop(name), unquantised.pop(name, None))
 
     return take
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.utils import dequantize_model, infer_quant_config, quantize_model
 
@@ -50,8 +50,13 @@ def quantize_like_source(
 
 def cast_and_quantize(
     model: Any, config: dict[str, Any], options: Options, notes: list[str]
-) -> dict[str, Any]:
-    """Apply --dtype, -q and -d as mlx_lm.convert does; return the new config."""
+) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """Apply --dtype, -q and -d as mlx_lm.convert does.
+
+    Returns:
+        The new config, and what the weights that -q quantises are made from, by their names.
+    """
+    unquantised: dict[str, mx.array] = {}
     dtype = options.dtype or config.get("torch_dtype") or config.get("dtype")
     if dtype in DTYPES:
         keep = getattr(model, "cast_predicate", lambda _: True)
@@ -73,6 +78,7 @@ def cast_and_quantize(
             raise InputError("The checkpoint is already quantised: dequantise it with -d first.")
         recipe = options.quant_predicate
         predicate = None
+        before: Any = tree_flatten(model.parameters())
         if recipe:
             group = options.q_group_size or 64
             predicate = mixed_quant_predicate_builder(recipe, model, group)
@@ -93,5 +99,7 @@ def cast_and_quantize(
                 f"-q would quantise nothing: no layer's width is a multiple of --q-group-size "
                 f"{config['quantization']['group_size']}. Give another one, 32 or 64."
             )
+        after: Any = dict(tree_flatten(model.parameters()))
+        unquantised = {name: a for name, a in before if after[name].dtype != a.dtype}
         notes.append(printed.getvalue().removeprefix("[INFO]").strip())
-    return config
+    return config, unquantised

@@ -149,6 +149,7 @@ def start_weights(given: Path, model: nn.Module) -> dict[str, mx.array]:
         folder, settings = read_adapters(given if whole else folder)
     with reading(f"--resume-adapter-file {given} does not load"):
         if not is_peft(settings):
+            _check_extra(folder / EXTRA_WEIGHTS, settings)
             beside = (folder / name for name in (ADAPTER_SCALING, EXTRA_WEIGHTS))
             files = [folder / ADAPTERS if whole else given, *filter(Path.is_file, beside)]
             return {name: t for file in files for name, t in read_tensors(file)[0].items()}
@@ -207,6 +208,7 @@ def _add_ours(
             )
         model.scaling.take_weights(read_tensors(scaling_file)[0])
     if extra_file.is_file():
+        _check_extra(extra_file, settings)
         _replace(model, read_tensors(extra_file)[0], extra_file)
 
 
@@ -274,6 +276,22 @@ def _check_adapters(model: nn.Module, settings: dict[str, Any], file: Path) -> N
         raise InputError(
             f"{file} lacks {missing}, which its adapter_config.json asks for. Copy the whole "
             "folder that training wrote."
+        )
+
+
+def _check_extra(file: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse a file of norms and embeddings with other tensors than its adapter_config.json names.
+
+    Older saves have only true or false there.
+    """
+    names = settings.get("trained_extra")
+    if not isinstance(names, list) or not file.is_file():  # `read_adapters` refuses its absence
+        return
+    given = read_header(file)
+    for name in sorted({*names} ^ given.keys()):
+        raise InputError(
+            f"{file} {'has' if name in given else 'lacks'} {name}, unlike its "
+            "adapter_config.json. Copy the whole folder that training wrote."
         )
 
 

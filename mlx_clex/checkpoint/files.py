@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import InputError, one_line
+from ..errors import InputError, one_line, say
 
 # Largest files that are parsed, in bytes, some times the largest known: 40 million for a
 # tokenizer.json. Parsed, JSON takes up to twenty times its size.
@@ -65,13 +65,32 @@ def new_file(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty folder that is renamed to `target` when the block ends without an error.
 
-    Missing parents are created, and deleted again after an error.
+    Args:
+        target: the folder to be; its missing parents are created, and deleted after an error.
+        replace: delete a `target` that exists, just before the renaming.
 
     Raises:
         OSError: the folder cannot be created, `target` exists already, or the disk is full.
+    """
+    with scratch_folder(target) as temporary:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            flush(path)
+        if replace and target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        flush(target.parent)
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target`, and delete it if it is there when the block ends.
+
+    Raises:
+        OSError: the folder cannot be created.
     """
     made = [parent for parent in target.absolute().parents if not parent.exists()]
     temporary = target.with_name(f"{target.name}.incomplete-{os.getpid()}")
@@ -81,16 +100,11 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            flush(path)
-        temporary.rename(target)
-        flush(target.parent)
-    except BaseException:  # includes Ctrl-C
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
         for parent in made:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
-        raise
 
 
 def write_text(target: Path, text: str) -> None:
@@ -210,22 +224,21 @@ def delete_leftovers(target: Path) -> None:
     _delete_leftovers(path for path in target.parent.iterdir() if mine.fullmatch(path.name))
 
 
-def delete_all_leftovers(folder: Path) -> list[Path]:
-    """Delete what killed processes left of any target in a folder, and return the paths."""
-    return _delete_leftovers(folder.iterdir()) if folder.is_dir() else []
+def delete_all_leftovers(folder: Path) -> None:
+    """Delete what killed processes left of any target in a folder."""
+    if folder.is_dir():
+        _delete_leftovers(folder.iterdir())
 
 
-def _delete_leftovers(paths: Iterable[Path]) -> list[Path]:
-    deleted = []
+def _delete_leftovers(paths: Iterable[Path]) -> None:
     for path in paths:
         match = re.search(r"\.incomplete-(\d+)", path.name)
         if match and not _runs(int(match[1])):
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-            deleted.append(path)
-    return deleted
+            say(f"Deleted {one_line(path.name)}, which a killed command left.")
 
 
 def flush(path: Path) -> None:

@@ -47,6 +47,7 @@ PEFT_SETTINGS = (
     *("r", "rank_pattern", "use_dora", "use_rslora"),
 )
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # that leave the base as it is
+_ADAPTED = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
 # No groups and few repetitions: matching a stranger's pattern must end.
 _PATTERN = re.compile(r"(?=(?:[^*+]*[*+]?){0,3}\Z)[\w.^$\\*+-]{1,200}")
 # Names for the model around the layers, which differ between transformers and mlx-lm.
@@ -118,7 +119,44 @@ def read_peft(folder: Path, settings: Mapping[str, Any], model: nn.Module) -> Pe
             raise InputError(f"{file} lacks {missing[0]} of {ours}. Copy the whole folder again.")
     if not scales:
         raise InputError(f"{file} has no lora_A. Give a folder that PEFT saved.")
+    for name in sorted(_trained(settings, model)):
+        if name not in scales and f"{name}.weight" not in whole:
+            raise InputError(
+                f"{file} lacks {name}, which its adapter_config.json names as trained. Copy the "
+                "whole folder again."
+            )
     return PeftAdapters(lora, scales, ranks, whole, dora="m" in leaves)
+
+
+def _trained(settings: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """Return the modules that `target_modules` and `modules_to_save` name, by mlx-lm's names.
+
+    A pattern of PEFT in place of names is not matched: a stranger's may never end.
+
+    Source: PEFT 0.21, tuners/tuners_utils.py `check_target_module_exists`.
+    """
+
+    def ends(key: str) -> tuple[str, ...]:
+        names = settings.get(key)
+        names = names if isinstance(names, list) else []
+        return tuple(f".{_within(name)}" for name in names if isinstance(name, str) and name)
+
+    targets, saved, left_out = map(ends, ("target_modules", "modules_to_save", "exclude_modules"))
+    if isinstance(settings.get("exclude_modules"), str):
+        targets = ()
+    layers = settings.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+    found = []
+    for name, module in model.named_modules():
+        within = f".{_within(name)}"
+        layer = re.search(r"\.(\d+)\.", name)
+        there = not layers or (layer is not None and int(layer[1]) in layers)
+        adapted = isinstance(module, _ADAPTED) or "lora_a" in module
+        if (within.endswith(saved) and "weight" in module) or (
+            adapted and there and within.endswith(targets) and not within.endswith(left_out)
+        ):
+            found.append(name)
+    return found
 
 
 class _Modules:

@@ -154,11 +154,16 @@ def write(
             advance(info.nbytes)
 
 
-def array_bytes(array: mx.array) -> memoryview:
-    """Evaluate an array and return a view of its bytes, which keeps the array alive."""
+def array_bytes(array: mx.array, *others: mx.array) -> memoryview:
+    """Evaluate an array and return a view of its bytes, which keeps the array alive.
+
+    Args:
+        array: the array.
+        others: arrays to evaluate with it, which reads what they share only once.
+    """
     # Not flattened: mlx stores the size of an axis in 32 bits.
     raw: Any = mx.contiguous(array if array.ndim else array.reshape(1)).view(mx.uint8)
-    mx.eval(raw)
+    mx.eval(raw, *others)
     return memoryview(raw)
 
 

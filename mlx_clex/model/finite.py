@@ -1,4 +1,4 @@
-"""Checks of tensors that were read: a model's and its first logits, and those of a save.
+"""Checks of tensors: a model's and its first logits, those of a save, and those written.
 
 MLX does not stop at NaN or infinity, so damaged weights would only show as nonsense text.
 """
@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..checkpoint.safetensors_file import array_bytes
 from ..errors import InputError
 from .scaled_model import make_prompt_cache
 
@@ -45,8 +46,7 @@ def check_finite(model: nn.Module) -> None:
     found: Any = mx.stack([*sums, logits.min(), logits.max()]).tolist()
     *found, low, high = found
     for (name, tensor), total in zip(tensors.items(), found, strict=True):
-        if not math.isfinite(total) and not mx.isfinite(tensor).all().item():
-            raise InputError(f"The tensor {name} has values that are not finite. {_ADVICE}")
+        _check_sum(name, tensor, total)
     # Activations that overflow in a norm become zeros, and all logits are then equal. A single
     # logit of -inf is legal: it rules a token out.
     if not (low < high < math.inf):
@@ -80,6 +80,33 @@ def check_like(given: Mapping[str, mx.array], like: Mapping[str, mx.array]) -> N
             )
         if mx.issubdtype(there.dtype, mx.floating) and not mx.isfinite(there).all().item():
             raise InputError(f"The tensor {name} has values that are not finite.")
+
+
+def finite_bytes(name: str, array: mx.array, source: mx.array | None = None) -> memoryview:
+    """Evaluate an array and return a view of its bytes, if its values are finite.
+
+    Args:
+        name: of the tensor, for messages.
+        array: the array; integers are not checked.
+        source: what it was quantised from, checked in its place: quantising hides NaN.
+
+    Raises:
+        InputError: values are NaN or infinite.
+    """
+    source = array if source is None else source
+    if not mx.issubdtype(source.dtype, mx.floating):
+        return array_bytes(array)
+    total: Any = source.sum().astype(mx.float32)
+    data = array_bytes(array, total)
+    _check_sum(name, source, total.item())
+    return data
+
+
+def _check_sum(name: str, tensor: mx.array, total: float) -> None:
+    if math.isfinite(total) or mx.isfinite(tensor).all().item():
+        return
+    narrow = " as float16; bfloat16 may hold them" if tensor.dtype == mx.float16 else ""
+    raise InputError(f"The tensor {name} has values that are not finite{narrow}. {_ADVICE}")
 
 
 def _largest(tensors: dict[str, mx.array]) -> tuple[str, float]:

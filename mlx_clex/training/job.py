@@ -12,12 +12,14 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters
 
 from ..data.corpus import Corpus
+from ..errors import RunError
 from ..evaluation.perplexity import mean_loss
 from ..scaling import PREFIX
 from ..scaling.procedure import FIXED, SAMPLINGS, SCALE_DRAWS
 from .batches import Batches
 from .loop import Run
 from .options import TrainingOptions
+from .progress import not_finite
 from .progress_bars import with_bar
 from .ranks import Ranks
 
@@ -41,7 +43,7 @@ class Job:
 
         Raises:
             InputError: the processes do not have the same options, model, data and saves.
-            RunError: the loss is no longer a number, or MLX failed.
+            RunError: a loss is not finite, or MLX failed.
         """
         training, ranks = self.training, self.ranks
         if training is not None:
@@ -55,6 +57,11 @@ class Job:
             batches = with_bar(self.test, self.options.test_batches, "Testing")
             with ranks.running():
                 loss = mean_loss(self.model, batches)
+            if what := not_finite({"the test loss": loss}):
+                raise RunError(
+                    f"{what.capitalize()}. The model or its adapters are damaged, or the texts "
+                    "have no tokens to predict: use an earlier save, or other texts."
+                )
             print(f"Test loss {loss:.3f}, Test ppl {math.exp(min(loss, 700)):.3f}.")
 
     def plan(self) -> str:

@@ -36,7 +36,7 @@ from .batches import Batches
 from .best import BEST, Best
 from .draws import Draws
 from .log import LOG, Log
-from .progress import Progress
+from .progress import Progress, not_finite
 from .progress_bars import Pace, with_bar
 from .ranks import Ranks
 from .saves import OPTIMIZER, STATE, Checkpoints
@@ -143,7 +143,7 @@ class Run:
 
         Raises:
             InputError: the folder for saves cannot be made.
-            RunError: the loss or the weights are not finite, or MLX failed; the last save stays.
+            RunError: a loss or the weights are not finite, or MLX failed; the last save stays.
             KeyboardInterrupt: Ctrl-C, after a save.
         """
         options, progress = self.options, self.progress
@@ -195,11 +195,8 @@ class Run:
         if mx.get_cache_memory() > options.clear_cache_threshold:
             mx.clear_cache()
         loss = result.loss / max(result.tokens, 1)
-        if not (math.isfinite(loss) and math.isfinite(result.norm)):
-            raise self._failure(
-                f"Iteration {iteration}, scale {scale:g}: the loss is {loss:g}, the gradient's "
-                f"norm {result.norm:g}"
-            )
+        if what := not_finite({"the loss": loss, "the gradient's norm": result.norm}):
+            raise self._failure(f"Iteration {iteration}, scale {scale:g}: {what}")
         progress.iteration = iteration
         progress.losses += result.loss
         progress.tokens += result.tokens
@@ -295,6 +292,9 @@ class Run:
         loss = mean_loss(self.model, batches)
         found = {n: self._score(self.valid_corpus, n) for n in options.eval_lengths}
         seconds = time.perf_counter() - started
+        losses = {f"the loss at {n} tokens": part.loss for n, part in found.items()}
+        if what := not_finite({"the validation loss": loss} | losses):
+            raise self._failure(f"Iteration {self.progress.iteration}: {what}")
         text = f"Iter {self.progress.iteration}: Val loss {loss:.3f}, Val took {seconds:.3f}s"
         tqdm.write(text)
         if found:
@@ -308,9 +308,7 @@ class Run:
         if self.best is not None and far and self.best.consider(self.model, float(np.mean(far))):
             tqdm.write(f"Iter {self.progress.iteration}: The best at long lengths so far.")
         values = {length: part.perplexity for length, part in found.items()}
-        log.write(
-            info | {"valid_loss": loss if math.isfinite(loss) else None, "perplexity": values}
-        )
+        log.write(info | {"valid_loss": loss, "perplexity": values})
         by_length = {f"perplexity_{n}": value for n, value in values.items()}
         self.on_validation(info | {"val_loss": loss, "val_time": seconds} | by_length)
 
@@ -352,7 +350,7 @@ class Run:
         config = {
             **self.config,
             "trained_scaling": bool(scaling),
-            "trained_extra": bool(extra),
+            "trained_extra": sorted(extra),
         }
         state = {
             "same": _as_json(same),

@@ -1,12 +1,19 @@
-"""Counters of a training run, which a save holds.
+"""Counters of a training run, which a save holds, and the check of the figures it reports.
 
 Not covered: bars (`progress_bars.py`).
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import InputError, shown
+
+
+def not_finite(figures: Mapping[str, float]) -> str:
+    """Return which figures are not finite, with their values; "" if all are."""
+    broken = {name: value for name, value in figures.items() if not math.isfinite(value)}
+    return ", ".join(f"{name} is {value:g}" for name, value in broken.items())
 
 
 @dataclass

@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoint.adapters import ADAPTER_SCALING, ADAPTERS, CONFIG, CURRENT, EXTRA_WEIGHTS
-from ..checkpoint.files import check_link, flush
+from ..checkpoint.files import check_link, delete_all_leftovers, flush, new_folder
 from ..checkpoint.safetensors_file import array_bytes, info_of, write
 from ..errors import InputError
 
@@ -84,10 +84,8 @@ class Checkpoints:
             OSError: the disk is full, or the like; the saves before it stay as they were.
         """
         target = self.folder / _FOLDER / f"{step:07d}"
-        temporary = target.with_name(f".{target.name}.incomplete")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
+        # One of that number is of a run that was resumed from an earlier save.
+        with new_folder(target, replace=True) as temporary:
             for name, tensors in arrays.items():
                 entries = [
                     (key, info_of(value), lambda value=value: array_bytes(value))
@@ -96,17 +94,6 @@ class Checkpoints:
                 write(temporary / name, entries, "mlx")
             _write_json(temporary / CONFIG, config)
             _write_json(temporary / STATE, state)
-            for file in temporary.iterdir():
-                flush(file)
-            flush(temporary)
-            if target.exists():
-                # Of a run that was resumed from an earlier save.
-                shutil.rmtree(target)
-            temporary.rename(target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        flush(target.parent)
         self._make_current(target)
         self._prune(target)
         return target
@@ -123,6 +110,7 @@ class Checkpoints:
         flush(self.folder)
 
     def _prune(self, target: Path) -> None:
+        delete_all_leftovers(target.parent)
         saves = sorted(path for path in target.parent.iterdir() if path.name.isdigit())
         for path in saves[: -self.keep]:
             if path != target:

@@ -77,6 +77,17 @@ REFUSED = {
     "a scale that is no number": ({"lora_alpha": "6"}, None, "lora_alpha = '6'"),
     "a pattern that never ends": ({"alpha_pattern": {"(.*)*x": 1}}, None, "patterns"),
     "no lora_B": ({}, without("0.self_attn.q_proj.lora_B"), "lacks lora_b of model.layers.0"),
+    "a module of the settings gone": (
+        {},
+        without("1.mlp.down_proj"),
+        "lacks model.layers.1.mlp.down_proj",
+    ),
+    "a target of no tensors": (
+        {"target_modules": ["q_proj", "k_proj"]},
+        None,
+        "0.self_attn.k_proj",
+    ),
+    "a saved module gone": ({"modules_to_save": ["norm"]}, None, "lacks model.norm"),
     "no tensors": ({}, without("lora"), "has no lora_A"),
     "experts": ({}, renamed("mlp.", "mlp.experts.0."), "layers.0.mlp.experts.0.down_proj"),
     "two modules in one": ({}, renamed("layers.1", "language_model.layers.0"), "under that name"),
@@ -102,6 +113,23 @@ def test_what_is_not_read_is_named(fault, base, tmp_path):
     assert words in str(error.value), str(error.value)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "gone"),
+    [
+        ({"layers_to_transform": [0]}, "layers.1"),
+        ({"layers_to_transform": 0}, "layers.1"),
+        ({"exclude_modules": ["layers.1.mlp.down_proj"]}, "layers.1.mlp.down_proj"),
+        ({"exclude_modules": ".*layers.1.*"}, "layers.1"),
+        ({"target_modules": ".*_proj"}, "layers.1"),
+        ({"target_modules": None}, "layers.1"),
+        ({"target_modules": ["q_proj", "of_another_family"]}, "nothing"),
+    ],
+)
+def test_a_module_that_was_not_trained_may_be_absent(base, tmp_path, settings, gone):
+    """PEFT trains only some layers if it is told so."""
+    assert logits_of(base, changed(tmp_path, "lora", without(gone), **settings)).size
 
 
 def test_pickled_adapters_are_named(base, tmp_path):
@@ -132,7 +160,8 @@ def test_a_quantised_base_takes_them(base, tmp_path):
     model.layers[0].self_attn.q_proj = nn.QuantizedLinear.from_linear(wide, group_size=32)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     a, b = (random.standard_normal(shape).astype(np.float32) for shape in ((2, 64), (32, 2)))
-    folder = changed(tmp_path, "lora", lambda _: {f"{name}A.weight": a, f"{name}B.weight": b})
+    tensors = {f"{name}A.weight": a, f"{name}B.weight": b}
+    folder = changed(tmp_path, "lora", lambda _: tensors, target_modules=["0.self_attn.q_proj"])
     x = mx.array(random.standard_normal((1, 64)).astype(np.float32))
     before = model.layers[0].self_attn.q_proj(x)
     add_adapters(model, folder, None)
@@ -206,7 +235,8 @@ def test_adapters_equal_weights_merged_in_the_file(family, tmp_path):
         for name, array in (("lora_A", a), ("lora_B", b)):
             adapters[f"base_model.model.{module}.{name}.weight"] = np.float32(array)
     save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
-    folder = changed(tmp_path, "lora", lambda _: adapters, lora_alpha=4)
+    settings = {"lora_alpha": 4, "target_modules": FAMILIES[family]}
+    folder = changed(tmp_path, "lora", lambda _: adapters, **settings)
     base, ours, wanted = logits_of(plain), logits_of(plain, folder), logits_of(merged)
     assert np.abs(base - wanted).max() > 1e-2
     assert np.abs(ours - wanted).max() < 1e-4

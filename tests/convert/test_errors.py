@@ -15,12 +15,13 @@ import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_clex.convert import convert
 from mlx_clex.convert.__main__ import main
 
 from mlx_clex.checkpoint import safetensors_file
 from mlx_clex.errors import InputError
 
-from ..conftest import GOLDEN
+from ..conftest import GOLDEN, stock_folder
 
 
 def edit(folder: Path, change: Any) -> None:
@@ -415,7 +416,7 @@ def test_a_disk_that_fills_up_meanwhile_is_a_failed_run(tmp_path, capsys, monkey
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mlx_clex.convert.write.output.array_bytes", full)
+    monkeypatch.setattr("mlx_clex.convert.write.output.finite_bytes", full)
     argv = ["--hf-path", str(GOLDEN / "clex_phi"), "--mlx-path", str(tmp_path / "out")]
     assert main(argv) == 1
     assert "No space left" in capsys.readouterr().err
@@ -453,3 +454,38 @@ def test_any_header_is_read_or_refused(tmp_path_factory, header, data, length):
         return
 
     assert sum(info.nbytes for info in infos.values()) == len(data)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"quantize": True, "q_group_size": 32},  # mx.quantize takes NaN for a finite number
+        {"quantize": True, "q_group_size": 32, "q_mode": "mxfp4"},
+        {"freeze": 4, "freeze_for": "transformers"},
+        {"freeze": 4, "freeze_for": "llama.cpp"},
+    ],
+    ids=["plain", "affine", "mxfp4", "transformers", "llama.cpp"],
+)
+def test_weights_that_are_not_finite_are_not_copied(tmp_path, value, options):
+    """convert ended with status 0; with -q the NaN became a number, which no reader could see."""
+    source = stock_folder(tmp_path, GOLDEN / "clex_llama", max_position_embeddings=64)
+
+    def change(found: dict[str, mx.array]) -> None:
+        found["model.layers.1.self_attn.q_proj.weight"][3, 5] = value
+
+    tensors(change)(source)
+    with pytest.raises(InputError, match=r"(layers|blk).1.\S*q\S* has values that are not finite"):
+        convert(source, tmp_path / "out", scaling={"type": "ntk", "factor": 4}, **options)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_numbers_too_large_for_float16_are_not_made_infinite(tmp_path):
+    """--dtype float16 wrote infinity for 1e6, and ended with status 0."""
+    source = stock_folder(tmp_path, GOLDEN / "clex_llama", max_position_embeddings=64)
+    tensors(lambda found: found.update({"model.norm.weight": found["model.norm.weight"] * 1e6}))(
+        source
+    )
+    with pytest.raises(InputError, match=r"model.norm.weight .* not finite as float16"):
+        convert(source, tmp_path / "out", dtype="float16")

@@ -24,7 +24,7 @@ def test_shards_hold_every_tensor_once(tmp_path):
     """Large models are written in several files with an index."""
     tensors = {f"t{i}": mx.full((10, 10), i, dtype=mx.float32) for i in range(7)}
     output.write_weights(
-        tmp_path, dict(tensors), shard_bytes=900, file_format="mlx", advance=lambda _: None
+        tmp_path, dict(tensors), {}, shard_bytes=900, file_format="mlx", advance=lambda _: None
     )
 
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -40,7 +40,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlx_clex.convert.write.output.array_bytes", interrupt)
+    monkeypatch.setattr("mlx_clex.convert.write.output.finite_bytes", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert(GOLDEN / "clex_llama", tmp_path / "new" / "out")
 
@@ -50,7 +50,7 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, monkeypatch):
 KILL_WHILE_WRITING = """
 import os, signal, sys
 from mlx_clex.convert import convert; from mlx_clex.convert.write import output
-output.array_bytes = lambda array: os.kill(os.getpid(), signal.SIGKILL)
+output.finite_bytes = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 convert(sys.argv[1], sys.argv[2])
 """
 

@@ -14,6 +14,7 @@ _BASES = {
     "generate": "ours",
     "convert": "ours",
     "freeze": "ours",
+    "freeze-gguf": "ours",
     "doctor": "ours",
     "chat": "ours",
     "frequencies": "ours",

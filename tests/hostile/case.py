@@ -23,6 +23,13 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "generate": (["generate", "--model", "CASE", "--prompt", "hi", "--max-tokens", "2"], ""),
     "convert": (["convert", "--hf-path", "CASE", "--mlx-path", "written"], ""),
     "freeze": (["convert", "--hf-path", "CASE", "--mlx-path", "written", "--freeze", "4"], ""),
+    "freeze-gguf": (
+        [
+            *("convert", "--hf-path", "CASE", "--mlx-path", "written"),
+            *("--freeze", "4", "--for", "llama.cpp"),
+        ],
+        "",
+    ),
     "doctor": (["doctor", "CASE"], ""),
     "chat": (["chat", "--model", "CASE", "--max-tokens", "2"], "hi\n"),
     "frequencies": (["plot", "frequencies", "--model", "CASE"], ""),

@@ -108,7 +108,8 @@ def _tensors() -> Iterator[Case]:
         short = name.removeprefix("model.")
         for word, value in (("NaN", _NAN), ("infinity", _INF)):
             edit = tensors(_filled(name, value))
-            yield Case("numbers", f"{word} in {short}", "ours", edit, ("generate", "measure"))
+            commands = ("generate", "measure", "convert", "freeze", "freeze-gguf")
+            yield Case("numbers", f"{word} in {short}", "ours", edit, commands)
         for word, change in _changes(name).items():
             yield Case("tensor", f"{short} {word}", "ours", tensors(change))
     yield Case("numbers", "times 1e30", "ours", tensors(_times(1e30)), ("generate",))

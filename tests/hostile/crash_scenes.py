@@ -1,4 +1,4 @@
-"""What `crash.py` kills while it writes: conversion, training, prompt cache, results, hub cache."""
+"""What `crash.py` kills while it writes: conversion, fusing, training, caches, results."""
 
 import json
 import shutil
@@ -82,6 +82,25 @@ class Conversion(Scene):
     def lost(self, box: Path, before: Any) -> list[str]:
         now = self.result(box)
         return [] if now in (None, self.whole) else ["a folder that is not whole has the name"]
+
+
+class Fusing(Conversion):
+    """Adapters that are merged into a new folder."""
+
+    name = "fuse"
+
+    def argv(self, box: Path) -> list[str]:
+        adapters = self.sandbox.bases / "adapters"
+        if not adapters.is_dir():
+
+            def make() -> None:
+                from ..conftest import random_adapters
+
+                random_adapters(self.sandbox.bases / "ours", adapters, 1)
+
+            Run(make, self.sandbox.root / "adapting", self.sandbox, 120).wait()
+        options = ["--adapter-path", str(adapters), "--save-path", str(box / "written")]
+        return ["fuse", "--model", self.base("ours"), *options]
 
 
 class Training(Scene):
@@ -183,4 +202,4 @@ class HubCache(Scene):
         return out.split("==========")[1] if out.count("==========") == 2 else None
 
 
-SCENES: tuple[type[Scene], ...] = (Conversion, Training, PromptCache, ResultFiles, HubCache)
+SCENES: tuple[type[Scene], ...] = (Conversion, Fusing, Training, PromptCache, ResultFiles, HubCache)

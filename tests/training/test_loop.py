@@ -1,5 +1,6 @@
 """The training loop: resumed runs, kills, failures, and saves that follow a finite loss."""
 
+import json
 import os
 import signal
 import subprocess
@@ -154,6 +155,26 @@ def test_a_save_follows_a_finite_forward_pass(base, texts, tmp_path, rate, kept,
     if kept:
         model = load(base, adapter_path=adapters)[0]
         assert mx.isfinite(model(mx.arange(40)[None])).all().item()
+
+
+@pytest.mark.parametrize(
+    ("where", "more", "told"),
+    [
+        ("job", "--iters 1 --test", "The test loss is nan."),
+        ("loop", "--iters 1", "Iteration 0: the validation loss is nan; nothing was saved yet."),
+    ],
+)
+def test_a_reported_loss_that_is_no_number_is_no_result(
+    base, texts, tmp_path, monkeypatch, capsys, where, more, told
+):
+    """It printed "Test loss nan" or "Val loss nan", with exit status 0."""
+    (tmp_path / "data").mkdir()
+    for name in ("train", "valid", "test"):
+        row = json.dumps({"text": "the quick brown fox runs away . " * 30}) + "\n"
+        (tmp_path / "data" / f"{name}.jsonl").write_text(row * 4)
+    monkeypatch.setattr(f"mlx_clex.training.{where}.mean_loss", lambda *_: float("nan"))
+    assert call(argv_for(base, tmp_path / "data", tmp_path / "a", more)) == 1
+    assert told in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_a_failure_of_mlx_is_one_line(base, texts, tmp_path, monkeypatch, capsys):

@@ -1,7 +1,10 @@
 """Saves of a run: whole or not there, and changed in one step."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -35,6 +38,40 @@ def test_a_full_disk_leaves_the_save_before(base, texts, tmp_path, monkeypatch, 
     assert "No space left" in capsys.readouterr().err
     assert [path.name for path in (adapters / "checkpoints").iterdir()] == ["0000001"]
     load(base, adapter_path=adapters)
+
+
+def test_the_next_save_deletes_what_a_killed_run_left(base, texts, tmp_path, capsys):
+    """A half save had a name without a process, and stayed unless its own number was saved."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True
+    )
+    left = tmp_path / "a" / "checkpoints" / f"0000007.incomplete-{int(done.stdout)}"
+    left.mkdir(parents=True)
+    assert call(argv_for(base, texts, tmp_path / "a", "--iters 1")) == 0
+    assert [path.name for path in left.parent.iterdir()] == ["0000001"]
+    assert f"Deleted {left.name}, which a killed command left." in capsys.readouterr().err
+
+
+def test_norms_are_those_that_were_trained(base, texts, tmp_path):
+    """A file that lacked some of the trained norms loaded, and the base's took their place."""
+    adapters = tmp_path / "a"
+    assert call(argv_for(base, texts, adapters, "--iters 1 --train-norms-and-embeddings")) == 0
+    file, settings = adapters / "norms_embeddings.safetensors", adapters / "adapter_config.json"
+    norms: Any = mx.load(str(file))
+    whole, config = file.read_bytes(), json.loads(settings.read_text())
+    assert config["trained_extra"] == sorted(norms)
+    lost = "model.layers.1.input_layernorm.weight"
+    mx.save_safetensors(str(file.resolve()), {k: v for k, v in norms.items() if k != lost})
+    with pytest.raises(InputError, match=f"lacks {lost}"):
+        load(base, adapter_path=adapters)
+    more = argv_for(base, texts, tmp_path / "b", "--iters 1 --train-norms-and-embeddings")
+    assert call([*more, "--resume-adapter-file", str(adapters)]) == 2
+    settings.resolve().write_text(json.dumps(config | {"trained_extra": True}))
+    load(base, adapter_path=adapters)  # a save of before
+    file.resolve().write_bytes(whole)
+    settings.resolve().write_text(json.dumps(config | {"trained_extra": sorted(norms)[1:]}))
+    with pytest.raises(InputError, match=f"has {sorted(norms)[0]}, unlike"):
+        load(base, adapter_path=adapters)
 
 
 def test_the_root_changes_in_one_step(base, texts, tmp_path):

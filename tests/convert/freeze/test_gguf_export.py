@@ -165,6 +165,50 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
     assert not target.exists()
 
 
+def test_a_token_keeps_its_id_where_ids_are_left_out(tmp_path):
+    """Every token after a gap got another's id: tokens were written in order, not by id."""
+    source, target = byte_level_folder(tmp_path, CUTS["gpt-2"]), tmp_path / "out"
+    file = source / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    token = max(whole["model"]["vocab"], key=whole["model"]["vocab"].get)
+    last = whole["model"]["vocab"][token]
+    whole["model"]["vocab"][token] = last + 5
+    file.write_text(json.dumps(whole))
+    convert(source, target, scaling={"type": "ntk", "factor": 4}, freeze=4, freeze_for="llama.cpp")
+    metadata = gguf_file.read(target / gguf_export.FILE).metadata
+    assert metadata["tokenizer.ggml.tokens"][last + 5] == token
+    assert metadata["tokenizer.ggml.tokens"][last] == f"[PAD{last}]"
+    text = "in 1999, 2024 and 12345"
+    ours = Tokenizer.from_file(str(file)).encode(text).ids
+    assert LlamaCpp(target / gguf_export.FILE).encode(text) == ours
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"added_tokens": ...},
+        {"added_tokens": [{"id": 0}]},
+        {"added_tokens": 5},
+        {"model": ...},
+        {"model": {"type": "BPE", "merges": []}},
+        {"model": {"type": "BPE", "vocab": {"a": "1"}, "merges": []}},
+        {"deep": "[" * 100_000 + "]" * 100_000},
+    ],
+)
+def test_a_damaged_tokenizer_is_one_line_and_leaves_nothing(tmp_path, changes):
+    """--for llama.cpp ended with a traceback: it read tokenizer.json by itself, unchecked."""
+    source, target = byte_level_folder(tmp_path, CUTS["gpt-2"]), tmp_path / "out"
+    file = source / "tokenizer.json"
+    whole = {k: v for k, v in {**json.loads(file.read_text()), **changes}.items() if v is not ...}
+    deep = whole.pop("deep", None)
+    file.write_text(deep or json.dumps(whole))
+    with pytest.raises(InputError, match="tokenizer"):
+        convert(
+            source, target, scaling={"type": "ntk", "factor": 4}, freeze=4, freeze_for="llama.cpp"
+        )
+    assert not list(tmp_path.glob("out*"))
+
+
 @pytest.mark.parametrize("name", ["clex_llama", "clex_llama_gqa_log_scale", "gene_llama"])
 def test_llama_cpp_gives_our_logits(tmp_path, name):
     """Rows of queries and keys, frequency factors and gain must follow llama.cpp's conventions."""
