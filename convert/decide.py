@@ -28,6 +28,7 @@ from mlx_clex.checkpoint.sizes import Held
 from mlx_clex.checkpoint.tensor_names import CONVERTED, Renaming, rename
 from mlx_clex.errors import InputError, reading, shown
 from mlx_clex.model.own_rope import (
+    dropped_rope,
     ignores_own_rope,
     original_length,
     own_entry,
@@ -197,8 +198,7 @@ def _set_scaling(
                 f"mlx-lm ignores the source's own rope ({kind}), so the base is its plain rope, "
                 f"trained at {length:,} tokens."
                 if ignored
-                else f"The source's rope ({kind}) is replaced by a plain rope trained at "
-                f"{length:,} tokens. Short texts change, and training is needed."
+                else str(dropped_rope(source))
             )
         else:
             notes.append(f"The source's own rope ({kind}) is the base; at scale 1 it is unchanged.")

@@ -11,6 +11,7 @@ import functools
 import io
 import json
 import re
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ config.json, and random weights in narrow widths. {served} pass every column.
 - **lora, fuse**: two steps of `lora --scaling clex`, `fuse`, and the same logits again. The tests
   train one checkpoint of each family.
 - **doctor**: describes the folder and finds nothing that would fail.
+- hunyuan-7b has `use_qk_norm`: its keys are normalised after they are rotated, so they cannot move
+  to a new scale. The tiny model of its family in the first table has no such norm.
 """
 
 METHODS = ("clex", "gene", "yarn")
@@ -194,6 +197,15 @@ def table() -> str:
         family = text_of(published(name))["model_type"]
         lines.append(f"| {name} | {family} | {rope_of(name)} | {' | '.join(cells)} |")
     lines += ["", *(f"{number}. {note}" for number, note in enumerate(notes, 1))]
+    lines += [
+        "",
+        "No copy confirms these fields of a config.json (`unverified` in",
+        "`tests/data/configs.json`):",
+        "",
+    ]
+    for name in CONFIGS:
+        if fields := CONFIGS[name].get("unverified"):
+            lines += textwrap.wrap(f"- {name}: {', '.join(fields)}", 100, subsequent_indent="  ")
     lines += ["", "mlx-lm itself cannot build these:", ""]
     for name in sorted(CONFIGS.keys() - set(RUNS)):
         lines.append(f"- {name}: {CONFIGS[name]['mlx_lm_cannot'].partition(': ')[2]}")

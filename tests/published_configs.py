@@ -7,7 +7,8 @@ family that it does not know), `rotations_differ` (mlx-lm's rotation is not tran
 `not_compared`. Renew the last two with `python -m tests.published_configs`.
 
 Not covered: quantised weights. A scaled config leaves `quantization_config` out, because it
-describes tensors that the random weights are not.
+describes tensors that the random weights are not
+(`test_quantised_configurations.py` has some).
 """
 
 import json

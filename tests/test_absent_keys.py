@@ -33,10 +33,25 @@ ABSENT = {
     *("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier"),
     *("use_parallel_residual", "norm_topk_prob", "sliding_window"),
 }
+WINDOWS = {"layer_types", "use_sliding_window", "max_window_layers"}
 FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "cohere", "starcoder2"),
     *("olmo2", "stablelm", "granite", "phi", "gpt_neox", "nemotron", "ernie4_5"),
 )
+# Families whose tiny models need more settings than `SIZES`.
+MORE = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        **{"shared_expert_intermediate_size": 32},
+    },
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "gemma3_text": {"num_hidden_layers": 6, "sliding_window": 8, "max_position_embeddings": 64},
+    "olmo3": {"num_hidden_layers": 4, "sliding_window": 8},
+    "glm4": {},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_dim": 64},
+}
 HEADS = ("llama", "mistral", "qwen2", "qwen3", "phi3", "granite", "starcoder2", "ernie4_5")
 
 
@@ -52,7 +67,7 @@ def write(family, folder, **given):
     sizes = {key: value for key, value in SIZES.items() if key not in ABSENT}
     if getattr(CONFIG_MAPPING[family](**sizes), "num_key_value_heads", 4) != 4:
         given |= {"num_key_value_heads": 4}  # the default is more heads than there are queries
-    settings = CONFIG_MAPPING[family](**sizes, **given)
+    settings = CONFIG_MAPPING[family](**{**sizes, **given})
     model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -85,6 +100,35 @@ def check(folder, target, config):
 def test_absent_keys_mean_what_they_mean_in_transformers(family, tmp_path):
     """rope_theta absent: qwen2 was off by 6.0, starcoder2 by 2.8, and qwen3 was refused."""
     check(tmp_path / "source", tmp_path / "target", write(family, tmp_path / "source"))
+
+
+@pytest.mark.parametrize("family", MORE)
+def test_absent_keys_of_experts_hybrids_and_windows(family, tmp_path):
+    """Their config classes have defaults of their own, such as a period of windowed layers."""
+    config = write(family, tmp_path / "source", **MORE[family])
+    check(tmp_path / "source", tmp_path / "target", config)
+
+
+ONE_BY_ONE = ("llama", "qwen3", "gemma3_text", "phi3")
+
+
+@pytest.mark.parametrize("family", ONE_BY_ONE)
+def test_each_absent_key_alone(family, tmp_path):
+    """A default may be read right only where other keys are absent as well."""
+    folder = tmp_path / "source"
+    write(family, folder, **MORE.get(family, {}))
+    whole = json.loads((folder / "config.json").read_text())
+    keys = sorted(whole.keys() & (ABSENT | WINDOWS))
+    assert "rope_parameters" in keys
+    for key in keys:
+        config = {name: value for name, value in whole.items() if name != key}
+        size = getattr(CONFIG_MAPPING[family](**config), key)
+        if key in ("head_dim", "num_key_value_heads") and size != whole[key]:
+            continue  # the tensors of this tiny model have other shapes than the default
+        try:
+            check(folder, tmp_path / key, config)
+        except AssertionError as error:
+            raise AssertionError(f"{key} absent: {error}") from error
 
 
 @pytest.mark.parametrize("tied", [None, True])

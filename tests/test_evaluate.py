@@ -379,6 +379,25 @@ def test_whole_texts_are_scored_in_one_window(folders):
     assert abs(score - expected) < 5e-3
 
 
+def test_a_text_has_one_bos_token(folders):
+    """The prefix token or the template stood before the BOS token of the text."""
+    ours = lm(folders("clex"))
+    bos = ours.tokenizer.bos_token
+    plain, begins = ours.loglikelihood_rolling([request("A cat."), request(bos + "A cat.")])
+    assert plain == begins
+    pairs = [request(begin + "A cat", " sat.") for begin in ("", bos)]
+    assert len(set(ours.loglikelihood(pairs, disable_tqdm=True))) == 1
+
+    ours.tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    rendered = {
+        ours.apply_chat_template([{"role": "user", "content": begin + "A cat."}])
+        for begin in ("", bos)
+    }
+    assert rendered == {bos + "A cat."}
+
+
 def test_long_contexts_are_not_cut(folders, monkeypatch):
     """mlx-lm's harness silently drops the start of contexts above 8,192 tokens."""
     read = []

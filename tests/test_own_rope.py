@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from mlx_clex.convert import convert
 
-from mlx_clex import attach, fuse, load, lora, perplexity
+from mlx_clex import attach, doctor, fuse, load, lora, perplexity
 
 from .conftest import GOLDEN, stock_folder
 
@@ -27,8 +27,20 @@ def source(tmp_path, monkeypatch):
     mx.enable_compile()
 
 
+WARNING = (
+    "--own-rope drop replaces the model's rope (llama3) by a plain rope trained at 64 tokens. "
+    "Short texts change, and training is needed."
+)
+
+
 def call(command, *argv):
     return command.main([str(arg) for arg in argv])
+
+
+def test_doctor_says_what_dropping_does(source, capsys):
+    """It named the length alone; a user dropped the rope and had another model, untrained."""
+    call(doctor, source)
+    assert WARNING in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(("choice", "length"), [("keep", 256), ("drop", 64), (None, 256)])
@@ -46,7 +58,10 @@ def test_every_command_starts_from_the_same_model(choice, length, source, tmp_pa
     steps = ["--train", "--scaling", "clex", "--iters", "1", "--batch-size", "1"]
     where = ["--model", source, "--data", texts, "--adapter-path", adapters]
     steps += ["--max-seq-length", "32"]
+    capsys.readouterr()
     assert call(lora, *steps, *where, *option) == 0
+    told = int(choice == "drop")
+    assert capsys.readouterr().err.count(WARNING) == told
     tuned, _ = load(source, adapter_path=adapters)
     target = tmp_path / "fused"
     assert call(fuse, *where[:2], *where[4:], "--save-path", target) == 0
@@ -58,7 +73,9 @@ def test_every_command_starts_from_the_same_model(choice, length, source, tmp_pa
     capsys.readouterr()
     settings = ["--data", texts, "--protocol", "whole", "--lengths", 48, "--windows", 2, "--json"]
     assert call(perplexity, "--model", source, "--scalings", "none", *settings, *option) == 0
-    measured = json.loads(capsys.readouterr().out)["results"][0]["perplexity"]
+    printed = capsys.readouterr()
+    assert printed.err.count(WARNING) == told
+    measured = json.loads(printed.out)["results"][0]["perplexity"]
     plain = convert(source, tmp_path / "plain", scaling={"type": "none"}, own_rope=choice)
     assert call(perplexity, "--model", plain, *settings) == 0
     (row,) = json.loads(capsys.readouterr().out)["results"]

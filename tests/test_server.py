@@ -77,6 +77,34 @@ def test_a_prefix_of_the_same_plan_is_not_read_again(server, alone):
     assert text == alone(first + "Two")
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_prompt_has_one_bos_token(server, model, count):
+    """A prompt that began with the BOS text had two, and another answer than `generate`'s."""
+    bos = load(model)[1].bos_token * count
+    answers = [complete(server, prompt=text + "A cat.") for text in ("", bos)]
+    answers += [complete(server, prompt=[bos + "A cat."])]
+    assert len({answer.choices[0].text for answer in answers}) == 1
+    assert len({answer.usage.prompt_tokens for answer in answers}) == 1
+
+
+def test_a_templated_message_has_one_bos_token(model):
+    """The template has the BOS text, and a message may begin with it too."""
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    server = Server(model, "--chat-template", template)
+    try:
+        bos = load(model)[1].bos_token
+        counts = []
+        for begin in ("", bos, bos * 2):
+            messages = [{"role": role, "content": begin + "A cat."} for role in ("system", "user")]
+            answer = server.client.chat.completions.create(
+                model="default_model", messages=messages, max_tokens=1
+            )
+            counts.append(answer.usage.prompt_tokens)
+        assert len(set(counts)) == 1
+    finally:
+        server.stop()
+
+
 def test_requests_at_once_get_the_answers_they_get_alone(server, alone):
     """Eight clients with prompts of mixed length, batched row by row."""
     prompts = [f"{i} " + SENTENCE * (1 + i % 5) for i in range(8)]

@@ -188,7 +188,10 @@ def _set_base(config: dict[str, Any]) -> None:
         base = config.get("rotary_emb_base")
     if base is None:
         rope = _default(str(config.get("model_type")), "rope_parameters")
-        base = rope.get("rope_theta") if isinstance(rope, dict) else None
+        rope = rope if isinstance(rope, dict) else {}
+        kinds = [kind for kind in rope.values() if isinstance(kind, dict)]  # of layers (OLMo 3)
+        bases = {kind.get("rope_theta") for kind in kinds or [rope]}
+        base = bases.pop() if len(bases) == 1 else None
     if base is None:
         config.pop("rope_theta", None)
         return
@@ -253,7 +256,10 @@ def _set_defaults(config: dict[str, Any]) -> None:
     rope = getattr(whole, "rope_parameters", None) or {}
     for name, fraction in absent.items():
         value = getattr(whole, name, rope.get(name))
-        whole_number = isinstance(value, int) and (fraction or name in _HEADS)
+        if name == "head_dim" and value is None and "num_attention_heads" in config:
+            value = whole.hidden_size // whole.num_attention_heads  # as its attention does
+        renamed = type(whole).attribute_map.get(name) in config  # num_experts of Qwen 3
+        whole_number = isinstance(value, int) and (fraction or name in _HEADS or renamed)
         # Without a head in the file, a model that is untied by default could not answer.
         unsure = name == "tie_word_embeddings" and not value
         if (isinstance(value, bool | float | str) or whole_number) and not unsure:

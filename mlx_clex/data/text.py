@@ -118,8 +118,8 @@ class TextTokenizer:
             raise TypeError("its text is not one text")
         return encode_text(self._inner, normalise_text(text), begins=add_special_tokens)
 
-    def apply_chat_template(self, messages: Sequence[Any], **options: Any) -> list[int]:
-        """Return the ids of messages; the template brings the BOS token."""
+    def apply_chat_template(self, messages: Sequence[Any], **options: Any) -> Any:
+        """Return the ids, or the text, of messages; the template brings the BOS token."""
         return self._inner.apply_chat_template([self._clean(m) for m in messages], **options)
 
     def _clean(self, message: Any) -> Any:

@@ -24,7 +24,7 @@ from ..checkpoint.tokenizer import open_tokenizer
 from ..checkpoint.unread import unread_settings
 from ..errors import InputError, one_line, reading
 from ..model.find_ropes import Site, find_sites
-from ..model.own_rope import length_of, original_length, own_entry
+from ..model.own_rope import dropped_rope, length_of, own_entry
 from ..model.scaled_model import ScaledModel, attach
 from ..model.stock import model_name
 from ..model_file import open_model
@@ -261,10 +261,7 @@ def _without_scaling(model: nn.Module, source: Source, config: dict[str, Any]) -
 
 
 def _own_rope(config: dict[str, Any], kind: str) -> Iterator[Row]:
-    before = original_length(config)
-    drop = (
-        f"--own-rope drop starts from a plain rope trained at {before} tokens"
-        if before
-        else "--own-rope drop is not possible without original_max_position_embeddings"
+    drop = dropped_rope(config) or (
+        "--own-rope drop is not possible without original_max_position_embeddings"
     )
-    yield "own rope", f"{kind}; a scaling starts from it, {drop}"
+    yield "own rope", f"{kind}; a scaling starts from it; {drop}"

@@ -14,6 +14,7 @@ from ..bundled import MODELS, PREFIX
 from ..checkpoint.fingerprint import fingerprint, short
 from ..errors import InputError
 from ..loading import load, resolve
+from ..model.own_rope import say_if_dropped
 from ..model.scaled_model import attach, scaled
 from ..scaling import SCALINGS
 
@@ -61,6 +62,7 @@ class Loader:
             self._path, self._loaded = "", ()  # free the last model first
             self._loaded = load(path, **self._options)
             if self._own_rope is not None:
+                say_if_dropped(self._loaded[0], self._own_rope)
                 attach(self._loaded[0], {"type": "none"}, own_rope=self._own_rope)
             self._path = path
         return self._loaded[0], self._loaded[1]

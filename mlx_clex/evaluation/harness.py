@@ -13,7 +13,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import lm_eval
@@ -27,7 +27,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from tqdm import tqdm
 
 from ..data.stop_strings import cut
-from ..data.text import encode_text
+from ..data.text import TextTokenizer, encode_text, without_bos
 from ..errors import InputError, RunError, generating, say
 from ..model.plans import plan_at
 from ..model.scaled_model import make_prompt_cache
@@ -64,7 +64,10 @@ class PlannedLM(MLXLM, TemplateLM):
         self._model = model
         self.tokenizer = tokenizer
         self.use_chat_template = use_chat_template
-        self.apply_chat_template = MethodType(chat_template_fn(**chat_template_args or {}), self)
+        self.apply_chat_template = MethodType(
+            chat_template_fn(**chat_template_args or {}),
+            SimpleNamespace(tokenizer=TextTokenizer(tokenizer)),
+        )
         self.max_length = max_length
         self.prompts = 0
         self.cut = 0  # prompts that were cut
@@ -121,7 +124,8 @@ class PlannedLM(MLXLM, TemplateLM):
         """Return the log-likelihood of each text, read in one window unless `max_length` is set."""
         totals = []
         for request in requests:
-            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            text = without_bos(self.tokenizer, request.args[0])  # behind the prefix token
+            tokens = self.tok_encode(text, add_special_tokens=False)
             windows = get_rolling_token_windows(
                 token_list=tokens,
                 prefix_token=self.prefix_token_id,

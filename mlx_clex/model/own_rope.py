@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..errors import InputError
+from ..errors import InputError, say
 from .find_ropes import ropes_in
 from .stock import config_of, model_args, stock_class
 
@@ -79,6 +79,24 @@ def without_own_rope(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(entry, Mapping):
             plain[key] = _plain_entry(entry)
     return {**config, "text_config": plain} if text else plain
+
+
+def dropped_rope(config: Mapping[str, Any]) -> str | None:
+    """Return what --own-rope drop does to a model, for the user; None where it is not possible."""
+    entry, length = own_entry(config), original_length(config)
+    if entry is None or length is None:
+        return None
+    return (
+        f"--own-rope drop replaces the model's rope ({_type(entry)}) by a plain rope trained at "
+        f"{length:,} tokens. Short texts change, and training is needed."
+    )
+
+
+def say_if_dropped(model: nn.Module, choice: str | None) -> None:
+    """Tell the user of a model whose stretched rope is going to be dropped."""
+    text = dropped_rope(config_of(model))
+    if choice == "drop" and text is not None:
+        say(text)
 
 
 def plain_rope(choice: str) -> InputError:

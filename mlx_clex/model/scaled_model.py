@@ -51,7 +51,8 @@ def attach(
         scale: a fixed scale; None: the scale follows the length of the text. For linear,
             ntk and yarn it is a new factor.
         own_rope: what to do with a rope that the model brings stretched. keep (the default):
-            it is the base. drop: a plain rope is, trained at the length before stretching.
+            it is the base. drop: a plain rope is, trained at the length before stretching;
+            short texts change, and training is needed.
 
     Returns:
         The same model. `model.scaling` is the scaling.

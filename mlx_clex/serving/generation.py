@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.server as stock
 
-from ..data.text import longest_token
+from ..data.text import TextTokenizer, longest_token
 from ..errors import InputError, RunError, watchdog_advice
 from ..loading import load
 from ..model.scaled_model import make_prompt_cache, scaled
@@ -281,8 +281,7 @@ class PlanningResponseGenerator(stock.ResponseGenerator):
     def _admit(self, tokenizer: Any, request: Any, args: Any) -> Any:
         model = self.model_provider.model
         reach = scaled(model).limit
-        if reach is not None:
-            tokenizer = _Bounded(tokenizer, reach, self.model_provider.longest_token)
+        tokenizer = _Bounded(tokenizer, reach, self.model_provider.longest_token)
         if isinstance(request.prompt, list):
             tokenized: Any = (request.prompt, [request.prompt], ["assistant"], "normal", None)
         else:
@@ -321,35 +320,34 @@ class PlanningResponseGenerator(stock.ResponseGenerator):
         return self._answer, self._answer
 
 
-class _Bounded:
+class _Bounded(TextTokenizer):
     """A tokenizer that refuses a text before it tokenises it, if the text is too long anyway.
 
     Tokenising 60 MB took five minutes and 10 GB.
     """
 
-    def __init__(self, tokenizer: Any, reach: int, longest: int) -> None:
+    def __init__(self, tokenizer: Any, reach: int | None, longest: int) -> None:
         """`reach`: tokens of a prompt; `longest`: bytes that a token stands for, at most."""
-        self._inner, self._reach, self._longest = tokenizer, reach, longest
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+        super().__init__(tokenizer)
+        self._reach, self._longest = reach, longest
 
     def __len__(self) -> int:
         return len(self._inner)
 
-    def encode(self, text: str, **options: Any) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the tokens of a text."""
         self._check(text)
-        return self._inner.encode(text, **options)
+        return super().encode(text, add_special_tokens)
 
-    def apply_chat_template(self, messages: Any, **options: Any) -> list[int]:
+    def apply_chat_template(self, messages: Any, **options: Any) -> Any:
         """Return the tokens of messages."""
-        self._check(self._inner.apply_chat_template(messages, **options | {"tokenize": False}))
-        return self._inner.apply_chat_template(messages, **options)
+        if self._reach is not None:
+            self._check(super().apply_chat_template(messages, **options | {"tokenize": False}))
+        return super().apply_chat_template(messages, **options)
 
     def _check(self, text: str) -> None:
         size = len(text.encode())
-        if size > self._reach * self._longest:
+        if self._reach is not None and size > self._reach * self._longest:
             raise _too_long(
                 self._reach,
                 f"the prompt has {size} bytes, and no token stands for more than {self._longest}",

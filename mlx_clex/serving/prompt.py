@@ -15,7 +15,14 @@ import mlx.nn as nn
 from mlx_lm.generate import DEFAULT_PROMPT
 
 from ..bundled import DEFAULT, OPENING
-from ..data.text import decode_text, encode_text, normalise_text, read_text, without_bos
+from ..data.text import (
+    TextTokenizer,
+    decode_text,
+    encode_text,
+    normalise_text,
+    read_text,
+    without_bos,
+)
 from ..errors import InputError, reading, say
 from ..model.scaled_model import scaled
 
@@ -149,7 +156,7 @@ def render_messages(tokenizer: Any, messages: list[dict[str, str]], **options: A
             anything.
     """
     with reading("This model's chat template does not take the messages"):
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return TextTokenizer(tokenizer).apply_chat_template(messages, tokenize=False, **options)
 
 
 def template_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ..data.corpus import Corpus, load_corpora
 from ..errors import InputError, say
 from ..evaluation.perplexity import check_lengths, check_targets
 from ..loading import DEFAULT_CACHE, load, resolve
+from ..model.own_rope import say_if_dropped
 from ..model.scaled_model import ScaledModel, attach
 from ..scaling.procedure import SKIPS, Procedure
 from .batches import Batches
@@ -135,6 +136,7 @@ def _load_model(
                 f"--scaling {entry['type']}: {options.model} has a scaling with weights of its "
                 "own, which this would throw away. Leave the option out, or start from the base."
             )
+        say_if_dropped(model, options.own_rope)
         attach(model, entry, trained_length=options.trained_length, own_rope=options.own_rope)
     if not isinstance(model, ScaledModel):
         raise InputError(

@@ -141,13 +141,14 @@ def test_a_text_is_measured_before_it_is_tokenised():
 
     class Tokenizer:
         encoded = 0
+        bos_token = None
 
-        def encode(self, text):
+        def encode(self, text, **_):
             self.encoded += 1
             return [1]
 
         def apply_chat_template(self, messages, tokenize=True):
-            text = messages * 100
+            text = "".join(messages) * 100
             return self.encode(text) if tokenize else text
 
     inner = Tokenizer()

@@ -78,6 +78,11 @@ def test_one_bos_token_of_a_chat_template(templated):
     wanted = tokens_of(templated, "--prompt", "A cat.")
     assert tokens_of(templated, "--prompt", templated.bos_token + "A cat.") == wanted
     assert wanted.count(templated.bos_token_id) == 1
+    system = [
+        tokens_of(templated, "--prompt", "A", "--system-prompt", begin + "B")
+        for begin in ("", templated.bos_token)
+    ]
+    assert system[0] == system[1]
 
 
 def test_no_bos_token_behind_a_cache(tokenizer):
