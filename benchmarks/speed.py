@@ -1,5 +1,6 @@
 """Cases of the suite in one process: reading and decoding against the stock model."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -79,7 +80,9 @@ class Setup:
 
     def scaled(self, name: str = "clex", bits: int | None = None) -> Any:
         """Return another model with the same weights in memory and a scaling."""
-        entry = {"type": name}
+        entry: dict[str, Any] = {"type": name}
+        if name == "clex":  # it refuses what is past its reach
+            entry["max_factor"] = max(16, 1 + math.ceil(self._longest / self.trained_length))
         return mlx_clex.attach(self.another(bits), entry, trained_length=self.trained_length)
 
     def another(self, bits: int | None = None) -> Any:
@@ -91,9 +94,12 @@ class Setup:
     @cached_property
     def ids(self) -> mx.array:
         """Random tokens for all lengths."""
-        longest = max(*self.lengths, 4 * self.trained_length)
         size = self.stock.args.vocab_size
-        return mx.random.randint(0, size, (longest + 1,), key=mx.random.key(0))
+        return mx.random.randint(0, size, (self._longest + 1,), key=mx.random.key(0))
+
+    @property
+    def _longest(self) -> int:
+        return max(*self.lengths, 4 * self.trained_length) + self.tokens
 
 
 class Bench:
