@@ -42,7 +42,7 @@ config.json, and random weights in narrow widths. {served} pass every column.
 - **clex**, **gene**, **yarn**: `attach` at scale 1 leaves the logits as they were.
 - **convert**: `convert --scaling clex`, load with the tokenizer, generate.
 - **lora, fuse**: two steps of `lora --scaling clex`, `fuse`, and the same logits again. The tests
-  train one checkpoint of each family.
+  train one checkpoint of each family, and with MLX_CLEX_TRAIN_ALL=1 every one, as on 2026-11-29.
 - **doctor**: describes the folder and finds nothing that would fail.
 - hunyuan-7b has `use_qk_norm`: its keys are normalised after they are rotated, so they cannot move
   to a new scale. The tiny model of its family in the first table has no such norm.
