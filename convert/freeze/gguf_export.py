@@ -22,9 +22,9 @@ import numpy as np
 
 from mlx_clex.checkpoint.safetensors_file import info_of
 from mlx_clex.errors import InputError, reading
-from mlx_clex.model.finite import finite_bytes
 
 from ..read.gguf_file import import_gguf
+from ..write.output import finite_bytes
 
 FILE = "model.gguf"
 ROPE = "rope_freqs"  # the rope_scaling type of mlx_clex in the config of such a model

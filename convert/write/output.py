@@ -5,13 +5,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_clex.checkpoint.files import new_folder, write_json
-from mlx_clex.checkpoint.safetensors_file import info_of, write
+from mlx_clex.checkpoint.safetensors_file import array_bytes, info_of, write
 from mlx_clex.errors import InputError
-from mlx_clex.model.finite import finite_bytes
+from mlx_clex.model.finite import check_sum
 
 
 def check_target(target: Path) -> None:
@@ -104,6 +105,26 @@ def write_weights(
         "weight_map": dict(sorted(weight_map.items())),
     }
     write_json(folder / "model.safetensors.index.json", index)
+
+
+def finite_bytes(name: str, array: mx.array, source: mx.array | None = None) -> memoryview:
+    """Evaluate an array and return a view of its bytes, if its values are finite.
+
+    Args:
+        name: of the tensor, for messages.
+        array: the array; integers are not checked.
+        source: what it was quantised from, checked in its place: quantising hides NaN.
+
+    Raises:
+        InputError: values are NaN or infinite.
+    """
+    source = array if source is None else source
+    if not mx.issubdtype(source.dtype, mx.floating):
+        return array_bytes(array)
+    total: Any = source.sum().astype(mx.float32)
+    data = array_bytes(array, total)
+    check_sum(name, source, total.item())
+    return data
 
 
 def _taker(

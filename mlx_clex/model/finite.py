@@ -11,7 +11,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..checkpoint.safetensors_file import array_bytes
 from ..errors import InputError
 from .scaled_model import make_prompt_cache
 
@@ -46,7 +45,7 @@ def check_finite(model: nn.Module) -> None:
     found: Any = mx.stack([*sums, logits.min(), logits.max()]).tolist()
     *found, low, high = found
     for (name, tensor), total in zip(tensors.items(), found, strict=True):
-        _check_sum(name, tensor, total)
+        check_sum(name, tensor, total)
     # Activations that overflow in a norm become zeros, and all logits are then equal. A single
     # logit of -inf is legal: it rules a token out.
     if not (low < high < math.inf):
@@ -82,27 +81,12 @@ def check_like(given: Mapping[str, mx.array], like: Mapping[str, mx.array]) -> N
             raise InputError(f"The tensor {name} has values that are not finite.")
 
 
-def finite_bytes(name: str, array: mx.array, source: mx.array | None = None) -> memoryview:
-    """Evaluate an array and return a view of its bytes, if its values are finite.
-
-    Args:
-        name: of the tensor, for messages.
-        array: the array; integers are not checked.
-        source: what it was quantised from, checked in its place: quantising hides NaN.
+def check_sum(name: str, tensor: mx.array, total: float) -> None:
+    """Check a tensor whose sum is known, which is not finite if a value is not.
 
     Raises:
-        InputError: values are NaN or infinite.
+        InputError: the tensor has values that are NaN or infinite; the message names it.
     """
-    source = array if source is None else source
-    if not mx.issubdtype(source.dtype, mx.floating):
-        return array_bytes(array)
-    total: Any = source.sum().astype(mx.float32)
-    data = array_bytes(array, total)
-    _check_sum(name, source, total.item())
-    return data
-
-
-def _check_sum(name: str, tensor: mx.array, total: float) -> None:
     if math.isfinite(total) or mx.isfinite(tensor).all().item():
         return
     narrow = " as float16; bfloat16 may hold them" if tensor.dtype == mx.float16 else ""
