@@ -90,7 +90,7 @@ def decide_outcome(
         alike = [a for n, a in weights.items() if n != name and a.shape == head.shape]
         same = any(bool(mx.array_equal(head[:1], array[:1])) for array in alike)
         set_tied(config, has_head=True, same=same)
-    ours = _scaling_weights(weights, renaming)
+    ours = scaling_weights(weights, renaming)
     if ours and options.scaling is not None:
         raise InputError(
             f"The checkpoint already has trained weights of a scaling ({', '.join(ours)}). "
@@ -221,7 +221,12 @@ def _in_full(scaling: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": name, **asdict(parse_config(SCALINGS[name].Config, scaling))}
 
 
-def _scaling_weights(weights: Mapping[str, mx.array], renaming: Renaming) -> dict[str, mx.array]:
+def scaling_weights(weights: Mapping[str, mx.array], renaming: Renaming) -> dict[str, mx.array]:
+    """Return the learned tensors of a checkpoint's scaling by our names, in float32, lazy.
+
+    Raises:
+        InputError: the shapes of the layers differ.
+    """
     found = {name: weights[name] for name in renaming.kept if name.startswith(PREFIX)}
     for name, sources in renaming.scaling.items():
         arrays = [weights[source] for source in sources]

@@ -1,8 +1,9 @@
 """Convert a source into a finished folder."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
@@ -14,15 +15,16 @@ from mlx_clex.checkpoint import safetensors_file
 from mlx_clex.checkpoint.files import expand
 from mlx_clex.checkpoint.folder import SHIM, check_hub_id
 from mlx_clex.checkpoint.safetensors_file import TensorInfo
+from mlx_clex.checkpoint.tensor_names import rename
 from mlx_clex.errors import InputError, reading, say
 
 from .check import check_config, check_model, check_tokenizer
-from .decide import Outcome, decide_outcome
+from .decide import Outcome, decide_outcome, scaling_weights
 from .dry_run import describe, describe_download
 from .freeze import gguf_export
 from .options import Options
 from .read import gguf_file, torch_bin
-from .read.source import Checkpoint
+from .read.source import Checkpoint, read_folder
 from .resolve import find, is_local
 from .write.card import licence_of, write_card
 from .write.output import check_space, check_target, whole_or_nothing, write_weights
@@ -182,11 +184,12 @@ class Source:
             for name, info in header.items()
         }
 
-    def rewrite(self, scratch: Path) -> dict[str, mx.array]:
+    def rewrite(self, scratch: Path, names: Collection[str] | None = None) -> dict[str, mx.array]:
         """Rewrite the files as safetensors, and return their tensors, lazy.
 
         Args:
             scratch: a folder for the new files. Delete it only after the arrays are written.
+            names: the tensors to take from .bin files; None: all.
         """
         files = []
         with tqdm(total=self.spooled_bytes, unit="B", unit_scale=True, desc="Reading") as bar:
@@ -195,7 +198,7 @@ class Source:
                 if self.gguf:
                     gguf_file.spool(self.gguf, files[-1], bar.update)
                 else:
-                    torch_bin.spool(file, files[-1], bar.update)
+                    torch_bin.spool(file, files[-1], bar.update, names)
         return self._in_order(files)
 
     def _in_order(self, files: list[Path]) -> dict[str, mx.array]:
@@ -205,8 +208,30 @@ class Source:
                 loaded: Any = mx.load(str(file), format="safetensors")
             except (RuntimeError, ValueError) as error:
                 raise InputError(f"{file} does not load: {error}") from error
-            weights.update((name, loaded[name]) for name in header)
+            weights.update((name, loaded[name]) for name in header if name in loaded)
         return weights
+
+
+def learned_tensors(folder: Path) -> dict[str, mx.array]:
+    """Read the learned tensors of a scaling from a published or converted folder, and no others.
+
+    Returns:
+        The tensors by our names, in float32.
+
+    Raises:
+        InputError: a file is corrupt, or torch, which reads .bin files, is not installed.
+    """
+    source = Source(read_folder(folder))
+    renaming = rename(name for header in source.headers.values() for name in header)
+    with TemporaryDirectory() as scratch:
+        if source.is_lazy:
+            weights = source.weights()
+        else:
+            wanted = {name for names in renaming.scaling.values() for name in names}
+            weights = source.rewrite(Path(scratch), wanted)
+        found = scaling_weights(weights, renaming)
+        mx.eval(found)
+    return found
 
 
 def _write(

@@ -7,7 +7,7 @@ extra.
 """
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,19 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return {name: tensor.info for name, tensor in read_tensors(path).items()}
 
 
-def spool(path: Path, target: Path, advance: Callable[[int], object] = lambda _: None) -> None:
+def spool(
+    path: Path,
+    target: Path,
+    advance: Callable[[int], object] = lambda _: None,
+    names: Collection[str] | None = None,
+) -> None:
     """Rewrite a .bin file as safetensors.
 
     Args:
         path: the .bin file.
         target: the new file.
         advance: called after each tensor with its size in bytes.
+        names: the tensors to write; None: all.
 
     Raises:
         InputError: as `read_header`.
@@ -63,7 +69,11 @@ def spool(path: Path, target: Path, advance: Callable[[int], object] = lambda _:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if any(tuple(state[name].shape) != info.shape for name, info in header.items()):
             raise ValueError("its pickle can be read in two ways")
-    entries = [(name, info, _bytes_of(state[name])) for name, info in header.items()]
+    entries = [
+        (name, info, _bytes_of(state[name]))
+        for name, info in header.items()
+        if names is None or name in names
+    ]
     write(target, entries, "pt", advance)
 
 

@@ -19,7 +19,6 @@ import mlx.nn as nn
 from ..checkpoint.config import base_config, normalise_config
 from ..checkpoint.files import read_json
 from ..checkpoint.folder import SHIM, files_of, needs_conversion
-from ..checkpoint.safetensors_file import read_tensors
 from ..checkpoint.tokenizer import open_tokenizer
 from ..checkpoint.unread import unread_settings
 from ..errors import InputError, one_line, reading
@@ -28,7 +27,7 @@ from ..model.own_rope import dropped_rope, length_of, own_entry
 from ..model.scaled_model import ScaledModel, attach
 from ..model.stock import model_name
 from ..model_file import open_model
-from ..scaling import PREFIX, SCALINGS, Scaling
+from ..scaling import SCALINGS, Scaling
 from ..scaling.check import check_frequencies
 from .machine import size_text, this_machine
 from .plan import memory_rows
@@ -66,7 +65,7 @@ def report(path_or_hub_id: str) -> list[Row]:
     rows += [(PROBLEM, note) for note in unread_settings(base_config(config), model)]
     rows.append(("family", f"{config.get('model_type')} ({model_name(model)})"))
     if isinstance(model, ScaledModel):
-        rows += _curve(source.path, config, model.scaling)
+        rows += _curve(source.path, model.scaling)
         _stand_in(model)
         return [
             *rows,
@@ -154,19 +153,18 @@ def _ropes(model: nn.Module, sites: list[Site]) -> Iterator[Row]:
         yield "note", f"does not support log_scale: {first.ungainable}"
 
 
-def _curve(folder: Path | None, config: dict[str, Any], scaling: Scaling) -> Iterator[Row]:
-    """What is wrong with the learned frequencies of a converted folder."""
-    if folder is None or not scaling.learned or config.get("model_file") != SHIM:
+def _curve(folder: Path | None, scaling: Scaling) -> Iterator[Row]:
+    """What is wrong with the learned frequencies of a published or converted folder."""
+    if folder is None or not scaling.learned:
         return
-    learned: dict[str, mx.array] = {}
+    from ..convert.pipeline import learned_tensors
+
     try:
-        for file in sorted(folder.glob("model*.safetensors")):
-            loaded, _ = read_tensors(file)
-            learned |= {name: array for name, array in loaded.items() if name.startswith(PREFIX)}
-        scaling.take_weights(learned)
-        message = check_frequencies(scaling, strict=True)
-    except (InputError, RuntimeError, ValueError) as error:
-        message = one_line(error)
+        with reading("The learned frequencies are not known"):
+            scaling.take_weights(learned_tensors(folder))
+            message = check_frequencies(scaling, strict=True)
+    except InputError as error:
+        message = str(error)
     if message is not None:
         yield PROBLEM, message
 

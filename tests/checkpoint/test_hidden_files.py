@@ -6,14 +6,13 @@ import shutil
 import pytest
 from mlx_clex.convert import convert
 
-from mlx_clex import loading
+from mlx_clex import fuse, loading
 from mlx_clex.checkpoint.fingerprint import fingerprint
-from mlx_clex.checkpoint.folder import files_of
 from mlx_clex.data.corpus import find_files
 from mlx_clex.diagnosis.model_report import report
 from mlx_clex.loading import load
 
-from ..conftest import GOLDEN
+from ..conftest import GOLDEN, random_adapters
 
 NAMES = (
     ".DS_Store",
@@ -78,13 +77,23 @@ def test_texts_do_not_include_them(tmp_path):
 
 
 def test_converting_and_fusing_copy_none(published, tmp_path):
-    """A tokenizer got a second vocabulary, of 120 bytes. `fuse` copies `files_of` its base."""
-    target = convert(published, tmp_path / "converted")
+    """A tokenizer got a second vocabulary, of 120 bytes."""
+    target, adapters = convert(published, tmp_path / "converted"), tmp_path / "adapters"
     assert not [file.name for file in target.iterdir() if file.name.startswith(".")]
-    litter(target)
-    assert not [file for file in files_of(target) if file.name.startswith(".")]
+    random_adapters(target, adapters, 0)
+    for folder in (target, adapters):
+        litter(folder)
+    argv = ["--model", str(target), "--adapter-path", str(adapters)]
+    assert fuse.main([*argv, "--save-path", str(tmp_path / "fused")]) == 0
+    names = {file.name for file in (tmp_path / "fused").iterdir()}
+    assert "model.safetensors" in names
+    assert not [name for name in names if name.startswith(".")]
 
 
-def test_doctor_reports_no_problem(published):
+def test_doctor_reports_no_problem_of_theirs(published):
     """It said that ._model.safetensors.index.json is not readable."""
-    assert [row for row in report(str(published)) if row[0] == "problem"] == []
+
+    def problems(folder):
+        return [text for name, text in report(str(folder)) if name == "problem"]
+
+    assert problems(published) == problems(GOLDEN / "gene_param_llama")
