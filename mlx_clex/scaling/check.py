@@ -18,12 +18,12 @@ def check_frequencies(
     Args:
         scaling: the scaling with its weights.
         scale: the fixed scale; None: the scale follows the text.
-        strict: also report pairs faster than pi radians per token, which alias, and pairs
-            faster than the pair before. Useful trained curves may have both.
+        strict: also report pairs faster than the pair before, which useful trained curves may
+            have.
 
     Returns:
-        A warning if learned frequencies are finite, but faster than one turn per token or too
-        slow for float32; else None.
+        A warning if learned frequencies are finite, but faster than pi radians per token, which
+        alias, or too slow for float32; else None.
 
     Raises:
         InputError: they are not finite; the message has the method, scale and pair.
@@ -53,7 +53,7 @@ def _suspicious(inv_freq: np.ndarray, strict: bool) -> Iterator[tuple[str, int, 
         strict: as in `check_frequencies`.
     """
     size = np.abs(inv_freq)
-    for where in np.argwhere(size > (1 if strict else 2) * math.pi)[:1]:
+    for where in np.argwhere(size > math.pi)[:1]:
         speed = size[tuple(where)]
         text = f"pair {where[-1]} turns {speed:.3g} radians per token (above pi it aliases)"
         yield "fast", where[0], text

@@ -380,3 +380,15 @@ def test_suspicious_learned_frequencies_are_told(pair, value, words):
     message = check_frequencies(scaling, strict=True) or ""
     assert re.search(words, message), message
     assert "of gene-param are suspicious" in message
+
+
+@pytest.mark.parametrize(("speed", "told"), [(0.99 * math.pi, False), (1.01 * math.pi, True)])
+def test_pairs_that_alias_are_told_at_load_too(speed, told):
+    """Above pi radians per token a pair cannot be told from a slower one."""
+    scaling = build("gene-param")
+    fresh = scaling.inv_freq(scaling.scale_at(1))[0, 0].item()
+    scaling.base_coef = mx.where(
+        mx.arange(DIMS // 2) == 0, math.log(fresh / speed), 0.0
+    ) + mx.zeros_like(scaling.base_coef)
+    message = check_frequencies(scaling, scaling.scale_at(1))
+    assert ("above pi it aliases" in (message or "")) is told
