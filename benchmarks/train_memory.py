@@ -4,6 +4,8 @@ Each case runs `--rounds` times, each time in a new process. `peak` is MLX's pea
 one warm-up step; seconds are the median over rounds of the fastest step. `head` is the memory
 of the loss head: the peak minus the peak of the same step with the mean of the hidden states
 as its loss. `cpu` is the sum of seconds over all cores, which depends less on other load.
+`--first-step` takes one step without warming up, and leaves `head` out: for models whose steps
+take minutes.
 
     python -m benchmarks.train_memory [--length 4096] [--model FOLDER] [--rounds 3] [--json]
 
@@ -12,6 +14,7 @@ Without --model: hidden 256, 2 layers, 4 heads, vocabulary 32000, gradient check
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -102,24 +105,27 @@ def our_step(model: Any, tokens: np.ndarray, *, body: bool) -> Callable[[], obje
     return lambda: step(batch, draws.draw(batch.tokens.shape[1]))
 
 
-def prepared(case: str, path: str | None, length: int) -> Callable[[], object]:
-    """Return the training step of a case, after one to warm up."""
+def prepared(
+    case: str, path: str | None, length: int, *, warm: bool = True
+) -> Callable[[], object]:
+    """Return the training step of a case, after one to warm up if `warm`."""
     ours, body = case.startswith("ours"), case.endswith("body")
     if ours:
         step_module.compute_in_depth()
     model = build(path, ours)
     tokens = np.random.default_rng(0).integers(0, model.args.vocab_size, (1, length + 1))
     step = (our_step if ours else stock_step)(model, tokens.astype(np.int32), body=body)
-    step()
+    if warm:
+        step()
     mx.clear_cache()
     mx.reset_peak_memory()
     return step
 
 
-def measure(case: str, path: str | None, length: int) -> dict[str, float]:
-    """Return the peak in bytes and the seconds of the fastest step."""
-    step = prepared(case, path, length)
-    times = [timed(step) for _ in range(STEPS)]
+def measure(case: str, path: str | None, length: int, *, first: bool) -> dict[str, float]:
+    """Return the peak in bytes and the seconds of the fastest step, or of the first step."""
+    step = prepared(case, path, length, warm=not first)
+    times = [timed(step) for _ in range(1 if first else STEPS)]
     seconds, cpu = (min(column) for column in zip(*times, strict=True))
     return {"peak": mx.get_peak_memory(), "seconds": seconds, "cpu": cpu}
 
@@ -169,6 +175,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--length", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--first-step", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--on-request", action="store_true", help=argparse.SUPPRESS)
@@ -177,13 +184,14 @@ def main() -> None:
         serve(args.case, args.model, args.length)
         return
     if args.case:
-        print(json.dumps(measure(args.case, args.model, args.length)))
+        print(json.dumps(measure(args.case, args.model, args.length, first=args.first_step)))
         return
     found: dict[str, Any] = {}
     for _ in range(args.rounds):
-        for case in CASES:
+        for case in CASES[:2] if args.first_step else CASES:
             command = [sys.executable, __file__, "--case", case, "--length", str(args.length)]
             command += ["--model", args.model] if args.model else []
+            command += ["--first-step"] if args.first_step else []
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found.setdefault(case, []).append(json.loads(out.splitlines()[-1]))
     found = {
@@ -191,7 +199,8 @@ def main() -> None:
         for case, runs in found.items()
     }
     for who in ("stock", "ours"):
-        found[who]["head"] = found[who]["peak"] - found[f"{who} body"]["peak"]
+        body = found.get(f"{who} body", {"peak": math.nan})
+        found[who]["head"] = found[who]["peak"] - body["peak"]
     found["ratios"] = {key: found["ours"][key] / found["stock"][key] for key in found["stock"]}
     found["scaling"] = scaling_time()
     if args.json:

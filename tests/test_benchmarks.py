@@ -8,8 +8,10 @@ from benchmarks import __main__ as suite  # isort: skip  (before mlx.core)
 
 import mlx.core as mx
 
+from benchmarks import extrapolation
 from benchmarks.blocks import AGAIN, OURS, STOCK, Comparison, NotRun, interleave
 from benchmarks.speed import Bench, Setup, rotating_again
+from mlx_clex.evaluation.results import Results
 
 
 def comparison(*ours, goal=0.99):
@@ -107,3 +109,23 @@ def test_results_name_the_machine_and_what_did_not_run(tmp_path, capsys, monkeyp
     assert {"machine", "back_end", "mlx", "mlx-lm", "commit"} <= results.keys()
     assert results["not_run"] == {"broken": "no such model", "train, 8,192": "needs 9 GB"}
     assert results["rows"][0]["met"] is True
+
+
+def test_the_extrapolation_table_is_the_mean_over_seeds(tmp_path, capsys):
+    """Perplexity and ratio of each method, with the deviation over its seeds."""
+    runs = [extrapolation.Run("clex, two-stage", seed) for seed in (0, 1)]
+    for run, value in zip(runs, (10.0, 12.0), strict=True):
+        folder = tmp_path / run.name
+        folder.mkdir()
+        cells = [
+            {"label": "m", "length": length, "perplexity": value * factor, "ratio": factor}
+            for length, factor in zip(extrapolation.LENGTHS, (1, 2, 3, 4, 5, 6), strict=True)
+        ]
+        Results("perplexity", {}, ("label", "length"), cells, folder / "perplexity").write()
+    missing = extrapolation.Run("none", 0)
+    extrapolation.print_tables([*runs, missing], tmp_path)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "two-stage" in line]
+    assert lines[0].startswith("| clex, two-stage | 11.00 ± 1.41 | 22.00 ± 2.83 |")
+    assert lines[1].startswith("| clex, two-stage | 1.000 ± 0.000 | 2.000 ± 0.000 |")
+    assert len(lines) == 2
+    assert (tmp_path / "extrapolation.json").exists()
