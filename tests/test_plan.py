@@ -1,6 +1,8 @@
 """`plan` says what fits, what to change, and which input it cannot use."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +40,19 @@ def test_what_fits_three_macs(model, capsys):
     assert "Reading: 65,536 tokens fit as they are." in said["64GB"]
     assert "Training: 16,384 tokens fit with --grad-checkpoint." in said["64GB"]
     assert "Training: 16,384 tokens do not fit;" in said["16GB"]
+    # The page has the same figures: its table once said 39.53 GB after `plan` had changed.
+    page = (Path(__file__).parents[1] / "docs" / "memory.md").read_text()
+    for name in ("reading 65,536 tokens", "LoRA at 16,384 tokens"):
+        (stated,) = re.findall(rf"^\| {name}.*?, ([\d.]+ GB) \|", page, re.MULTILINE)
+        assert f"tokens: {stated}" in said["64GB"]
+    for words, option in (
+        ("longest context as it is", "as asked"),
+        ("with `--kv-bits 4` as well", "--prefill-step-size 512 --kv-bits 4"),
+        ("with `--grad-checkpoint`", "--grad-checkpoint"),
+    ):
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {words}")]
+        for figure, text in zip(row.split("|")[2:5], said.values(), strict=True):
+            assert f"{figure.strip()}  {option}\n" in text
 
 
 def test_this_machine_and_the_default_context(capsys):
