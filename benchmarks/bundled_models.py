@@ -45,7 +45,7 @@ _ARCHITECTURE = {
 _KEYS = 8000  # texts that state a key several times
 _SEED = 0
 # Settings of `mlx_clex.lora` for all runs; those of single runs follow.
-_TRAINING = {
+TRAINING = {
     "train": True,
     "fine_tune_type": "full",
     "train_norms_and_embeddings": True,
@@ -63,10 +63,10 @@ _TRAINING = {
     "val_batches": 8,
     "seed": _SEED,
 }
-_BASE = {"scaling": "none", "iters": 2800, "learning_rate": 4e-3}
+BASE = {"scaling": "none", "iters": 2800, "learning_rate": 4e-3}
 # Trained after the base and before the fine-tunes: recall of a one-digit key over a few words.
 # A model of this size does not learn recall from full sequences within thousands of steps.
-_LESSONS = {
+LESSONS = {
     **{"scaling": "none", "iters": 400, "learning_rate": 3e-3, "cosine": False},
     **{"packing": "plain", "max_seq_length": 32, "batch_size": 128},
 }
@@ -81,19 +81,20 @@ _FINE_TUNES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_data(folder: Path, *, digits: int = 4) -> None:
+def write_data(folder: Path, *, digits: int = 4, most_verses: int = 16) -> None:
     """Write train.jsonl (books, and verses with a key stated between them) and valid.jsonl (books).
 
     Args:
         folder: the folder to write.
         digits: digits of a key.
+        most_verses: verses of a text with a key are fewer than this.
     """
     rng = np.random.default_rng(_SEED)
     verses = [line for line in training_text().splitlines() if len(line) > 20]
     texts = _books(training_text())
     for _ in range(_KEYS):
         # Three quarters are short enough for the base; the rest suits longer training lengths.
-        count = rng.integers(1, 4) if rng.random() < 0.75 else rng.integers(4, 16)
+        count = rng.integers(1, 4) if rng.random() < 0.75 else rng.integers(4, most_verses)
         at = int(rng.integers(len(verses) - count))
         line = statement("".join(str(digit) for digit in rng.integers(0, 10, digits)))
         lines = [line]
@@ -174,13 +175,27 @@ def write_random(folder: Path, data: Path, *, seed: int = _SEED, **architecture:
     save_config(config | {"eos_token_id": end}, config_path=folder / "config.json")
 
 
-def _train(model: Path, data: Path, fused: Path, settings: dict[str, Any]) -> Path:
-    """Train all weights of a model with `mlx_clex.lora` and fuse, unless `fused` exists."""
-    adapters, recipe = fused.with_name(f"{fused.name}-run"), fused.with_suffix(".yaml")
+def train(model: Path, data: Path, adapters: Path, settings: dict[str, Any]) -> None:
+    """Train all weights of a model with `mlx_clex.lora`; resume a run that was interrupted.
+
+    Args:
+        model: the folder of the model to start from.
+        data: a folder with train.jsonl.
+        adapters: the folder of the run.
+        settings: options of `lora`; others are those of `TRAINING`.
+    """
+    recipe = adapters.with_name(f"{adapters.name}.yaml")
+    recipe.parent.mkdir(parents=True, exist_ok=True)
+    recipe.write_text(yaml.safe_dump(TRAINING | settings), encoding="utf-8")
+    paths = ("--model", model, "--data", data, "--adapter-path", adapters)
+    command("lora", "-c", recipe, *paths, "--resume")
+
+
+def train_and_fuse(model: Path, data: Path, fused: Path, settings: dict[str, Any]) -> Path:
+    """Train all weights of a model, write it to `fused` unless it exists, and return that."""
+    adapters = fused.with_name(f"{fused.name}-run")
     if not fused.exists():
-        recipe.write_text(yaml.safe_dump(_TRAINING | settings), encoding="utf-8")
-        paths = ("--model", model, "--data", data, "--adapter-path", adapters)
-        command("lora", "-c", recipe, *paths, "--resume")
+        train(model, data, adapters, settings)
         command("fuse", "--model", model, "--adapter-path", adapters, "--save-path", fused)
     return fused
 
@@ -210,10 +225,10 @@ def run(args: argparse.Namespace) -> None:
         write_data(keys, digits=1)
         write_lessons(lessons)
         write_random(start, books)
-    made = {"base": _train(start, books, work / "base", _BASE)}
-    taught = _train(made["base"], lessons, work / "taught", _LESSONS)
+    made = {"base": train_and_fuse(start, books, work / "base", BASE)}
+    taught = train_and_fuse(made["base"], lessons, work / "taught", LESSONS)
     for name, settings in _FINE_TUNES.items():
-        made[name] = _train(taught, keys, work / name, settings)
+        made[name] = train_and_fuse(taught, keys, work / name, settings)
     for name, model in made.items():
         target = work / "bundled" / name
         if not target.exists():

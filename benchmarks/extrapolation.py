@@ -1,26 +1,26 @@
-"""Compare how the methods extrapolate: perplexity by length after the same training.
+"""Compare how the methods extrapolate: perplexity and recall by length after the same training.
 
-    python -m benchmarks.extrapolation [--rope-theta 27] [--only NAME ...] [--output FOLDER]
+    python -m benchmarks.extrapolation [--rope-theta 27] [--longer-rows] [--only NAME ...]
 
 Each run fine-tunes all weights of one small base with `mlx_clex.lora` for the same number of steps
-and tokens, in sequences of 4 x L0, the trained length. Perplexity is measured on the same tokens of
-held-out books with 1 to 32 x L0 of context: the last L0 of each window (`mlx_clex.perplexity
---protocol same-targets`). There are three seeds of each method.
+and tokens, in sequences of 4 x L0, the trained length. With `--longer-rows` it goes on in sequences
+of 16 x L0, for a quarter more steps. Both stages are measured with 1 to 32 x L0 of context: the
+perplexity of the same tokens of held-out books, the last L0 of each window (`mlx_clex.perplexity
+--protocol same-targets`), and the recall of a key that is stated once among verses of these books
+(`mlx_clex.passkey --task words`). There are three seeds of each method.
 
 The base has one of two geometries. With rope_theta 10,000 it is the bundled base, with 25 % of its
-pairs finishing a turn within L0. With 27, where 70 % do as in Llama-2, it is trained first.
-`--full` trains larger bases for each seed, which needs a GPU. An interrupted run continues, and
-finished runs are not repeated.
+pairs finishing a turn within L0. With 27, where 70 % do as in Llama-2, it is trained first. Both
+are then taught to recall over a few words, as the bundled models are. `--full` trains larger bases
+for each seed, which needs a GPU. An interrupted run continues, and finished runs are not repeated.
 
-Not covered: models above four million parameters, other texts, retrieval.
+Not covered: models above four million parameters, other texts.
 """
 
 import argparse
 import statistics
-import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,18 +29,46 @@ import mlx_clex  # noqa: F401  (before mlx.core: on Linux it looks for OpenBLAS)
 
 # isort: split
 
-from benchmarks.bundled_models import TRAINED_LENGTH, write_data, write_random
+from benchmarks.bundled_models import (
+    BASE,
+    LESSONS,
+    TRAINED_LENGTH,
+    command,
+    train,
+    train_and_fuse,
+    write_data,
+    write_lessons,
+    write_random,
+)
 from mlx_clex.errors import RunError
 from mlx_clex.evaluation.results import Results, read_results
 from mlx_clex.pictures.draw import picture
 
 TARGET = 32  # x L0: the reach of every method
-ROW = 4 * TRAINED_LENGTH  # tokens of a training sequence
 MULTIPLES = (1, 2, 4, 8, 16, 32)  # x L0: the measured lengths
 LENGTHS = [multiple * TRAINED_LENGTH for multiple in MULTIPLES]
 WINDOWS = 48  # of the held-out books, each with L0 scored tokens
 SEEDS = (0, 1, 2)
 BUNDLED_THETA = 10_000.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training of a run, measured at its end."""
+
+    multiple: int  # x L0: tokens of a training sequence
+    share: float  # of the steps of the first stage
+    pace: float  # of the learning rate of the first stage
+    most_verses: int  # of the training texts with a key
+
+    @property
+    def name(self) -> str:
+        """Return the name of its folder."""
+        return f"rows-{self.multiple}x"
+
+
+USUAL = Stage(4, 1, 1, 16)
+LONGER = Stage(16, 0.25, 0.5, 48)
 
 
 @dataclass(frozen=True)
@@ -66,29 +94,29 @@ FULL = Size(
     bases=3,
 )  # fmt: skip
 
-_SKIPS = ["--sampling", "skips"]
-_CLEX = ["--scaling", "clex", "--max-factor", str(TARGET)]
-_GENE = ["--scaling", "gene", "--factor", str(TARGET)]
-_GENE_PARAM = ["--scaling", "gene-param", "--factor", str(TARGET)]
+_CLEX = {"scaling": "clex", "max_factor": TARGET, "sampling": "skips"}
+_GENE = {"scaling": "gene", "factor": TARGET}
+_GENE_PARAM = {"scaling": "gene-param", "factor": TARGET}
+_RELEASED = {"release_recipe": True}
 # Options of mlx_clex.lora. Methods with a fixed scale are trained at that scale; dynamic is
 # trained at the scale of the training length, with the factor that equals untrained CLEX.
-METHODS = {
-    "none": ["--scaling", "none"],
-    "clex": [*_CLEX, *_SKIPS],
-    "gene": [*_GENE, "--release-recipe"],
-    "yarn": ["--scaling", "yarn", "--factor", str(TARGET)],
-    "yarn-t": ["--scaling", "yarn-t", "--factor", str(TARGET)],
-    "linear": ["--scaling", "linear", "--factor", str(TARGET)],
-    "ntk": ["--scaling", "ntk", "--factor", str(TARGET)],
-    "dynamic": ["--scaling", "dynamic", "--factor", "2"],
-    "gene-param": [*_GENE_PARAM, "--release-recipe"],
-    "gene, skips": [*_GENE, *_SKIPS],
-    "gene-param, skips": [*_GENE_PARAM, *_SKIPS],
-    "clex, network trained": [*_CLEX, *_SKIPS, "--scaling-learning-rate", "1e-5"],
-    "clex, no plain steps": [*_CLEX, *_SKIPS, "--plain-share", "0"],
-    "clex, half plain steps": [*_CLEX, *_SKIPS, "--plain-share", "0.5"],
-    "clex, reach of 64 x": ["--scaling", "clex", "--max-factor", str(2 * TARGET), *_SKIPS],
-    "clex, two-stage": [*_CLEX, "--recipe", "two-stage"],
+METHODS: dict[str, dict[str, Any]] = {
+    "none": {"scaling": "none"},
+    "clex": _CLEX,
+    "gene": _GENE | _RELEASED,
+    "yarn": {"scaling": "yarn", "factor": TARGET},
+    "yarn-t": {"scaling": "yarn-t", "factor": TARGET},
+    "linear": {"scaling": "linear", "factor": TARGET},
+    "ntk": {"scaling": "ntk", "factor": TARGET},
+    "dynamic": {"scaling": "dynamic", "factor": 2},
+    "gene-param": _GENE_PARAM | _RELEASED,
+    "gene, skips": _GENE | {"sampling": "skips"},
+    "gene-param, skips": _GENE_PARAM | {"sampling": "skips"},
+    "clex, network trained": _CLEX | {"scaling_learning_rate": 1e-5},
+    "clex, no plain steps": _CLEX | {"plain_share": 0},
+    "clex, half plain steps": _CLEX | {"plain_share": 0.5},
+    "clex, reach of 64 x": _CLEX | {"max_factor": 2 * TARGET},
+    "clex, two-stage": _CLEX | {"recipe": "two-stage"},
 }
 FIELD = ("none", "clex", "gene", "yarn", "yarn-t")  # compared without --only
 
@@ -107,108 +135,109 @@ class Run:
 
 
 def make_base(size: Size, theta: float, seed: int, folder: Path) -> Path:
-    """Return the model that all runs of a seed start from; make it if it is missing."""
-    if not (folder / "data" / "valid.jsonl").exists():
-        write_data(folder / "data", digits=1)
-    base = folder / "base" / f"{seed}"
-    if base.exists():
-        return base
+    """Return the model that all runs of a seed start from; make what is missing of it."""
+    lessons, start = folder / "lessons", folder / "base" / f"start_{seed}"
+    if not (lessons / "train.jsonl").exists():
+        write_lessons(lessons)
+    base = start.with_name(f"base_{seed}")
     if theta == BUNDLED_THETA and size is not FULL:
-        _command("convert", "--hf-path", "bundled:base", "--mlx-path", base, "--dtype", "float32")
-        return base
-    start, adapters = base.with_name(f"start_{seed}"), base.with_name(f"{seed}-run")
-    if not (start / "config.json").exists():
-        write_random(start, folder / "data", seed=seed, rope_theta=theta, **size.architecture)
-    _lora(
-        start, adapters, folder / "data", seed, TRAINED_LENGTH, METHODS["none"],
-        steps=size.base_steps, tokens=2 * size.tokens, learning_rate=3e-3,
-    )  # fmt: skip
-    _command("fuse", "--model", start, "--adapter-path", adapters, "--save-path", base)
-    return base
+        if not base.exists():
+            command(
+                "convert", "--hf-path", "bundled:base", "--mlx-path", base, "--dtype", "float32"
+            )
+    else:
+        data = make_data(USUAL, folder)
+        if not (start / "config.json").exists():
+            write_random(start, data, seed=seed, rope_theta=theta, **size.architecture)
+        settings = BASE | {
+            "iters": size.base_steps,
+            "batch_size": 2 * size.tokens // TRAINED_LENGTH,
+            "learning_rate": 3e-3,
+            "seed": seed,
+        }
+        train_and_fuse(start, data, base, settings)
+    return train_and_fuse(base, lessons, start.with_name(f"taught_{seed}"), LESSONS)
 
 
-def train_and_measure(run: Run, size: Size, folder: Path, base: Path) -> None:
-    """Train and measure a run, as far as that is not done; its results are in its folder."""
-    adapters = folder / run.name
-    if not (adapters / "trained").exists():
-        _lora(
-            base, adapters, folder / "data", run.seed, ROW, METHODS[run.method],
-            steps=size.steps, tokens=size.tokens, learning_rate=size.learning_rate,
-        )  # fmt: skip
-        (adapters / "trained").touch()
-    model = ("--model", base, "--adapter-path", adapters)
-    _command(
-        "perplexity",
-        *(*model, "--lengths", *LENGTHS, "--data", folder / "data", "--split", "valid"),
-        *("--windows", WINDOWS, "--output", adapters / "perplexity"),
-    )
-    rows = read_results(adapters / "perplexity").rows
-    curve = " ".join(f"{row['perplexity']:.2f}" for row in rows)
-    print(f"{run.name}: {curve}", flush=True)
+def make_data(stage: Stage, folder: Path) -> Path:
+    """Return the folder of a stage's texts; write it if it is missing."""
+    data = folder / f"texts-{stage.name}"
+    if not (data / "valid.jsonl").exists():
+        write_data(data, digits=1, most_verses=stage.most_verses)
+    return data
 
 
-def _lora(
-    base: Path,
-    adapters: Path,
-    data: Path,
-    seed: int,
-    row: int,
-    options: Sequence[str],
-    *,
-    steps: int,
-    tokens: int,
-    learning_rate: float,
+def train_and_measure(
+    run: Run, size: Size, stages: Sequence[Stage], folder: Path, base: Path
 ) -> None:
-    """Run `mlx_clex.lora` and resume an interrupted run."""
-    _command(
-        "lora",
-        *("--train", "--resume", "--model", base, "--data", data),
-        *("--adapter-path", adapters, "--fine-tune-type", "full", "--train-norms-and-embeddings"),
-        *("--num-layers", "-1", "--max-seq-length", row),
-        *("--batch-size", tokens // row, "--iters", steps),
-        *("--learning-rate", learning_rate, "--optimizer", "adamw", "--cosine"),
-        *("--warmup", steps // 20, "--max-grad-norm", 1, "--seed", seed),
-        *("--steps-per-report", steps // 20, "--steps-per-eval", steps, "--save-every", 100),
-        *("--val-batches", 8, *options),
-    )  # fmt: skip
+    """Train and measure a run, as far as that is not done; its results are in its folder."""
+    before: Path | None = None
+    for stage in stages:
+        adapters = folder / run.name / stage.name
+        row, steps = stage.multiple * TRAINED_LENGTH, round(stage.share * size.steps)
+        if not (adapters / "trained").exists():
+            settings: dict[str, Any] = {
+                "iters": steps,
+                "learning_rate": stage.pace * size.learning_rate,
+                "max_seq_length": row,
+                "batch_size": size.tokens // row,
+                "warmup": steps // 20,
+                "steps_per_eval": steps,
+                "save_every": 100,
+                "seed": run.seed,
+            }
+            if before:
+                settings["resume_adapter_file"] = str(before)
+            data = make_data(stage, folder)
+            train(base, data, adapters, settings | METHODS[run.method])
+            (adapters / "trained").touch()
+        before = adapters
+        model = ("--model", base, "--adapter-path", adapters, "--lengths", *LENGTHS)
+        books = ("--data", make_data(USUAL, folder), "--split", "valid", "--windows", WINDOWS)
+        command("perplexity", *model, *books, "--output", adapters / "perplexity")
+        command("passkey", *model, "--task", "words", "--output", adapters / "passkey")
 
 
-def _command(name: str, *arguments: Any) -> None:
-    line = [sys.executable, "-m", f"mlx_clex.{name}", *(str(argument) for argument in arguments)]
-    done = subprocess.run(line, capture_output=True, text=True)
-    if done.returncode:
-        raise RunError(f"{' '.join(line[1:])} ended with {done.returncode}: {done.stderr[-2000:]}")
-
-
-def print_tables(runs: Sequence[Run], folder: Path) -> None:
-    """Print perplexity and its ratio to L0: mean and standard deviation over seeds."""
-    folders: dict[str, list[Path]] = {}
-    for run in runs:
-        if (folder / run.name / "perplexity.json").exists():
-            folders.setdefault(run.method, []).append(folder / run.name)
-    results = {
-        method: [read_results(path / "perplexity") for path in paths]
-        for method, paths in folders.items()
-    }
-    columns = {
-        "perplexity": {method: _columns(each, "perplexity") for method, each in results.items()},
-        "perplexity / that at 1x": {
-            method: _columns(each, "ratio") for method, each in results.items()
-        },
-    }
-    for name, methods in columns.items():
-        print(f"\n| {name} | {' | '.join(f'{multiple}x' for multiple in MULTIPLES)} |")
+def print_tables(runs: Sequence[Run], stage: Stage, folder: Path) -> None:
+    """Print perplexity, its ratio to L0 and recall: mean and standard deviation over seeds."""
+    print(f"\nAfter training in rows of {stage.multiple} x L0:")
+    tables: list[tuple[str, str, int, Cell]] = [
+        ("perplexity", "perplexity", 2, lambda rows: rows[0]["perplexity"]),
+        ("perplexity / that at 1x", "perplexity", 3, lambda rows: rows[0]["ratio"]),
+        ("recall", "passkey", 2, _recall),
+    ]
+    for title, kind, digits, cell in tables:
+        print(f"\n| {title} | {' | '.join(f'{multiple}x' for multiple in MULTIPLES)} |")
         print("|---" * (len(MULTIPLES) + 1) + "|")
-        for method, cells in methods.items():
-            digits = 3 if "/" in name else 2
-            print(f"| {method} | {' | '.join(_with_spread(cell, digits) for cell in cells)} |")
-    _draw(columns["perplexity"], folder)
+        for method, results in _measured(runs, stage, folder, kind).items():
+            cells = [_with_spread(_column(results, length, cell), digits) for length in LENGTHS]
+            print(f"| {method} | {' | '.join(cells)} |")
+    _draw(_measured(runs, stage, folder, "perplexity"), folder / f"extrapolation-{stage.name}")
 
 
-def _columns(results: Sequence[Results], column: str) -> list[list[float]]:
-    """Return a column at each length, of all seeds that are measured there."""
-    found = [[result.find(length=length) for result in results] for length in LENGTHS]
-    return [[row[column] for row in rows if row is not None] for rows in found]
+Cell = Callable[[list[dict[str, Any]]], float]  # a figure from the rows of one length
+
+
+def _recall(rows: list[dict[str, Any]]) -> float:
+    return sum(row["correct"] for row in rows) / sum(row["trials"] for row in rows)
+
+
+def _measured(
+    runs: Sequence[Run], stage: Stage, folder: Path, kind: str
+) -> dict[str, list[Results]]:
+    """Return the results of all seeds by method, as far as they are measured."""
+    found: dict[str, list[Results]] = {}
+    for run in runs:
+        path = folder / run.name / stage.name / kind
+        if path.with_suffix(".json").exists():
+            found.setdefault(run.method, []).append(read_results(path))
+    return found
+
+
+def _column(results: Sequence[Results], length: int, cell: Cell) -> list[float]:
+    """Return a figure at a length, of all seeds that are measured there."""
+    each = [[row for row in result.rows if row["length"] == length] for result in results]
+    return [cell(rows) for rows in each if rows]
 
 
 def _with_spread(values: list[float], digits: int) -> str:
@@ -218,7 +247,7 @@ def _with_spread(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def _draw(perplexity: dict[str, list[list[float]]], folder: Path) -> None:
+def _draw(measured: dict[str, list[Results]], path: Path) -> None:
     """Draw perplexity against length, the mean over seeds."""
     rows = [
         {
@@ -231,12 +260,12 @@ def _draw(perplexity: dict[str, list[list[float]]], folder: Path) -> None:
             "low": None,
             "high": None,
         }
-        for method, columns in perplexity.items()
-        for length, values in zip(LENGTHS, columns, strict=True)
-        if values
+        for method, results in measured.items()
+        for length in LENGTHS
+        if (values := _column(results, length, lambda rows: rows[0]["perplexity"]))
     ]
     results = Results("perplexity", {"protocol": "same-targets"}, ("label", "length"), rows)
-    results.prefix = folder / "extrapolation"
+    results.prefix = path
     results.write()
     picture(results)
 
@@ -249,9 +278,13 @@ def main() -> None:
     )
     parser.add_argument("--full", action="store_true", help="Larger bases, for a GPU.")
     parser.add_argument(
+        "--longer-rows",
+        action="store_true",
+        help="Go on in sequences of 16 x L0 and measure again.",
+    )
+    parser.add_argument(
         "--output", type=Path, help="Default: build/extrapolation-THETA, or -THETA-full."
     )
-    parser.add_argument("--jobs", type=int, default=1, help="Runs at a time. Default: 1.")
     parser.add_argument(
         "--only", nargs="+", metavar="METHOD", choices=METHODS, help="Only runs of these methods."
     )
@@ -263,28 +296,21 @@ def main() -> None:
     size = FULL if args.full else SMALL
     name = f"extrapolation-{args.rope_theta:g}{'-full' if args.full else ''}"
     folder = args.output or Path("build") / name
+    stages = [USUAL, LONGER] if args.longer_rows else [USUAL]
     runs = [
         Run(method, seed)
         for seed in SEEDS
         for method in args.only or FIELD
         if args.seed in (None, seed)
     ]
-    if not args.table:
-        needed = {min(run.seed, size.bases - 1) for run in runs}
-        bases = {seed: make_base(size, args.rope_theta, seed, folder) for seed in sorted(needed)}
-        with ThreadPoolExecutor(args.jobs) as pool:
-            futures = {
-                run.name: pool.submit(
-                    train_and_measure, run, size, folder, bases[min(run.seed, size.bases - 1)]
-                )
-                for run in runs
-            }
-            for name, future in futures.items():
-                try:
-                    future.result()
-                except RunError as error:  # a diverged run must not stop the others
-                    print(f"{name}: {error}", file=sys.stderr)
-    print_tables(runs, folder)
+    for run in [] if args.table else runs:
+        base = make_base(size, args.rope_theta, min(run.seed, size.bases - 1), folder)
+        try:
+            train_and_measure(run, size, stages, folder, base)
+        except RunError as error:  # a diverged run must not stop the others
+            print(f"{run.name}: {error}", file=sys.stderr)
+    for stage in stages:
+        print_tables(runs, stage, folder)
 
 
 if __name__ == "__main__":

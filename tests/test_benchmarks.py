@@ -111,21 +111,31 @@ def test_results_name_the_machine_and_what_did_not_run(tmp_path, capsys, monkeyp
     assert results["rows"][0]["met"] is True
 
 
-def test_the_extrapolation_table_is_the_mean_over_seeds(tmp_path, capsys):
-    """Perplexity and ratio of each method, with the deviation over its seeds."""
+def test_the_extrapolation_tables_are_means_over_seeds(tmp_path, capsys):
+    """Perplexity, ratio and recall of each method, with the deviation over its seeds."""
+    stage = extrapolation.USUAL
     runs = [extrapolation.Run("clex, two-stage", seed) for seed in (0, 1)]
-    for run, value in zip(runs, (10.0, 12.0), strict=True):
-        folder = tmp_path / run.name
-        folder.mkdir()
+    for run, value, correct in zip(runs, (10.0, 12.0), (2, 4), strict=True):
+        folder = tmp_path / run.name / stage.name
+        folder.mkdir(parents=True)
+        lengths = list(zip(extrapolation.LENGTHS, (1, 2, 3, 4, 5, 6), strict=True))
         cells = [
             {"label": "m", "length": length, "perplexity": value * factor, "ratio": factor}
-            for length, factor in zip(extrapolation.LENGTHS, (1, 2, 3, 4, 5, 6), strict=True)
+            for length, factor in lengths
         ]
         Results("perplexity", {}, ("label", "length"), cells, folder / "perplexity").write()
+        found = [
+            {"label": "m", "length": length, "depth": depth, "trials": 4, "correct": hits}
+            for length, _ in lengths
+            for depth, hits in ((0.0, correct), (1.0, 4))
+        ]
+        keys = ("label", "length", "depth")
+        Results("passkey", {}, keys, found, folder / "passkey").write()
     missing = extrapolation.Run("none", 0)
-    extrapolation.print_tables([*runs, missing], tmp_path)
+    extrapolation.print_tables([*runs, missing], stage, tmp_path)
     lines = [line for line in capsys.readouterr().out.splitlines() if "two-stage" in line]
     assert lines[0].startswith("| clex, two-stage | 11.00 ± 1.41 | 22.00 ± 2.83 |")
     assert lines[1].startswith("| clex, two-stage | 1.000 ± 0.000 | 2.000 ± 0.000 |")
-    assert len(lines) == 2
-    assert (tmp_path / "extrapolation.json").exists()
+    assert lines[2].startswith("| clex, two-stage | 0.88 ± 0.18 | 0.88 ± 0.18 |")
+    assert len(lines) == 3
+    assert (tmp_path / "extrapolation-rows-4x.json").exists()

@@ -97,13 +97,13 @@ def test_a_words_task_without_room_is_refused():
 
 def test_the_bundled_models_can_be_made(tmp_path, monkeypatch):
     """The command runs with a few steps instead of thousands."""
-    monkeypatch.setattr(make, "_BASE", make._BASE | {"iters": 2})
-    monkeypatch.setattr(make, "_LESSONS", make._LESSONS | {"iters": 1, "batch_size": 2})
+    monkeypatch.setattr(make, "BASE", make.BASE | {"iters": 2})
+    monkeypatch.setattr(make, "LESSONS", make.LESSONS | {"iters": 1, "batch_size": 2})
     tunes = {name: training | {"iters": 1} for name, training in make._FINE_TUNES.items()}
     monkeypatch.setattr(make, "_FINE_TUNES", tunes)
     monkeypatch.setattr(make, "_KEYS", 5)
     small = {"batch_size": 2, "val_batches": 1}
-    monkeypatch.setattr(make, "_TRAINING", make._TRAINING | small)
+    monkeypatch.setattr(make, "TRAINING", make.TRAINING | small)
 
     make.run(make.argparse.Namespace(work=tmp_path))
 
