@@ -43,8 +43,8 @@ CASES = ("stock", "ours", "stock body", "ours body")
 STEPS = 3
 
 
-def build(path: str | None, ours: bool) -> Any:
-    """Return the model with LoRA layers, with CLEX if `ours`."""
+def build(path: str | None, ours: bool, length: int) -> Any:
+    """Return the model with LoRA layers, with CLEX for a trained length of `length` if `ours`."""
     mx.random.seed(0)
     if path:
         model: Any = load(path)[0]
@@ -56,7 +56,7 @@ def build(path: str | None, ours: bool) -> Any:
             tie_word_embeddings=False,
         )
     if ours:
-        attach(model, {"type": "clex"})
+        attach(model, {"type": "clex"}, trained_length=length)
     model.freeze()
     linear_to_lora_layers(model, -1, {"rank": 8, "scale": 20.0, "dropout": 0.0})
     if ours:
@@ -112,7 +112,7 @@ def prepared(
     ours, body = case.startswith("ours"), case.endswith("body")
     if ours:
         step_module.compute_in_depth()
-    model = build(path, ours)
+    model = build(path, ours, length)
     tokens = np.random.default_rng(0).integers(0, model.args.vocab_size, (1, length + 1))
     step = (our_step if ours else stock_step)(model, tokens.astype(np.int32), body=body)
     if warm:

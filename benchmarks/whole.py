@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,9 @@ def _trainer(folder: Path, kind: str, length: int) -> Iterator[subprocess.Popen[
 def _answer(process: subprocess.Popen[str]) -> dict[str, float]:
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.write("step\n")
-    process.stdin.flush()
+    with suppress(BrokenPipeError):
+        process.stdin.write("step\n")
+        process.stdin.flush()
     line = process.stdout.readline()
     if not line:
         raise RuntimeError("a training process ended")
