@@ -103,6 +103,7 @@ _RELEASED = {"release_recipe": True}
 METHODS: dict[str, dict[str, Any]] = {
     "none": {"scaling": "none"},
     "clex": _CLEX,
+    "clex, log gain": _CLEX | {"log_gain": True},
     "gene": _GENE | _RELEASED,
     "yarn": {"scaling": "yarn", "factor": TARGET},
     "yarn-t": {"scaling": "yarn-t", "factor": TARGET},
@@ -118,7 +119,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "clex, reach of 64 x": _CLEX | {"max_factor": 2 * TARGET},
     "clex, two-stage": _CLEX | {"recipe": "two-stage"},
 }
-FIELD = ("none", "clex", "gene", "yarn", "yarn-t")  # compared without --only
+FIELD = ("none", "clex", "clex, log gain", "gene", "yarn", "yarn-t")  # compared without --only
 
 
 @dataclass(frozen=True)

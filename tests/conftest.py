@@ -88,9 +88,10 @@ def randomise(scaling, size: float = 0.2) -> None:
     mx.eval(scaling.parameters())
 
 
-def scaled_llama(name: str, *, log_scale: bool = False, scale=None, **kwargs):
+def scaled_llama(name: str, *, log_scale=False, log_gain=False, scale=None, **kwargs):
     """A tiny LLaMA with a method attached and random learned tensors."""
-    entry = {"type": name, **CONFIGS[name], **({"log_scale": True} if log_scale else {})}
+    gains = {"log_scale": log_scale, "log_gain": log_gain}
+    entry = {"type": name, **CONFIGS[name], **{key: True for key, on in gains.items() if on}}
     model = attach(tiny_llama(**kwargs), entry, scale=scale)
     randomise(model.scaling)
     return model

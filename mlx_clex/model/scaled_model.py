@@ -323,7 +323,7 @@ def _check_gain(model: nn.Module, scaling: Scaling, sites: list[Site]) -> None:
     if why is not None and scaling.gain_follows is not None:
         raise InputError(
             f"{scaling.name} multiplies queries, which {model_name(model)} does not allow: {why}. "
-            "Set log_scale to false, or use another method."
+            "Set log_scale and log_gain to false, or use another method."
         )
 
 

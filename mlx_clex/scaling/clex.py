@@ -67,8 +67,15 @@ class ClexConfig:
     factor: float = option(1.0, "")
     time_dt: float = option(0.01, "")  # step of the released solver; ours is finer
     log_scale: bool = option(False, "Raise attention with the logarithm of the length.")
+    log_gain: bool = option(
+        False, "Raise attention with the logarithm of the scale, in training too; new models only."
+    )
 
     def __post_init__(self) -> None:
+        if self.log_scale and self.log_gain:
+            raise InputError(
+                "rope_scaling.log_scale and log_gain exclude each other: set one to false."
+            )
         if self.max_factor < 1:
             raise InputError(f"rope_scaling.max_factor must be at least 1, got {self.max_factor}.")
         if self.max_factor > _LARGEST_FACTOR:
@@ -173,16 +180,24 @@ class Clex(Scaling):
         return float(scale)
 
     @property
-    def gain_follows(self) -> Literal["length"] | None:
-        """Under `log_scale`, the length of the text."""
+    def gain_follows(self) -> Literal["length", "scale"] | None:
+        """The length of the text under `log_scale`, its scale under `log_gain`."""
+        if self.config.log_gain:
+            return "scale"
         return "length" if self.config.log_scale else None
 
     def query_gain(self, positions: mx.array | None, length: int, scale: float) -> float | None:
         """Return ln(length) / ln(L0) under `log_scale`: below 1 for texts shorter than L0.
 
-        Source: the CLEX repository's CLEX/modeling_llama.py, FlashAttention path.
+        Under `log_gain`, `length` is that of the longest text of this scale, L0 * scale. The gain
+        is 1 within L0, and texts of one scale can share cached keys and values.
+
+        Source: the CLEX repository's CLEX/modeling_llama.py, FlashAttention path. `log_gain` is of
+            this project (docs/benchmarks.md, "How far each method reaches").
         """
-        if not self.config.log_scale:
+        if self.config.log_gain:
+            length = round(scale * self.trained_length)
+        elif not self.config.log_scale:
             return None
         return math.log(length) / math.log(self.trained_length)
 

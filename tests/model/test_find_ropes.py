@@ -217,8 +217,9 @@ def test_a_gain_is_on_all_of_each_query_or_refused(name, ids):
     """If keys come first, or a rope gets part of a query, log_scale would be applied wrongly."""
     no_gain = FAMILIES[name].no_gain
     if no_gain:
-        with pytest.raises(InputError, match=f"multiplies queries.*{no_gain}.*log_scale to false"):
-            attached(name, scale=3.0, log_scale=True)
+        for key in ("log_scale", "log_gain"):
+            with pytest.raises(InputError, match=f"multiplies queries.*{no_gain}.*to false"):
+                attached(name, scale=3.0, **{key: True})
         return
     model = attached(name, scale=3.0, log_scale=True)
     gain = model.scaling.query_gain(None, 3 * L0, 3.0)

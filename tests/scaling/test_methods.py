@@ -211,6 +211,19 @@ def test_log_scale_of_clex_is_one_number_a_pass():
     assert build("clex").query_gain(None, LENGTH, 1.0) is None
 
 
+def test_log_gain_of_clex_is_that_of_the_longest_text_of_its_scale():
+    """ln (t L0) / ln L0 for every text of scale t, so 1 within L0."""
+    clex = build("clex", log_gain=True)
+
+    assert clex.gain_follows == "scale"
+    assert clex.query_gain(None, 1, 1.0) == clex.query_gain(None, LENGTH, 1.0) == 1
+    assert clex.query_gain(None, LENGTH + 1, 2.0) == clex.query_gain(None, 2 * LENGTH, 2.0)
+    same = build("clex", log_scale=True).query_gain(None, 5 * LENGTH, 5.0)
+    assert clex.query_gain(None, 4 * LENGTH + 3, 5.0) == same
+    with pytest.raises(InputError, match="log_scale and log_gain exclude each other"):
+        build("clex", log_scale=True, log_gain=True)
+
+
 def test_log_scale_of_gene_is_one_number_a_position():
     """max(1, ln m / ln training_seq_len), m counted from 1."""
     gene = build("gene", log_scale=True)

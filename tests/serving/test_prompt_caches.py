@@ -18,25 +18,27 @@ class Provider:
 
 
 @pytest.mark.parametrize(
-    ("name", "log_scale", "read", "kept"),
+    ("name", "gains", "read", "kept"),
     [
-        ("clex", False, 60, True),
-        ("clex", False, 70, False),  # past the plan, at another scale
-        ("clex", True, 60, False),  # the gain of one length serves no other
-        ("gene", False, 60, True),
-        ("gene", True, 62, True),  # its gain belongs to positions
-        ("linear", False, 300, True),
+        ("clex", {}, 60, True),
+        ("clex", {}, 70, False),  # past the plan, at another scale
+        ("clex", {"log_scale": True}, 60, False),  # the gain of one length serves no other
+        ("clex", {"log_gain": True}, 60, True),
+        ("clex", {"log_gain": True}, 70, False),
+        ("gene", {}, 60, True),
+        ("gene", {"log_scale": True}, 62, True),  # its gain belongs to positions
+        ("linear", {}, 300, True),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*past the.*that this model's scaling")
-def test_only_prefixes_of_one_plan_are_kept(name, log_scale, read, kept, tokens):
+def test_only_prefixes_of_one_plan_are_kept(name, gains, read, kept, tokens):
     """A cache of mixed scales answers like no single pass over any prompt."""
-    model = scaled_llama(name, log_scale=log_scale)
+    model = scaled_llama(name, **gains)
     cache = make_prompt_cache(model, 61)
     model(tokens[:1, :60], cache=cache)
     for i in range(60, read):
         model(tokens[:1, i : i + 1], cache=cache)
-    assert log_scale or (plan_of(model, cache) is not None) == kept
+    assert "log_scale" in gains or (plan_of(model, cache) is not None) == kept
 
     prompts = PlannedPromptCache(Provider(model), 10)
     ids = tokens[0, :read].tolist()

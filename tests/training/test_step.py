@@ -167,11 +167,18 @@ def test_ten_scales_ten_losses_one_trace(checkpoint):
 
 @pytest.mark.filterwarnings("ignore:.*past the 16")
 @pytest.mark.parametrize(
-    "name", ["clex", "gene", "gene-param", "dynamic", "yarn", "yarn-t", "none"]
+    ("name", "gains"),
+    [
+        *(
+            (name, {})
+            for name in ("clex", "gene", "gene-param", "dynamic", "yarn", "yarn-t", "none")
+        ),
+        ("clex", {"log_gain": True}),
+    ],
 )
-def test_the_step_rotates_as_the_model_does(name):
+def test_the_step_rotates_as_the_model_does(name, gains):
     """Loss of the compiled step against the model's own, at the scale of the length."""
-    model = scaled_llama(name)
+    model = scaled_llama(name, **gains)
     step = make_step(model=model)
     batch = batch_of()
     length_draw = Draw(model.scaling.scale_at(LENGTH), np.arange(LENGTH, dtype=np.float32))

@@ -67,6 +67,22 @@ def test_stock_transformers_gives_our_logits(tmp_path, name):
     assert np.abs(theirs - unfrozen_logits(GOLDEN / name, tmp_path)).max() < 1e-4
 
 
+def test_the_gain_of_the_scale_is_frozen_too(tmp_path):
+    """log_gain at a fixed scale is log_scale at its longest text, which longrope has."""
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "clex_llama_gqa_log_scale", source)
+    by_length = unfrozen_logits(source, tmp_path / "a")
+    config = config_of(source)
+    config["rope_scaling"] |= {"log_gain": True}
+    (source / "config.json").write_text(json.dumps(config | {"log_scale": False}))
+    by_scale = unfrozen_logits(source, tmp_path / "b")
+    convert(source, tmp_path / "frozen", freeze=SCALE, dtype="float32")
+
+    frozen, _ = mlx_lm.load(str(tmp_path / "frozen"))
+    assert mx.abs(frozen(mx.array(IDS)) - mx.array(by_scale)).max() < 1e-4
+    assert np.abs(by_scale - by_length).max() < 1e-5
+
+
 def test_a_converted_folder_can_be_frozen_too(tmp_path):
     """The published checkpoint may be gone from the disk."""
     convert(GOLDEN / "clex_llama", tmp_path / "mlx")
@@ -181,7 +197,7 @@ def test_weights_that_make_no_frequencies_are_not_frozen(
     mx.save_safetensors(str(file), weights, {"format": "mlx"})
 
     with pytest.raises(InputError, match=words):
-        convert(source, tmp_path / "frozen", freeze=SCALE)
+        convert(source, tmp_path / "frozen", freeze=SCALE, dtype="float32")
     assert not (tmp_path / "frozen").exists()
 
 
