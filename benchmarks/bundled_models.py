@@ -75,8 +75,13 @@ _TUNING = {
     **{"iters": 1000, "learning_rate": 1e-3},
     **{"max_seq_length": 4 * TRAINED_LENGTH, "batch_size": 8},
 }
+# After that. Longer sequences make the end of the reach better (docs/benchmarks.md).
+_LONGER = {
+    **{"iters": 250, "learning_rate": 5e-4, "warmup": 12},
+    **{"max_seq_length": 8 * TRAINED_LENGTH, "batch_size": 4},
+}
 _FINE_TUNES: dict[str, dict[str, Any]] = {
-    "clex": _TUNING | {"scaling": "clex", "max_factor": 32},
+    "clex": _TUNING | {"scaling": "clex", "max_factor": 32, "log_gain": True},
     "gene": _TUNING | {"scaling": "gene", "factor": 32},
 }
 
@@ -219,16 +224,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Make the models that are missing, and write float16 copies to WORK/bundled."""
     work = args.work
-    start, books, lessons, keys = (work / name for name in ("start", "books", "lessons", "keys"))
+    start, books, lessons = (work / name for name in ("start", "books", "lessons"))
+    keys, longer_keys = work / "keys", work / "longer-keys"
     if not (start / "config.json").exists():  # the file that is written last
         write_data(books)
         write_data(keys, digits=1)
+        write_data(longer_keys, digits=1, most_verses=48)
         write_lessons(lessons)
         write_random(start, books)
     made = {"base": train_and_fuse(start, books, work / "base", BASE)}
     taught = train_and_fuse(made["base"], lessons, work / "taught", LESSONS)
     for name, settings in _FINE_TUNES.items():
-        made[name] = train_and_fuse(taught, keys, work / name, settings)
+        made[name] = work / name
+        if not made[name].exists():
+            first = work / f"{name}-first"
+            train(taught, keys, first, settings)
+            longer = settings | _LONGER | {"resume_adapter_file": str(first)}
+            train_and_fuse(taught, longer_keys, made[name], longer)
     for name, model in made.items():
         target = work / "bundled" / name
         if not target.exists():

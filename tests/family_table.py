@@ -18,7 +18,7 @@ keys unrotated.
 - **keys**: whether cached keys move to a new scale when the text grows. Where they stay, the
   model needs a fixed scale.
 - **log_scale**: whether queries can be multiplied. In latent attention (DeepSeek and similar
-  models) the rope sees only a part of each query, so `log_scale` is refused there.
+  models) the rope sees only a part of each query, so `log_scale` and `log_gain` are refused there.
 - A model whose rope is stretched already (llama3, longrope, yarn, linear) is served from that
   rope: at scale 1 it equals its source ([details](convert.md#models-that-bring-a-stretched-rope)).
   mlx-lm's `dynamic` rope is refused, because it has no fixed frequencies.

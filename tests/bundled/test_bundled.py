@@ -101,6 +101,7 @@ def test_the_bundled_models_can_be_made(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "LESSONS", make.LESSONS | {"iters": 1, "batch_size": 2})
     tunes = {name: training | {"iters": 1} for name, training in make._FINE_TUNES.items()}
     monkeypatch.setattr(make, "_FINE_TUNES", tunes)
+    monkeypatch.setattr(make, "_LONGER", make._LONGER | {"iters": 1, "max_seq_length": 128})
     monkeypatch.setattr(make, "_KEYS", 5)
     small = {"batch_size": 2, "val_batches": 1}
     monkeypatch.setattr(make, "TRAINING", make.TRAINING | small)
