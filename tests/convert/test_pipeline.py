@@ -169,6 +169,7 @@ def test_a_base_model_gets_fresh_clex_weights(base, tmp_path):
         "factor": 1.0,
         "time_dt": 0.01,
         "log_scale": False,
+        "log_gain": False,
     }
     model, tokenizer = mlx_clex.load(tmp_path / "out")
     assert model.reach == tokenizer.model_max_length == 256
