@@ -197,7 +197,7 @@ def test_weights_that_make_no_frequencies_are_not_frozen(
     mx.save_safetensors(str(file), weights, {"format": "mlx"})
 
     with pytest.raises(InputError, match=words):
-        convert(source, tmp_path / "frozen", freeze=SCALE, dtype="float32")
+        convert(source, tmp_path / "frozen", freeze=SCALE)
     assert not (tmp_path / "frozen").exists()
 
 
