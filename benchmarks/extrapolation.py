@@ -122,6 +122,9 @@ METHODS: dict[str, dict[str, Any]] = {
 FIELD = ("none", "clex", "clex, log gain", "gene", "yarn", "yarn-t")  # compared without --only
 
 
+Cell = Callable[[list[dict[str, Any]]], float]  # a figure from the rows of one length
+
+
 @dataclass(frozen=True)
 class Run:
     """One fine-tune."""
@@ -214,9 +217,6 @@ def print_tables(runs: Sequence[Run], stage: Stage, folder: Path) -> None:
             cells = [_with_spread(_column(results, length, cell), digits) for length in LENGTHS]
             print(f"| {method} | {' | '.join(cells)} |")
     _draw(_measured(runs, stage, folder, "perplexity"), folder / f"extrapolation-{stage.name}")
-
-
-Cell = Callable[[list[dict[str, Any]]], float]  # a figure from the rows of one length
 
 
 def _recall(rows: list[dict[str, Any]]) -> float:
