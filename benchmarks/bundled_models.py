@@ -44,7 +44,7 @@ _ARCHITECTURE = {
 }
 _KEYS = 8000  # texts that state a key several times
 _SEED = 0
-# Settings of `mlx_clex.lora` for all runs; those of single runs follow.
+# Options of `mlx_clex.lora` for all runs; those of single runs follow.
 TRAINING = {
     "train": True,
     "fine_tune_type": "full",
@@ -63,15 +63,15 @@ TRAINING = {
     "val_batches": 8,
     "seed": _SEED,
 }
-BASE = {"scaling": "none", "iters": 2800, "learning_rate": 4e-3}
+BASE = TRAINING | {"scaling": "none", "iters": 2800, "learning_rate": 4e-3}
 # Trained after the base and before the fine-tunes: recall of a one-digit key over a few words.
 # A model of this size does not learn recall from full sequences within thousands of steps.
-LESSONS = {
-    **{"scaling": "none", "iters": 400, "learning_rate": 3e-3, "cosine": False},
+LESSONS = BASE | {
+    **{"iters": 400, "learning_rate": 3e-3, "cosine": False},
     **{"packing": "plain", "max_seq_length": 32, "batch_size": 128},
 }
 # Training at four times the trained length extrapolates further than at the trained length.
-_TUNING = {
+_TUNING = TRAINING | {
     **{"iters": 1000, "learning_rate": 1e-3},
     **{"max_seq_length": 4 * TRAINED_LENGTH, "batch_size": 8},
 }
@@ -84,6 +84,12 @@ _FINE_TUNES: dict[str, dict[str, Any]] = {
     "clex": _TUNING | {"scaling": "clex", "max_factor": 32, "log_gain": True},
     "gene": _TUNING | {"scaling": "gene", "factor": 32},
 }
+
+
+def write_books(folder: Path) -> None:
+    """Write train.jsonl and valid.jsonl: the books of the bundled text, without keys."""
+    _write_lines(folder / "train.jsonl", _books(training_text()))
+    _write_lines(folder / "valid.jsonl", _books(held_out_text()))
 
 
 def write_data(folder: Path, *, digits: int = 4, most_verses: int = 16) -> None:
@@ -181,17 +187,17 @@ def write_random(folder: Path, data: Path, *, seed: int = _SEED, **architecture:
 
 
 def train(model: Path, data: Path, adapters: Path, settings: dict[str, Any]) -> None:
-    """Train all weights of a model with `mlx_clex.lora`; resume a run that was interrupted.
+    """Train a model with `mlx_clex.lora`; resume a run that was interrupted.
 
     Args:
         model: the folder of the model to start from.
         data: a folder with train.jsonl.
         adapters: the folder of the run.
-        settings: options of `lora`; others are those of `TRAINING`.
+        settings: options of `lora`.
     """
     recipe = adapters.with_name(f"{adapters.name}.yaml")
     recipe.parent.mkdir(parents=True, exist_ok=True)
-    recipe.write_text(yaml.safe_dump(TRAINING | settings), encoding="utf-8")
+    recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")
     paths = ("--model", model, "--data", data, "--adapter-path", adapters)
     command("lora", "-c", recipe, *paths, "--resume")
 

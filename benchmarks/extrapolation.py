@@ -33,6 +33,7 @@ from benchmarks.bundled_models import (
     BASE,
     LESSONS,
     TRAINED_LENGTH,
+    TRAINING,
     command,
     train,
     train_and_fuse,
@@ -50,6 +51,7 @@ LENGTHS = [multiple * TRAINED_LENGTH for multiple in MULTIPLES]
 WINDOWS = 48  # of the held-out books, each with L0 scored tokens
 SEEDS = (0, 1, 2)
 BUNDLED_THETA = 10_000.0
+MEASURED = "measured"  # name of an empty file beside results that are complete
 
 
 @dataclass(frozen=True)
@@ -193,13 +195,14 @@ def train_and_measure(
             if before:
                 settings["resume_adapter_file"] = str(before)
             data = make_data(stage, folder)
-            train(base, data, adapters, settings | METHODS[run.method])
+            train(base, data, adapters, TRAINING | settings | METHODS[run.method])
             (adapters / "trained").touch()
         before = adapters
         model = ("--model", base, "--adapter-path", adapters, "--lengths", *LENGTHS)
         books = ("--data", make_data(USUAL, folder), "--split", "valid", "--windows", WINDOWS)
         command("perplexity", *model, *books, "--output", adapters / "perplexity")
         command("passkey", *model, "--task", "words", "--output", adapters / "passkey")
+        (adapters / MEASURED).touch()
 
 
 def print_tables(runs: Sequence[Run], stage: Stage, folder: Path) -> None:
@@ -226,24 +229,21 @@ def _recall(rows: list[dict[str, Any]]) -> float:
 def _measured(
     runs: Sequence[Run], stage: Stage, folder: Path, kind: str
 ) -> dict[str, list[Results]]:
-    """Return the results of all seeds by method, as far as they are measured."""
+    """Return the complete results of all seeds by method."""
     found: dict[str, list[Results]] = {}
     for run in runs:
-        path = folder / run.name / stage.name / kind
-        if path.with_suffix(".json").exists():
-            found.setdefault(run.method, []).append(read_results(path))
+        adapters = folder / run.name / stage.name
+        if (adapters / MEASURED).exists():
+            found.setdefault(run.method, []).append(read_results(adapters / kind))
     return found
 
 
 def _column(results: Sequence[Results], length: int, cell: Cell) -> list[float]:
-    """Return a figure at a length, of all seeds that are measured there."""
-    each = [[row for row in result.rows if row["length"] == length] for result in results]
-    return [cell(rows) for rows in each if rows]
+    """Return a figure at a length, of all seeds."""
+    return [cell([row for row in each.rows if row["length"] == length]) for each in results]
 
 
 def _with_spread(values: list[float], digits: int) -> str:
-    if not values:
-        return ""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
@@ -257,13 +257,14 @@ def _draw(measured: dict[str, list[Results]], path: Path) -> None:
             "trained_length": TRAINED_LENGTH,
             "reach": None,
             "length": length,
-            "perplexity": statistics.mean(values),
+            "perplexity": statistics.mean(
+                _column(results, length, lambda rows: rows[0]["perplexity"])
+            ),
             "low": None,
             "high": None,
         }
         for method, results in measured.items()
         for length in LENGTHS
-        if (values := _column(results, length, lambda rows: rows[0]["perplexity"]))
     ]
     results = Results("perplexity", {"protocol": "same-targets"}, ("label", "length"), rows)
     results.prefix = path
