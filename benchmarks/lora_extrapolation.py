@@ -65,21 +65,24 @@ def train_and_measure(name: str, base: Path, windows: int, folder: Path) -> None
 
 
 def print_table(names: Iterable[str], folder: Path) -> None:
-    """Print the perplexity of each measured method, and its ratio to that at the first length."""
+    """Print the perplexity of each measured method, and its ratio to that at the first length.
+
+    From five windows on a ratio has a 95 % interval.
+    """
     print(f"\n| method | {' | '.join(f'{length:,}' for length in LENGTHS)} |")
     print("|---" * (len(LENGTHS) + 1) + "|")
     for name in names:
         path = _adapters(name, folder) / "perplexity"
-        if path.with_suffix(".json").exists():
-            rows = read_results(path).rows
+        rows = read_results(path).rows if path.with_suffix(".json").exists() else []
+        if len(rows) == len(LENGTHS):
             print(f"| {name} | {' | '.join(_cell(row) for row in rows)} |")
 
 
 def _cell(row: dict[str, Any]) -> str:
-    text = f"{row['perplexity']:.2f}"
-    if row["length"] == TRAINED_LENGTH:
+    text = f"{row['perplexity']:.2f}; {row['ratio']:.3f}"
+    if row["ratio_low"] is None:
         return text
-    return f"{text}; {row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})"
+    return f"{text} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})"
 
 
 def _adapters(name: str, folder: Path) -> Path:

@@ -72,13 +72,13 @@ def run(args: argparse.Namespace) -> None:
     target = expand(args.save_path)
     check_target(target)
     base = resolve(args.model)
-    message = other_base(base, Path(args.adapter_path))
+    message = other_base(base, args.adapter_path)
     if message is not None and not args.force:
         raise InputError(f"{message} To fuse them anyway, add --force.")
     model, _ = load(
         args.model, adapter_path=args.adapter_path, trust_remote_code=args.trust_remote_code
     )
-    _, adapters = read_adapters(Path(args.adapter_path))
+    _, adapters = read_adapters(args.adapter_path)
     scaling = model.scaling if isinstance(model, ScaledModel) else None
     dropped = adapters.get("own_rope") == "drop"
     config = merged_config(read_config(base), scaling, dropped=dropped)

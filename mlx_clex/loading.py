@@ -174,8 +174,8 @@ def _load_model(
     for note in unread_settings(config_of(model), model):
         say(note)
     if adapter_path is not None:
-        add_adapters(model, Path(adapter_path), scale)
-        if message := other_base(folder, Path(adapter_path)):
+        add_adapters(model, adapter_path, scale)
+        if message := other_base(folder, adapter_path):
             say(message)
     return model, config
 

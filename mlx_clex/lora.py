@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -58,17 +59,19 @@ def run(args: argparse.Namespace) -> None:
         folder = expand(options.adapter_path)
         writes = options.train and ranks.first and folder.name
         with locked(folder, f"--adapter-path {folder}") if writes else nullcontext():
-            first, *later = stages(options)
+            first, *later = stages(options, ranks.size)
             check = MemoryCheck(force=args.force)
             at_load = partial(_before_reading, check, ranks.size)
             with ranks.starting():
                 job = prepare(first, scaling_from(args), ranks, at_load(first))
                 if later and ranks.first:
                     _check_rows_of_stage_2(check, job.options)
-            job.run()
+            test = job.test
+            (replace(job, test=None) if later else job).run()
             for stage in later:
                 with ranks.starting():
                     job = prepare(stage, scaling_from(args), ranks, at_load(stage))
+                    job = replace(job, test=test)
                 job.run()
         if job.training:
             print(job.made())

@@ -1,6 +1,9 @@
 """Prints docs/families.md: `python -m tests.family_table > docs/families.md`."""
 
 from collections.abc import Mapping
+from textwrap import fill
+
+from mlx_lm.utils import MODEL_REMAPPING
 
 from . import configuration_table
 from .tiny_families import FAMILIES, Family
@@ -17,14 +20,17 @@ keys unrotated.
   state or no positions keep what they have.
 - **keys**: whether cached keys move to a new scale when the text grows. Where they stay, the
   model needs a fixed scale.
-- **log_scale**: whether queries can be multiplied. In latent attention (DeepSeek and similar
-  models) the rope sees only a part of each query, so `log_scale` and `log_gain` are refused there.
+- **log_scale**: whether queries can be multiplied, as `log_scale`, `log_gain` and `yarn-t` do.
+  They are refused where the rope gets a part of each query (latent attention as in DeepSeek,
+  GPT-J) or is not called for queries and then keys, and where keys change after the rotation.
 - A model whose rope is stretched already (llama3, longrope, yarn, linear) is served from that
   rope: at scale 1 it equals its source ([details](convert.md#models-that-bring-a-stretched-rope)).
   mlx-lm's `dynamic` rope is refused, because it has no fixed frequencies.
 
 {served} model files are served at a growing scale. {fixed} are served at one fixed scale (`scale=`,
 `--scale T`, or linear, ntk and yarn). {refused} are refused, and {absent} are not tested.
+
+{remapped}
 
 """
 
@@ -55,7 +61,9 @@ def table() -> str:
 
     kinds = [kind(family) for family in FAMILIES.values()]
     counts = {name: kinds.count(name) for name in ("served", "fixed", "refused", "absent")}
-    lines = [HEAD.format(version=version("mlx-lm"), **counts)]
+    remapped = ", ".join(f"{name} with {file}" for name, file in MODEL_REMAPPING.items())
+    text = fill(f"mlx-lm runs some model types with another one's file: {remapped}.", 100)
+    lines = [HEAD.format(version=version("mlx-lm"), remapped=text, **counts)]
     lines += ["| family | scaled | keys | log_scale |", "|---|---|---|---|"]
     for name, family in FAMILIES.items():
         if kind(family) in ("served", "fixed"):

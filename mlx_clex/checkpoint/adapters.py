@@ -22,7 +22,7 @@ from mlx_lm.utils import load_adapters
 from ..errors import InputError, reading, shown
 from ..model.scaled_model import ScaledModel, attach
 from .digest import weights_digest
-from .files import check_link, read_json
+from .files import check_link, expand, read_json
 from .folder import files_of
 from .peft_adapters import PEFT_WEIGHTS, PeftAdapters, is_peft, read_peft
 from .safetensors_file import read_header, read_tensors
@@ -38,12 +38,16 @@ _MOST_LAYERS, _MOST_RANK = 10_000, 1 << 16
 _LINEAR, _EMBEDDINGS = (nn.Linear, nn.QuantizedLinear), (nn.Embedding, nn.QuantizedEmbedding)
 
 
-def read_adapters(folder: Path) -> tuple[Path, dict[str, Any]]:
+def read_adapters(folder: str | Path) -> tuple[Path, dict[str, Any]]:
     """Return the folder of the newest save, and its adapter_config.json.
+
+    Args:
+        folder: as the user gave it.
 
     Raises:
         InputError: a file is missing, leads out of the folder, or is not usable.
     """
+    folder = expand(folder)
     check_link(folder / CURRENT, folder)
     # Resolved once, so that all files come from one save while training writes the next.
     folder = (folder / CURRENT).resolve() if (folder / CURRENT).is_dir() else folder
@@ -132,12 +136,15 @@ def tensor_files(folder: Path) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
-def start_weights(given: Path, model: nn.Module) -> dict[str, mx.array]:
+def start_weights(given: Path, model: nn.Module) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """Return adapters to start training from, and what was saved beside them, by mlx-lm's names.
 
     Args:
         given: a folder of adapters, mlx-lm's or PEFT's, or the file of adapters in it.
         model: with new adapters.
+
+    Returns:
+        The tensors, and the settings of an adapter_config.json of mlx-lm's; {} without one.
 
     Raises:
         InputError: a file does not load, or PEFT's adapters have another scale than the model's.
@@ -145,14 +152,15 @@ def start_weights(given: Path, model: nn.Module) -> dict[str, mx.array]:
     whole = given.is_dir()
     folder: Path = given.parent
     settings: dict[str, Any] = {}
-    if whole or given.name == PEFT_WEIGHTS:
+    if whole or given.name == PEFT_WEIGHTS or (folder / CONFIG).is_file():
         folder, settings = read_adapters(given if whole else folder)
     with reading(f"--resume-adapter-file {given} does not load"):
         if not is_peft(settings):
             _check_extra(folder / EXTRA_WEIGHTS, settings)
             beside = (folder / name for name in (ADAPTER_SCALING, EXTRA_WEIGHTS))
             files = [folder / ADAPTERS if whole else given, *filter(Path.is_file, beside)]
-            return {name: t for file in files for name, t in read_tensors(file)[0].items()}
+            tensors = (read_tensors(file)[0] for file in files)
+            return {name: t for part in tensors for name, t in part.items()}, settings
         peft = read_peft(folder, settings, model)
     modules: dict[str, Any] = dict(model.named_modules())
     for name, scale in peft.scales.items():
@@ -162,10 +170,10 @@ def start_weights(given: Path, model: nn.Module) -> dict[str, mx.array]:
                 f"{given} has adapters of scale {scale:g} in {name}, but this run trains some of "
                 f"scale {here:g}. Give lora_parameters with that scale in the file of --config."
             )
-    return peft.lora | peft.whole
+    return peft.lora | peft.whole, {}
 
 
-def add_adapters(model: nn.Module, folder: Path, scale: float | None) -> None:
+def add_adapters(model: nn.Module, folder: str | Path, scale: float | None) -> None:
     """Load the adapters in a folder and add them to the model.
 
     Args:
@@ -295,7 +303,7 @@ def _check_extra(file: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def other_base(folder: Path, adapters: Path) -> str | None:
+def other_base(folder: Path, adapters: str | Path) -> str | None:
     """Return a warning if adapters were trained on other weights than the model's, else None.
 
     Other weights can be intended: adapters trained on a quantised model also fit the

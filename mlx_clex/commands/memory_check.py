@@ -23,6 +23,7 @@ def add_force(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
+        default=None,  # not given, so that a file of options can give it
         help=f"Run even if it is expected to need more than {REFUSED:g} times the memory of this "
         "machine.",
     )

@@ -186,8 +186,7 @@ class Planner:
         same = all(other == scale for other in scales)
         new.rotary_gain = scaling.rotary_gain(scale)  # if rows have other scales, it is constant
         if same and learns and scaling.trainable_parameters():
-            layers = self.layers if scaling.by_layer else [0]
-            new.inv_freq = [scaling.differentiable_inv_freq(scale, i) for i in layers]
+            new.inv_freq = self.differentiable(scale)
         elif same and not scaling.by_layer:
             new.periods = scaling.periods(scale)
         else:
@@ -195,9 +194,23 @@ class Planner:
         self._set_gain(new, lengths, scales)
         return new
 
+    def differentiable(self, scale: Any) -> list[mx.array]:
+        """Return the frequencies with their gradient, one array per layer or one for all.
+
+        Args:
+            scale: a number, or an array of one.
+        """
+        inv_freq = self.scaling.differentiable_inv_freq
+        return [inv_freq(scale, layer) for layer in self.distinct_layers]
+
+    @property
+    def distinct_layers(self) -> list[int]:
+        """The scaled layers that have frequencies of their own; 0 alone where all share them."""
+        return self.layers if self.scaling.by_layer else [0]
+
     def _rows(self, scales: list[float]) -> list[mx.array]:
         """Return the frequencies of rows or heads, one array per layer or one for all."""
-        layers = self.layers if self.scaling.by_layer else [0]
+        layers = self.distinct_layers
         if all(scale == scales[0] for scale in scales):
             return [self.scaling.inv_freq(scales[0], layer) for layer in layers]
         rows = []

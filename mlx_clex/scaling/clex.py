@@ -17,7 +17,7 @@ in u, 8 from scale 1 to 2, 4 between neighbours below 4, 2 above. At max_factor 
 D 128 that is 136 steps. The number is doubled until the estimated error in ln inv_freq is
 below 1e-7, which it is at once for weights as large as published ones. For training, steps
 equal in sqrt(2t - 1), float32, lead straight to the one scale of the pass: 4 sqrt(max_factor)
-of them, at least 16. Measured errors are in `benchmarks/README.md`.
+of them, at least 16. Measured errors are in `docs/benchmarks.md`.
 
 Not covered: drawing scales and positions for training.
 """

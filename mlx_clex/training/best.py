@@ -9,7 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 
 from ..errors import InputError, shown
@@ -31,7 +30,8 @@ class Best:
             return False
         self.loss = loss
         trained: Any = tree_flatten(model.trainable_parameters())
-        self.weights = {name: mx.array(np.array(value)) for name, value in trained}
+        self.weights = {name: mx.array(value) for name, value in trained}
+        mx.eval(self.weights)
         return True
 
     def restore(self, model: nn.Module) -> None:

@@ -254,8 +254,9 @@ class Run:
 
     @property
     def _learning_rate(self) -> float:
-        # The last of several optimizers is the model's; see `build_optimizer`.
-        optimizer = getattr(self.step.optimizer, "optimizers", [self.step.optimizer])[-1]
+        # The first of several optimizers is the scaling's, the last the model's.
+        optimizers = getattr(self.step.optimizer, "optimizers", [self.step.optimizer])
+        optimizer = optimizers[-1 if self.step.learns_model else 0]
         rate: Any = mx.array(optimizer.learning_rate).item()
         return rate
 
@@ -283,34 +284,39 @@ class Run:
         progress.losses, progress.tokens = 0.0, 0
 
     def _validate(self, log: Log) -> None:
-        options, info = self.options, {"iteration": self.progress.iteration}
-        if self.valid is None or self.valid_corpus is None:
+        options, corpus, iteration = self.options, self.valid_corpus, self.progress.iteration
+        if corpus is None or not (self.valid or options.eval_lengths):
             return
         started = time.perf_counter()
-        shown = self.ranks.first
-        batches = with_bar(self.valid, options.val_batches, "Validating", shown=shown)
-        loss = mean_loss(self.model, batches)
-        found = {n: self._score(self.valid_corpus, n) for n in options.eval_lengths}
+        mean = None if self.valid is None else self._mean_loss(self.valid)
+        found = {n: self._score(corpus, n) for n in options.eval_lengths}
         seconds = time.perf_counter() - started
         losses = {f"the loss at {n} tokens": part.loss for n, part in found.items()}
-        if what := not_finite({"the validation loss": loss} | losses):
-            raise self._failure(f"Iteration {self.progress.iteration}: {what}")
-        text = f"Iter {self.progress.iteration}: Val loss {loss:.3f}, Val took {seconds:.3f}s"
-        tqdm.write(text)
+        if mean is not None:
+            losses["the validation loss"] = mean
+        if what := not_finite(losses):
+            raise self._failure(f"Iteration {iteration}: {what}")
+        if mean is not None:
+            tqdm.write(f"Iter {iteration}: Val loss {mean:.3f}, Val took {seconds:.3f}s")
         if found:
             table = ", ".join(f"{n} tokens {part.perplexity:.3f}" for n, part in found.items())
             scored = next(iter(found.values())).tokens
             tqdm.write(
-                f"Iter {self.progress.iteration}: Perplexity at {table} (the same {scored:,} "
-                "tokens at each)"
+                f"Iter {iteration}: Perplexity at {table} (the same {scored:,} tokens at each)"
             )
         far = [part.loss for n, part in found.items() if n > self.step.scaling.trained_length]
         if self.best is not None and far and self.best.consider(self.model, float(np.mean(far))):
-            tqdm.write(f"Iter {self.progress.iteration}: The best at long lengths so far.")
+            tqdm.write(f"Iter {iteration}: The best at long lengths so far.")
         values = {length: part.perplexity for length, part in found.items()}
-        log.write(info | {"valid_loss": loss, "perplexity": values})
+        log.write({"iteration": iteration, "valid_loss": mean, "perplexity": values})
         by_length = {f"perplexity_{n}": value for n, value in values.items()}
-        self.on_validation(info | {"val_loss": loss, "val_time": seconds} | by_length)
+        info = {"iteration": iteration, "val_loss": mean, "val_time": seconds} | by_length
+        self.on_validation({key: value for key, value in info.items() if value is not None})
+
+    def _mean_loss(self, valid: Batches) -> float:
+        shown = self.ranks.first
+        batches = with_bar(valid, self.options.val_batches, "Validating", shown=shown)
+        return mean_loss(self.model, batches)
 
     def _score(self, corpus: Corpus, length: int) -> Score:
         """Return the losses of the same targets with `length` tokens of context."""

@@ -177,5 +177,11 @@ def with_config(args: argparse.Namespace, kind: type) -> argparse.Namespace:
                 f"--config {args.config} has the key {shown(key)}, which is none of: "
                 f"{', '.join(known)}."
             )
+    for item in options_of(kind):
+        if item.spec.parse and isinstance(values.get(item.name), str):
+            try:
+                values[item.name] = item.spec.parse(values[item.name])
+            except argparse.ArgumentTypeError as error:
+                raise InputError(f"{item.flag} {error}.") from error
     given = {key: value for key, value in vars(args).items() if value is not None}
     return argparse.Namespace(**vars(args) | values | given)

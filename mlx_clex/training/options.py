@@ -122,7 +122,7 @@ class TrainingOptions:
     stage_2_iters: int = option(
         200,
         _TRAINED,
-        "Iterations of stage 2, each of one row; four make an update.",
+        "Iterations of stage 2, each of one row in each process; an update has four rows or more.",
         unit="iterations",
         least=4,
     )
@@ -299,7 +299,7 @@ class TrainingOptions:
         _SAVED,
         "Start a new run from a folder of adapters, or from one file in it.",
         default_text="none",
-        may_change=True,  # a save holds what it gave
+        may_change=True,  # a save holds what it gave; under a scaling, its tensors may not
     )
     save_every: int = option(
         100, _SAVED, "From one save to the next.", unit="iterations", least=1, may_change=True
@@ -370,9 +370,11 @@ class TrainingOptions:
 
     def lasting(self) -> dict[str, Any]:
         """The settings that a resumed run must have in common with the run before."""
-        # The length of a cosine decides each of its learning rates.
+        # The length of a cosine decides each of its learning rates; the lengths of validation
+        # decide what is the best.
+        fixed = {"iters": self.cosine, "eval_lengths": self.keep_best}
         return {
             item.name: getattr(self, item.name)
             for item in options_of(TrainingOptions)
-            if not item.spec.may_change or (item.name == "iters" and self.cosine)
+            if not item.spec.may_change or fixed.get(item.name)
         }

@@ -36,14 +36,16 @@ from .ranks import Ranks
 from .recipe import with_stage_2
 from .resume import (
     adapters_below,
+    different,
     go_on,
     load_adapters,
     names_of_adapters,
     open_folder,
     settings_to_keep,
+    untrained_scaling,
 )
 from .saves import Checkpoints
-from .setup import build_optimizer, choose_trained, learning_rate_schedule
+from .setup import build_optimizer, choose_trained, highest, learning_rate_schedule
 from .step import TrainingStep
 
 _BEST_WINDOWS = 16  # of each length, where a validation decides which weights are kept
@@ -79,7 +81,7 @@ def prepare(
     if draws is None or checkpoints is None:
         return Job(options=options, model=model, ranks=ranks, test=test)
     training = _training(options, entry, model, corpora, draws, checkpoints, ranks)
-    same = settings_to_keep(options, entry, corpora["train"])
+    same = settings_to_keep(options, entry, corpora, _below(options))
     return Job(
         options=options,
         model=model,
@@ -124,13 +126,16 @@ def _load_model(
 ) -> tuple[Any, Any]:
     """Load the model with its scaling, and its tokenizer."""
     assert options.model is not None
+    below = _below(options)
     model, tokenizer = load(
         options.model,
-        adapter_path=_adapters_below(options),
+        adapter_path=below or (None if options.train else options.adapter_path or None),
         trust_remote_code=options.trust_remote_code,
         before_reading=before_reading,
     )
-    if entry is not None and not (_under_scaling(options) and isinstance(model, ScaledModel)):
+    if below and isinstance(model, ScaledModel):
+        _check_scaling_below(options, entry, model, below)
+    elif entry is not None:
         if isinstance(model, ScaledModel) and model.scaling.learned:
             raise InputError(
                 f"--scaling {entry['type']}: {options.model} has a scaling with weights of its "
@@ -146,18 +151,29 @@ def _load_model(
     return model, tokenizer
 
 
-def _under_scaling(options: TrainingOptions) -> bool:
-    """Whether given adapters stay as they are while the scaling is trained on top of them."""
-    return (
-        options.train and options.fine_tune_type == "scaling" and bool(options.resume_adapter_file)
-    )
+def _below(options: TrainingOptions) -> Path | None:
+    """The folder of adapters that stay as they are while the scaling is trained on top of them."""
+    if options.train and options.fine_tune_type == "scaling" and options.resume_adapter_file:
+        return adapters_below(expand(options.resume_adapter_file))
+    return None
 
 
-def _adapters_below(options: TrainingOptions) -> Path | str | None:
-    """The folder of adapters that the model is loaded with."""
-    if _under_scaling(options):
-        return adapters_below(expand(str(options.resume_adapter_file)))
-    return None if options.train else (options.adapter_path or None)
+def _check_scaling_below(
+    options: TrainingOptions, entry: dict[str, Any] | None, model: ScaledModel, below: Path
+) -> None:
+    """Refuse to train another scaling than that of the adapters below."""
+    scaling = model.scaling
+    here = scaling.entry() | {
+        "trained_length": scaling.trained_length,
+        "own_rope": read_adapters(below)[1].get("own_rope") or "keep",
+    }
+    asked = {"trained_length": options.trained_length, "own_rope": options.own_rope}
+    asked = {key: value for key, value in asked.items() if value is not None} | (entry or {})
+    if differing := different(here, asked):
+        raise InputError(
+            f"--resume-adapter-file {options.resume_adapter_file} has a scaling, which this run "
+            f"trains: {differing}. Leave these options out."
+        )
 
 
 def _load_data(options: TrainingOptions, tokenizer: Any) -> dict[str, Corpus]:
@@ -218,7 +234,16 @@ def _training(
     checkpoints: Checkpoints,
     ranks: Ranks,
 ) -> Run:
-    share = _scaling_share(options, model)
+    updates = -(-options.iters // options.grad_accumulation_steps)
+    schedule = learning_rate_schedule(
+        options.learning_rate,
+        updates=updates,
+        warmup=options.warmup,
+        cosine=options.cosine,
+        config=options.lr_schedule,
+    )
+    rate = highest(schedule, updates) if options.lr_schedule else options.learning_rate
+    share = _scaling_share(options, model, rate)
     extra = choose_trained(
         model,
         fine_tune_type=options.fine_tune_type,
@@ -227,12 +252,16 @@ def _training(
         scaling=share > 0,
         norms_and_embeddings=options.train_norms_and_embeddings,
     )
-    going_on = options.resume and checkpoints.newest is not None
     kept: frozenset[str] = frozenset()
-    if _under_scaling(options):
-        kept, extra = names_of_adapters(Path(str(_adapters_below(options))))
-    elif options.resume_adapter_file is not None and not going_on:
-        load_adapters(model, expand(options.resume_adapter_file))
+    if below := _below(options):
+        kept, norms_and_embeddings = names_of_adapters(below)
+        extra |= norms_and_embeddings
+    elif options.resume and checkpoints.newest is not None:
+        kept = untrained_scaling(model, checkpoints.newest)
+    elif options.resume_adapter_file is not None:
+        given = expand(options.resume_adapter_file)
+        load_adapters(model, given, options)
+        kept = untrained_scaling(model, given if given.is_dir() else given.parent)
     batches = _batches(options, corpora["train"])
     if batches.cut or batches.mute:
         say(
@@ -252,13 +281,6 @@ def _training(
     if valid is not None:
         check_lengths(model, valid, lengths, "--eval-lengths")
         check_targets(valid, lengths, model.scaling.trained_length, "--eval-lengths")
-    schedule = learning_rate_schedule(
-        options.learning_rate,
-        updates=-(-options.iters // options.grad_accumulation_steps),
-        warmup=options.warmup,
-        cosine=options.cosine,
-        config=options.lr_schedule,
-    )
     optimizer = build_optimizer(
         options.optimizer,
         options.optimizer_config.get(options.optimizer) or {},
@@ -303,8 +325,8 @@ def _training(
     return training
 
 
-def _scaling_share(options: TrainingOptions, model: Any) -> float:
-    """The learning rate of the scaling / that of the model."""
+def _scaling_share(options: TrainingOptions, model: Any, rate: float) -> float:
+    """The learning rate of the scaling / that of the model, whose highest is `rate`."""
     own = options.scaling_learning_rate
     if own is None:
         whole = options.release_recipe or options.fine_tune_type == "scaling"
@@ -315,12 +337,6 @@ def _scaling_share(options: TrainingOptions, model: Any) -> float:
         raise InputError(
             f"--scaling-learning-rate: {model.scaling.name} has nothing to learn. Leave it out."
         )
-    rate = options.learning_rate
-    if options.lr_schedule:
-        try:
-            rate = float(options.lr_schedule["arguments"][0])
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise InputError(f"lr_schedule cannot be used: {error!r}.") from error
     if not rate:
         raise InputError("--scaling-learning-rate needs a --learning-rate above 0.")
     return own / rate
@@ -372,14 +388,18 @@ def _adapter_config(
     config = asdict(options)
     if options.num_layers <= 0 or options.num_layers > len(model.layers):
         config["num_layers"] = len(model.layers)
-    if _under_scaling(options):
-        _, below = read_adapters(Path(str(_adapters_below(options))))
-        config |= {key: below[key] for key in ("fine_tune_type", "num_layers", "lora_parameters")}
+    if below := _below(options):
+        _, settings = read_adapters(below)
+        kept: tuple[str, ...] = ("fine_tune_type", "num_layers", "lora_parameters")
+        scaled = ("rope_scaling", "trained_length", "own_rope")
+        if settings.get("rope_scaling"):
+            kept, entry = kept + scaled, None
+        config |= {key: settings.get(key) for key in kept}
     elif options.fine_tune_type == "scaling":
         # For mlx-lm's loader: adapters in no layer.
         config["lora_parameters"] = {**options.lora_parameters, "keys": []}
     config["base_weights"] = weights_digest(resolve(config["model"]))
     if entry is not None:
-        config["rope_scaling"] = {**entry, **vars(model.scaling.config)}
+        config["rope_scaling"] = model.scaling.entry()
         config["trained_length"] = model.scaling.trained_length
     return config

@@ -26,8 +26,13 @@ _LONGEST = 32  # default row of stage 2 / trained length
 _LEARNING_RATE = 1e-5
 
 
-def stages(options: TrainingOptions) -> list[TrainingOptions]:
-    """Return the options of each run, in order."""
+def stages(options: TrainingOptions, processes: int = 1) -> list[TrainingOptions]:
+    """Return the options of each run, in order.
+
+    Args:
+        options: of the command.
+        processes: how many share the rows of a batch.
+    """
     if options.recipe != TWO_STAGE or not options.train:
         return [options]
     first = Path(options.adapter_path) / _FIRST
@@ -40,9 +45,9 @@ def stages(options: TrainingOptions) -> list[TrainingOptions]:
         "sampling": PIECES,
         "plain_share": None,
         "packing": "concat",
-        "batch_size": 1,
+        "batch_size": processes,
         "iters": iters,
-        "grad_accumulation_steps": _UPDATE,
+        "grad_accumulation_steps": max(1, _UPDATE // processes),
         "learning_rate": _LEARNING_RATE,
         "scaling_learning_rate": None,
         "lr_schedule": None,
@@ -51,13 +56,13 @@ def stages(options: TrainingOptions) -> list[TrainingOptions]:
         "val_batches": 1,
         "steps_per_eval": max(1, iters // _VALIDATIONS),
         "keep_best": True,
+        "test": False,  # its texts are loaded and checked before stage 1
     }
     return [
         replace(
             options,
             adapter_path=str(first),
             scaling_learning_rate=0.0,
-            test=False,
             keep_best=False,
         ),
         replace(options, **network),

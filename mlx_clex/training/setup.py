@@ -198,6 +198,21 @@ def learning_rate_schedule(
         raise InputError(f"lr_schedule cannot be used: {error!r}.") from error
 
 
+def highest(schedule: Any, updates: int) -> float:
+    """Return the highest learning rate of a run.
+
+    Args:
+        schedule: from `learning_rate_schedule`.
+        updates: how many the whole run has.
+
+    Raises:
+        InputError: the schedule does not give numbers.
+    """
+    with reading("lr_schedule cannot be used"):
+        rate: Any = mx.max(mx.array(schedule(mx.arange(updates)))).item()
+        return rate
+
+
 def _times(learning_rate: Any, share: float) -> Any:
     if not callable(learning_rate):
         return learning_rate * share

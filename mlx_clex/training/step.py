@@ -24,7 +24,7 @@ from ..model.chunked_loss import chunk_length, loss_for_gradient
 from ..model.finite import check_like
 from ..model.rotary import Pass, Rope
 from ..model.scaled_model import given_pass
-from ..scaling import Scaling
+from ..scaling import PREFIX, Scaling
 from .draws import Draw
 
 
@@ -138,6 +138,12 @@ class TrainingStep:
         """Whether the scaling's own tensors are trained."""
         return bool(self.scaling.trainable_parameters())
 
+    @property
+    def learns_model(self) -> bool:
+        """Whether a tensor outside the scaling is trained."""
+        trained: Any = tree_flatten(self.model.trainable_parameters())
+        return any(not name.startswith(PREFIX) for name, _ in trained)
+
     def _frequencies(self, scale: float) -> mx.array:
         """The scale where frequencies are computed inside the step; else frequencies."""
         if self.learns_scaling or self.scaling.by_layer:
@@ -159,8 +165,7 @@ class TrainingStep:
         if frequencies.ndim:
             inv_freq = [frequencies]
         else:
-            layers = range(scaling.shape.layers or 1) if scaling.by_layer else [0]
-            inv_freq = [scaling.differentiable_inv_freq(frequencies, i) for i in layers]
+            inv_freq = self.model._planner.differentiable(frequencies)
         by_position = self.scaling.gain_follows == "position"
         return Pass(
             inv_freq=inv_freq,

@@ -2,7 +2,9 @@
 
 import pytest
 
-from .commands import argv_for, call, options
+from mlx_clex import load
+
+from .commands import argv_for, call, options, parse
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -29,6 +31,27 @@ def test_a_yaml_value_of_another_kind_is_one_line(base, texts, tmp_path, line, m
     assert match in error
 
 
+def test_yaml_values_that_arguments_may_have(tmp_path):
+    """--force of a file was ignored, and a size refused that the command line takes."""
+    file = tmp_path / "c.yaml"
+    file.write_text("force: true\nclear_cache_threshold: 4GB\n")
+    args = parse("-c", str(file))
+    assert args.force is True
+    assert args.clear_cache_threshold == 4_000_000_000
+
+
+def test_a_home_folder_of_yaml_is_found(base, texts, tmp_path, monkeypatch, capsys):
+    """The adapters were written there, and the commands that were printed did not find them."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "c.yaml"
+    file.write_text("adapter_path: ~/runs/a\n")
+    argv = argv_for(base, texts, "", f"--iters 1 --test -c {file}")
+    at = argv.index("--adapter-path")
+    assert call(argv[:at] + argv[at + 2 :]) == 0
+    assert "--adapter-path '~/runs/a'" in capsys.readouterr().out
+    load(base, adapter_path="~/runs/a")
+
+
 def test_remote_code_may_be_trusted_in_yaml(tmp_path):
     """The option's own default hid the file's value."""
     file = tmp_path / "c.yaml"
@@ -45,6 +68,7 @@ def test_remote_code_may_be_trusted_in_yaml(tmp_path):
         ("a: [", "cannot be read"),
         ("sampling: skip", "release, skips, contiguous"),
         ("iters: many", "must be a whole number"),
+        ("clear_cache_threshold: much", "must be a size such as 4GB, got 'much'"),
         ("scaling: clx", "--scaling must be one of none, linear, "),
         ("seed: -1", "--seed must be within 0..4294967295, got -1"),
         ("lora_parameters: {rank: 8, dropout: 0.0}", "must have a scale within"),

@@ -10,6 +10,7 @@ from mlx_clex import load
 from mlx_clex.errors import InputError
 from mlx_clex.scaling.gene import GeneParam
 from mlx_clex.training import prepare
+from mlx_clex.training.log import read_log
 from mlx_clex.training.setup import build_optimizer
 
 from ..conftest import GOLDEN, stock_folder
@@ -220,3 +221,56 @@ def test_a_schedule_has_the_rate_that_the_scaling_is_held_against(base, texts, t
         more = f"--iters 1 --scaling-learning-rate 0.001 -c {config}"
         assert call(argv_for(base, texts, tmp_path / f"a{status}", more)) == status
     assert "lr_schedule cannot be used" in capsys.readouterr().err
+
+
+def test_a_rising_schedule_gives_the_scaling_its_rate_at_the_top(
+    base, texts, tmp_path, monkeypatch
+):
+    """The share was of its first rate, so the network was trained at a thousand times the rate."""
+    seen = []
+    monkeypatch.setattr(
+        prepare,
+        "build_optimizer",
+        lambda *args, scaling_share: (
+            seen.append(scaling_share) or build_optimizer(*args, scaling_share=scaling_share)
+        ),
+    )
+    config = tmp_path / "c.yaml"
+    config.write_text("lr_schedule: {name: linear_schedule, arguments: [0.0, 0.01, 3]}\n")
+    more = f"--iters 4 --scaling-learning-rate 0.001 -c {config}"
+    assert call(argv_for(base, texts, tmp_path / "a", more)) == 0
+    assert seen == [pytest.approx(0.1)]
+
+
+def test_the_scalings_rate_is_told_where_it_trains_alone(base, texts, tmp_path):
+    """The log had the rate of an optimizer that trained nothing."""
+    more = "--iters 1 --fine-tune-type scaling --scaling-learning-rate 0.0625"
+    assert call(argv_for(base, texts, tmp_path / "a", more)) == 0
+    rates = [line.get("learning_rate") for line in read_log(tmp_path / "a" / "log.jsonl")]
+    assert 0.0625 in rates
+    assert 1e-3 not in rates
+
+
+def test_perplexity_by_length_needs_no_batches_of_validation(base, texts, tmp_path, capsys):
+    """--val-batches 0 switched --eval-lengths and --keep-best off without a word."""
+    more = "--iters 1 --val-batches 0 --keep-best --eval-lengths 32 64"
+    assert call(argv_for(base, texts, tmp_path / "a", more)) == 0
+    out = capsys.readouterr().out
+    assert "Iter 0: The best at long lengths so far." in out
+    assert "Val loss" not in out
+
+
+def test_the_best_weights_of_a_half_precision_model_are_kept(base, texts, tmp_path):
+    """NumPy has no bfloat16, which ended the run at its first validation."""
+    folder = tmp_path / "half"
+    shutil.copytree(base, folder)
+    weights = mx.load(str(folder / "model.safetensors"))
+    half = {
+        name: value if name.startswith("scaling.") else value.astype(mx.bfloat16)
+        for name, value in weights.items()
+    }
+    mx.save_safetensors(str(folder / "model.safetensors"), half, {"format": "mlx"})
+    more = "--iters 1 --fine-tune-type full --keep-best --eval-lengths 32 64"
+    assert call(argv_for(folder, texts, tmp_path / "a", more)) == 0
+    saved = mx.load(str(tmp_path / "a" / "current" / "best.safetensors"))
+    assert mx.bfloat16 in {value.dtype for value in saved.values()}

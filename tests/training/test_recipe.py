@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import mlx.core as mx
 import pytest
@@ -10,8 +11,9 @@ from mlx_clex import load
 from mlx_clex.diagnosis.machine import described
 from mlx_clex.training.best import Best
 from mlx_clex.training.loop import Run
+from mlx_clex.training.recipe import stages
 
-from .commands import argv_for, arrays, call, equal
+from .commands import argv_for, arrays, call, equal, options
 
 pytestmark = pytest.mark.usefixtures("eager")
 TWO_STAGE = (
@@ -68,6 +70,36 @@ def test_a_stopped_recipe_goes_on(base, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "_iterate", plain)
     assert call([*argv_for(base, texts, parts, TWO_STAGE), "--resume"]) == 0
     assert equal(arrays(whole), arrays(parts))
+
+
+def test_stage_2_is_of_the_weights_that_stage_1_ended_with(base, texts, tmp_path, capsys):
+    """More iterations of stage 1 changed nothing of the result."""
+    argv = [*argv_for(base, texts, tmp_path / "a", TWO_STAGE), "--resume"]
+    assert call(argv) == 0
+    capsys.readouterr()
+    assert call([*argv, "--iters", "4"]) == 2
+    assert "the adapters below was" in capsys.readouterr().err
+
+
+def test_the_test_part_is_that_of_the_command(base, texts, tmp_path, capsys):
+    """It was looked for after stage 1, and measured in the rows of stage 2."""
+    assert call([*argv_for(base, texts, tmp_path / "a", TWO_STAGE), "--test"]) == 0
+    loss = capsys.readouterr().out.split("Test loss ")[1]
+    argv = argv_for(base, texts, tmp_path / "a", "--test")
+    argv.remove("--train")
+    assert call(argv) == 0
+    assert capsys.readouterr().out.split("Test loss ")[1] == loss.split("\n")[0] + "\n"
+    shutil.copytree(texts, tmp_path / "texts", ignore=shutil.ignore_patterns("test"))
+    assert call([*argv_for(base, tmp_path / "texts", tmp_path / "b", TWO_STAGE), "--test"]) == 2
+    assert "has no test part" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(("processes", "accumulated"), [(1, 4), (2, 2), (3, 1), (8, 1)])
+def test_every_process_has_rows_of_stage_2(processes, accumulated):
+    """A row cannot be shared, so stage 2 was refused after stage 1 had trained."""
+    _, second = stages(options("--train", *TWO_STAGE.split()), processes)
+    assert (second.batch_size, second.grad_accumulation_steps) == (processes, accumulated)
 
 
 def test_rows_of_stage_2_that_do_not_fit_are_refused_first(

@@ -1,11 +1,15 @@
 """Runs that go on from an earlier one, and those that must not."""
 
+import json
 import shutil
 
 import mlx.core as mx
 import pytest
 
-from ..conftest import as_peft
+from mlx_clex import load
+
+from ..conftest import GOLDEN, as_peft, stock_folder
+from ..test_own_rope import LLAMA3
 from .commands import WORDS, argv_for, arrays, call, equal
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -85,6 +89,92 @@ def test_adapters_of_another_rank_do_not_start_a_run(base, texts, tmp_path, caps
     argv = argv_for(base, texts, tmp_path / "b", "--iters 1", "--resume-adapter-file", file)
     assert call(argv) == 2
     assert "which this run trains as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [("lora_parameters: {rank: 8, scale: 10.0, dropout: 0.0}", ""), ("", "--fine-tune-type dora")],
+)
+def test_adapters_that_would_be_another_model_do_not_start_a_run(
+    base, texts, tmp_path, config, more, capsys
+):
+    """Their scale and kind were read and dropped."""
+    file = tmp_path / "c.yaml"
+    file.write_text(config)
+    assert call(argv_for(base, texts, tmp_path / "a", "--iters 1")) == 0
+    for given in (tmp_path / "a", tmp_path / "a" / "adapters.safetensors"):
+        argv = argv_for(base, texts, tmp_path / "b", f"--iters 1 {more} -c {file}")
+        assert call([*argv, "--resume-adapter-file", str(given)]) == 2
+        assert "has lora adapters of scale 20, but this run" in capsys.readouterr().err
+
+
+def test_another_scaling_than_that_of_the_adapters_is_told(texts, tmp_path, capsys):
+    """It may be wanted, and it may be an option that was forgotten."""
+    folder = stock_folder(tmp_path, GOLDEN / "clex_llama", vocab_size=512)
+    more = "--iters 1 --scaling clex --trained-length 32 --max-factor"
+    assert call(argv_for(folder, texts, tmp_path / "a", f"{more} 8 --log-gain")) == 0
+    capsys.readouterr()
+    argv = argv_for(folder, texts, tmp_path / "b", f"{more} 4")
+    assert call([*argv, "--resume-adapter-file", str(tmp_path / "a")]) == 0
+    said = "max_factor was 8 and is 4, log_gain was True and is False"
+    assert f"were trained with another scaling: {said}." in capsys.readouterr().err
+
+
+def test_a_network_that_is_not_trained_goes_along(base, texts, tmp_path):
+    """A run from it was refused, or would have saved a model without it."""
+    options = "--iters 1 --learning-rate 1e-2 --scaling-learning-rate"
+    assert call(argv_for(base, texts, tmp_path / "a", f"{options} 1e-2")) == 0
+    first = arrays(tmp_path / "a")["scaling.safetensors"]
+    more = argv_for(base, texts, tmp_path / "b", f"{options} 0")
+    more += ["--resume-adapter-file", str(tmp_path / "a")]
+    for iters in ("1", "2"):  # the second goes on with a save
+        assert call([*more, "--iters", iters, "--resume"]) == 0
+        network = arrays(tmp_path / "b")["scaling.safetensors"]
+        assert equal({"": first}, {"": network})
+    model, _ = load(base, adapter_path=tmp_path / "b")
+    assert mx.array_equal(model.scaling.down_proj, first["scaling.down_proj"])
+
+
+def test_a_scaling_is_trained_on_top_of_adapters_as_they_are(texts, tmp_path, capsys):
+    """Its save said nothing of the scaling, and did not load; other options were ignored."""
+    config = {"vocab_size": 512, "max_position_embeddings": 256, "rope_scaling": LLAMA3}
+    folder = stock_folder(tmp_path, GOLDEN / "clex_llama", **config)
+    below, adapters = tmp_path / "a", tmp_path / "b"
+    scaling = "--scaling clex --max-factor 8 --own-rope drop"
+    assert call(argv_for(folder, texts, below, f"--iters 1 {scaling}")) == 0
+    alone = argv_for(
+        folder, texts, adapters, "--iters 1 --fine-tune-type scaling --train-norms-and-embeddings"
+    )
+    on_top = [*alone, "--resume-adapter-file", str(below)]
+    for more, differing in (
+        ("--scaling clex --max-factor 4", "max_factor was 8 and is 4"),
+        ("--scaling gene", "type was 'clex' and is 'gene'"),
+        ("--scaling clex --trained-length 32", "trained_length was 64 and is 32"),
+        ("--scaling clex --own-rope keep", "own_rope was 'drop' and is 'keep'"),
+    ):
+        assert call([*on_top, *more.split()]) == 2
+        assert f"which this run trains: {differing}" in capsys.readouterr().err
+    assert call(on_top) == 0
+    settings = [json.loads((it / "adapter_config.json").read_text()) for it in (below, adapters)]
+    for key in ("rope_scaling", "trained_length", "own_rope", "lora_parameters"):
+        assert settings[1][key] == settings[0][key], key
+    load(folder, adapter_path=adapters)
+    assert call([*alone, "--iters", "2", "--resume"]) == 2
+    assert f"go on with --resume-adapter-file {below}" in capsys.readouterr().err
+    assert call([*on_top, "--iters", "2", "--resume"]) == 0
+
+
+def test_the_best_is_held_against_the_same_validation(base, texts, tmp_path, capsys):
+    """A best at one length stood against losses at another."""
+    argv = argv_for(base, texts, tmp_path / "a", "--keep-best --resume --iters")
+    assert call([*argv, "1", "--eval-lengths", "32", "64"]) == 0
+    assert call([*argv, "2", "--eval-lengths", "32", "96"]) == 2
+    assert "eval_lengths was [32, 64] and is [32, 96]" in capsys.readouterr().err
+    shutil.copytree(texts, tmp_path / "texts")
+    (tmp_path / "texts" / "valid" / "a.txt").write_text(WORDS * 30)
+    argv[argv.index(str(texts))] = str(tmp_path / "texts")
+    assert call([*argv, "2", "--eval-lengths", "32", "64"]) == 2
+    assert "the validation data was" in capsys.readouterr().err
 
 
 def test_adapters_to_start_from_bring_what_lies_beside_them(base, texts, tmp_path, capsys):

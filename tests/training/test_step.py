@@ -19,6 +19,7 @@ from mlx_clex.training.draws import Draw
 from mlx_clex.training.step import Batch, TrainingStep, checkpointed_layers
 
 from ..conftest import CONFIGS, randomise, scaled_llama, tiny_llama
+from ..tiny_families import tiny
 
 LENGTH = 40
 
@@ -178,9 +179,22 @@ def test_ten_scales_ten_losses_one_trace(checkpoint):
 )
 def test_the_step_rotates_as_the_model_does(name, gains):
     """Loss of the compiled step against the model's own, at the scale of the length."""
-    model = scaled_llama(name, **gains)
-    step = make_step(model=model)
-    batch = batch_of()
+    _check_loss(make_step(model=scaled_llama(name, **gains)))
+
+
+@pytest.mark.filterwarnings("ignore:.*past the 16")
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_scaled_layer_after_others_has_its_own_frequencies(checkpoint):
+    """Training gave the first scaled layer the coefficients of the first layer of all."""
+    scaling = {"type": "gene-param", "factor": 4}
+    model = attach(tiny("olmo3", num_key_value_heads=4), scaling, trained_length=16)
+    randomise(model.scaling)
+    _check_loss(make_step(model=model, grad_checkpoint=checkpoint))
+
+
+def _check_loss(step):
+    """Hold the loss of a step at a length against the model's own."""
+    model, batch = step.model, batch_of()
     length_draw = Draw(model.scaling.scale_at(LENGTH), np.arange(LENGTH, dtype=np.float32))
     loss = step(batch, length_draw).loss
     model.eval()
