@@ -62,7 +62,11 @@ def table() -> str:
     kinds = [kind(family) for family in FAMILIES.values()]
     counts = {name: kinds.count(name) for name in ("served", "fixed", "refused", "absent")}
     remapped = ", ".join(f"{name} with {file}" for name, file in MODEL_REMAPPING.items())
-    text = fill(f"mlx-lm runs some model types with another one's file: {remapped}.", 100)
+    text = fill(
+        f"mlx-lm runs some model types with another one's file: {remapped}.",
+        100,
+        break_on_hyphens=False,
+    )
     lines = [HEAD.format(version=version("mlx-lm"), remapped=text, **counts)]
     lines += ["| family | scaled | keys | log_scale |", "|---|---|---|---|"]
     for name, family in FAMILIES.items():
