@@ -76,8 +76,11 @@ def load_adapters(model: Any, given: Path, options: TrainingOptions) -> None:
     """
     weights, settings = start_weights(given, model)
     _check_adapted(settings, given, options)
-    before, entry = settings.get("rope_scaling"), model.scaling.entry()
-    if before and (differing := different(before, entry)):
+    before = {**(settings.get("rope_scaling") or {})}
+    if settings.get("trained_length"):
+        before["trained_length"] = settings["trained_length"]
+    now = model.scaling.entry() | {"trained_length": model.scaling.trained_length}
+    if differing := different(before, now):
         say(f"The adapters in {given} were trained with another scaling: {differing}.")
     trained: Any = tree_flatten(model.trainable_parameters())
     shapes = {name: value.shape for name, value in trained + _scaling_tensors(model)}
@@ -118,7 +121,7 @@ def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def untrained_scaling(model: Any, folder: Path) -> frozenset[str]:
-    """Return names of the scaling's tensors that a folder of adapters has and nobody trains."""
+    """Return names of the scaling's tensors that are saved in a folder and not trained."""
     file = folder / ADAPTER_SCALING
     saved = read_header(file).keys() if file.is_file() else ()
     trained: Any = dict(tree_flatten(model.trainable_parameters()))
