@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared(
         parser,
         "--trust-remote-code",
-        help="Let the tokenizer run its own Python. A model's Python is never run.",
+        help="Without effect, for scripts of mlx_lm.convert: no Python of a checkpoint is run.",
     )
     parser.add_argument(
         "--trained-length",

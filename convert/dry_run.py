@@ -68,7 +68,7 @@ def describe_download(sizes: Mapping[str, int]) -> str:
     """
     lines = [f"download {len(sizes)} files, {sum(sizes.values()):,} bytes"]
     lines += [f"  {name}: {size:,} bytes" for name, size in sizes.items()]
-    return "\n".join([*lines, "Run again after the download to see the tensors."])
+    return "\n".join([*lines, "The folder of a download as --hf-path shows its tensors too."])
 
 
 def _pattern(name: str) -> str:

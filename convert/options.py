@@ -25,7 +25,6 @@ class Options:
     quant_predicate: str | None = None  # a recipe of mlx_lm.convert
     dtype: str | None = None  # type of the weights that are not quantised
     dequantize: bool = False
-    trust_remote_code: bool = False  # let the tokenizer run Python of the source
     scaling: Mapping[str, Any] | None = None  # a rope_scaling entry to switch on
     trained_length: int | None = None  # tokens; None takes max_position_embeddings
     own_rope: str | None = None  # keep or drop the source's stretched rope; None: keep

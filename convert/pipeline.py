@@ -14,7 +14,7 @@ from mlx_clex import bundled
 from mlx_clex.checkpoint import safetensors_file
 from mlx_clex.checkpoint.files import expand
 from mlx_clex.checkpoint.folder import SHIM, check_hub_id
-from mlx_clex.checkpoint.safetensors_file import TensorInfo
+from mlx_clex.checkpoint.safetensors_file import MLX_TYPES, TensorInfo
 from mlx_clex.checkpoint.tensor_names import rename
 from mlx_clex.errors import InputError, reading, say
 
@@ -36,20 +36,6 @@ from mlx_clex.model_file import Model, ModelArgs  # noqa: F401
 """
 _LIBRARIES = {"mlx-lm": "mlx", "llama.cpp": "gguf"}  # as the hub names them
 _SMALL_FILES = 64_000_000  # bytes; more than tokenizer, config and card need
-_MLX_TYPES = {
-    "BOOL": mx.bool_,
-    "U8": mx.uint8,
-    "I8": mx.int8,
-    "U16": mx.uint16,
-    "I16": mx.int16,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "U32": mx.uint32,
-    "I32": mx.int32,
-    "F32": mx.float32,
-    "U64": mx.uint64,
-    "I64": mx.int64,
-}
 
 
 def convert(
@@ -179,7 +165,7 @@ class Source:
         if self.is_lazy:
             return self._in_order(self.checkpoint.files)
         return {
-            name: mx.zeros(info.shape, _MLX_TYPES[info.dtype])
+            name: mx.zeros(info.shape, MLX_TYPES[info.dtype])
             for header in self.headers.values()
             for name, info in header.items()
         }

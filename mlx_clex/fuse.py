@@ -18,13 +18,14 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.utils import MAX_FILE_SIZE_GB, dequantize_model
 
 from .checkpoint.adapters import other_base, read_adapters
-from .checkpoint.config import BASE_ROPE, SHIM, is_ours, normalise_config
+from .checkpoint.config import BASE_ROPE, SHIM, base_config, is_ours, normalise_config
 from .checkpoint.files import expand, scratch_folder, write_json
 from .checkpoint.folder import files_of, read_config
 from .commands.help import point_elsewhere
 from .commands.options import add_shared
 from .commands.run_command import command
 from .convert import convert
+from .convert.freeze.stock_rope import frozen_config
 from .convert.write.card import licence_of
 from .convert.write.output import check_target, write_weights
 from .errors import InputError, say
@@ -71,6 +72,10 @@ def run(args: argparse.Namespace) -> None:
     """
     target = expand(args.save_path)
     check_target(target)
+    if args.upload_repo is not None:
+        from .convert.read.hub import check_upload
+
+        check_upload(args.upload_repo)
     base = resolve(args.model)
     message = other_base(base, args.adapter_path)
     if message is not None and not args.force:
@@ -82,6 +87,10 @@ def run(args: argparse.Namespace) -> None:
     scaling = model.scaling if isinstance(model, ScaledModel) else None
     dropped = adapters.get("own_rope") == "drop"
     config = merged_config(read_config(base), scaling, dropped=dropped)
+    if args.freeze is not None:  # before the merge, which takes long
+        if scaling is None:
+            raise InputError("--freeze: the model has no mlx_clex scaling. Leave the option out.")
+        frozen_config(config, scaling, args.freeze, "mlx-lm")
     merge(model, dequantize=args.dequantize)
     if args.dequantize:
         config.pop("quantization", None)
@@ -139,7 +148,7 @@ def merged_config(
     """
     config = normalise_config(config)
     if dropped:
-        config = without_own_rope(config)
+        config = without_own_rope(base_config(config))
     before = config.get("rope_scaling")
     if scaling is None or (isinstance(scaling, NoScaling) and before is None):
         return config

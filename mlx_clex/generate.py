@@ -7,6 +7,7 @@ Not covered: images, and `--max-kv-size`, which would drop the start of a long t
 """
 
 import argparse
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from .commands.options import (
 )
 from .commands.progress import reading_bar
 from .commands.run_command import command
-from .errors import InputError, generating, say
+from .errors import InputError, generating, reading, say
 from .loading import load, resolve
 from .model.plans import plan_at, plan_of, planned_caches, single_caches
 from .model.scaled_model import make_prompt_cache, scaled
@@ -104,6 +105,7 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
         source,
         **loading_options(args),
         model_config={"quantize_activations": True} if args.quantize_activations else None,
+        tokenizer_config=_saved_tokenizer_config(args),
         group=group,
         pipeline=args.pipeline,
         before_reading=check.at_load(partial(check.reading, args.max_tokens, **limits)),
@@ -117,13 +119,19 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
     prompt = encode_prompt(args, tokenizer, continues=continues, limit=limit)
     read = max((getattr(c, "offset", 0) for c in single_caches(saved or [])), default=0)
     max_tokens = cap_max_tokens(model, read + len(prompt), args.max_tokens)
+    if draft is not None and max_tokens == -1:
+        raise InputError(
+            "--draft-model drafts no more tokens than are left, which --max-tokens -1 leaves open. "
+            "Give --max-tokens a number."
+        )
     check.reading(read + len(prompt) + max(0, max_tokens), **limits)
     fixed_by = None
     if args.kv_bits is not None or (saved is not None and quantised(saved) is not None):
         fixed_by = "--kv-bits"  # quantised keys lose precision each time they are rotated
     elif draft is not None:
         fixed_by = "--draft-model"  # a rejected draft token must not have changed the scale
-    expected = _expected_length(args, model, read + len(prompt), max_tokens, fixed_by)
+    planned = max((cache.expected_length for cache in planned_caches(saved or [])), default=0)
+    expected = _expected_length(args, model, read + len(prompt), max_tokens, fixed_by, planned)
     if saved is None:
         caches = make_prompt_cache(model, expected)
         if draft is not None:
@@ -158,6 +166,21 @@ def _check(args: argparse.Namespace) -> None:
     check_ranges(args)
     if args.draft_model is not None and args.prompt_cache_file is not None:
         raise InputError("--draft-model cannot be used with --prompt-cache-file.")
+    if args.system_prompt is not None and args.prompt_cache_file is not None:
+        raise InputError(
+            "--system-prompt would stand before the text in --prompt-cache-file, which is read "
+            "already: leave it out."
+        )
+
+
+def _saved_tokenizer_config(args: argparse.Namespace) -> dict[str, str]:
+    """Return the end token that --prompt-cache-file was written with, for the tokenizer."""
+    if args.prompt_cache_file is None:
+        return {}
+    with reading(f"{args.prompt_cache_file} cannot be used"):
+        given = json.loads(metadata_of(args.prompt_cache_file).get("tokenizer_config", "{}"))
+        end = given.get("eos_token")
+    return {"eos_token": end} if isinstance(end, str) else {}  # a stranger's file gives no more
 
 
 def _default_model(args: argparse.Namespace) -> str:
@@ -185,10 +208,12 @@ def _expected_length(
     prompt_length: int,
     max_tokens: int,
     fixed_by: str | None,
+    planned: int,
 ) -> int | None:
     """Return the length that sets the scale, in tokens; None: the length read so far.
 
-    `fixed_by` is the option that forbids a change of the scale, or None.
+    `fixed_by` is the option that forbids a change of the scale, or None. `planned` is the length
+    that saved caches were read for, or 0.
     """
     scaling = scaled(model).scaling
     if scaling is None or isinstance(args.scale, float):
@@ -200,7 +225,7 @@ def _expected_length(
             f"{fixed_by} fixes the scale for the length of the prompt plus --max-tokens, which "
             "--max-tokens -1 leaves open. Give --max-tokens a number, or give --scale NUMBER."
         )
-    expected = prompt_length + max_tokens
+    expected = max(planned, prompt_length + max_tokens)
     say(
         f"{fixed_by}: the scale is fixed at {model.scale_at(expected):g}, the scale of "
         f"{expected} tokens."

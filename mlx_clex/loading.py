@@ -24,6 +24,7 @@ from .checkpoint.folder import (
     check_hub_id,
     files_of,
     needs_conversion,
+    only_gguf,
     read_config,
 )
 from .checkpoint.lock import locked
@@ -195,11 +196,7 @@ def resolve(path_or_hub_id: str | Path, *, cache_dir: str | Path | None = None) 
     if path.is_dir() and str(path_or_hub_id):
         files = files_of(path)
         names = [file.name for file in files]
-        if names and all(name.endswith(".gguf") for name in names):
-            published = True
-        else:
-            published = needs_conversion(names, read_config(path), path)
-        if not published:
+        if not (only_gguf(names) or needs_conversion(names, read_config(path), path)):
             return path
         name = f"{path.resolve().name}@{state_digest(files)}-{CONVERSION}"
         return _converted(str(path), cache / name)

@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -406,3 +407,43 @@ def test_options_are_those_of_mlx_lm():
     needed = ["--prompt-cache-file", "c", "--prompt", "A"]
     theirs, mine = vars(stock_parser().parse_args(needed)), vars(ours.parse_args(needed))
     assert {name: mine[name] for name in theirs} == theirs
+
+
+def test_the_answer_ends_where_the_cache_says(cli, folders, tmp_path):
+    """--eos-token was written to the file and read by nobody."""
+    folder, file = folders("stock"), tmp_path / "c.safetensors"
+    ask = ("--prompt-cache-file", file, "--prompt", QUERY, "-m", str(COUNT))
+    write = ("--model", folder, "--prompt", DOCUMENT, "--prompt-cache-file", file)
+    assert cli(cache_prompt, *write)[0] == 0
+    _, whole, _ = cli(generate, *ask)
+    tokenizer = load(folder)[1]
+    ids = tokenizer.encode(text_of(whole), add_special_tokens=False)
+    end = tokenizer.convert_ids_to_tokens(ids[len(ids) // 2])
+    file.unlink()
+    assert cli(cache_prompt, *write, "--eos-token", end)[0] == 0
+    status, cut, err = cli(generate, *ask)
+    assert status == 0, err
+    assert len(text_of(cut)) < len(text_of(whole))
+
+
+def test_a_system_prompt_comes_too_late(cli, folders, tmp_path):
+    """It was left out without a word."""
+    file = tmp_path / "c.safetensors"
+    folder = folders("stock")
+    write = ("--model", folder, "--prompt", DOCUMENT, "--prompt-cache-file", file)
+    assert cli(cache_prompt, *write)[0] == 0
+    ask = ("--prompt-cache-file", file, "--prompt", QUERY, "--system-prompt", "Be brief.")
+    status, _, err = cli(generate, *ask)
+    assert status == 2
+    assert "--system-prompt would stand before the text" in err
+
+
+def test_the_scale_that_is_told_is_that_of_the_cache(cli, folders, tmp_path):
+    """The note named the scale of prompt and answer, and the answer had the file's."""
+    folder, file = folders("wide"), tmp_path / "c.safetensors"
+    write = ("--model", folder, "--prompt", DOCUMENT, "--prompt-cache-file", file)
+    status, _, err = cli(cache_prompt, *write, *EIGHT_BITS, "--expected-length", "240")
+    assert status == 0, err
+    _, out, err = cli(generate, "--prompt-cache-file", file, "--prompt", QUERY, "-m", "5")
+    (told,) = re.findall(r"the scale is fixed at (\S+), the scale of 240 tokens", err)
+    assert f"Scale: {told}" in out

@@ -379,6 +379,12 @@ def test_whole_texts_are_scored_in_one_window(folders):
     assert abs(score - expected) < 5e-3
 
 
+def test_an_empty_text_has_no_loss(folders):
+    """An assertion of lm-eval ended the whole run."""
+    mine = lm(folders("clex"))
+    assert mine.loglikelihood_rolling([request(""), request("A cat.")], disable_tqdm=True)[0] == 0
+
+
 def test_a_text_has_one_bos_token(folders):
     """The prefix token or the template stood before the BOS token of the text."""
     ours = lm(folders("clex"))

@@ -174,3 +174,12 @@ def test_gpt_neox_is_tuned_fused_and_generates(tmp_path, capsys):
     argv = ["--model", str(tmp_path / "fused"), "--prompt", "the quick brown", "-m", "40"]
     assert generate.main(argv) == 0
     assert "Scale: " in capsys.readouterr().out
+
+
+def test_what_cannot_be_frozen_is_told_before_the_merge(tmp_path, capsys, monkeypatch):
+    """The merged model was written in full first."""
+    monkeypatch.setattr(fuse, "merge", lambda *args, **options: pytest.fail("merged"))
+    base = stock_folder(tmp_path, GOLDEN / "clex_llama", vocab_size=512)
+    adapters = train(base, tmp_path, "--scaling", "none", "--trained-length", "32")
+    assert merge(base, adapters, tmp_path / "fused", "--freeze", "1000") == 2
+    assert "scale" in capsys.readouterr().err

@@ -343,6 +343,15 @@ def test_a_draft_model_changes_nothing_but_the_speed(cli, name, tmp_path, conver
     assert text_of(drafted) == plain.strip("\n")
 
 
+@pytest.mark.parametrize("model", ["bundled:base", "bundled:gene"])
+def test_a_draft_model_needs_an_end(cli, model):
+    """Without a scaling the message was mlx-lm's, and of something else."""
+    options = ("--model", model, "--draft-model", "bundled:base", "--prompt", "a")
+    status, _, err = cli(*options, "--max-tokens", "-1")
+    assert status == 2
+    assert "Give --max-tokens a number" in err
+
+
 def test_sampling_is_repeatable_with_a_seed(cli, model):
     """The same seed, the same text."""
     options = ("--model", model, "--temp", "1.0", "-m", "20", "--seed", "3")

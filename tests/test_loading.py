@@ -11,6 +11,7 @@ import pytest
 from mlx_lm import load as stock_load
 
 from mlx_clex import load
+from mlx_clex.diagnosis.source import find_source
 from mlx_clex.errors import InputError
 from mlx_clex.model.scaled_model import ScaledModel
 
@@ -418,6 +419,12 @@ def test_a_folder_with_nothing_but_a_gguf_file_loads(tmp_path, monkeypatch):
     module = sys.modules["mlx_clex.loading"]
     monkeypatch.setattr(module, "_converted", lambda source, target: seen.append(source))
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "README.md").write_text("A model.")
     with pytest.raises(InputError):
         load(tmp_path)
     assert seen == [str(tmp_path)]
+    with pytest.raises(InputError, match=r"model\.gguf"):  # not that there is no config.json
+        find_source(tmp_path)
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"has 2 .gguf files. Give the path of one"):
+        find_source(tmp_path)

@@ -7,11 +7,15 @@ import pytest
 from mlx_clex.convert import convert
 
 from mlx_clex import attach, doctor, fuse, load, lora, perplexity
+from mlx_clex.errors import InputError
 
 from .conftest import GOLDEN, stock_folder
+from .tiny_families import tiny
 
 IDS = mx.arange(3, 40)[None]
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {"type": "longrope", "original_max_position_embeddings": 64}
+LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
@@ -96,3 +100,26 @@ def test_the_option_is_refused_where_it_has_no_effect(choice, source, tmp_path, 
         methods = more or ("--scalings", "clex")
         assert call(command, *bundled, *methods) == 2
         assert f"--own-rope {choice}: the source has a plain rope" in capsys.readouterr().err
+
+
+def test_a_rope_that_was_dropped_stays_dropped(source, tmp_path):
+    """A converted folder keeps the source's rope beside the scaling, and fuse put it back."""
+    kept = convert(source, tmp_path / "kept", scaling={"type": "gene", "factor": 4})
+    adapters, texts = tmp_path / "adapters", tmp_path / "texts"
+    where = ["--model", kept, "--adapter-path", adapters]
+    steps = ["--train", "--iters", "1", "--batch-size", "1", "--max-seq-length", "32"]
+    scaling = ["--scaling", "ntk", "--factor", "4", "--own-rope", "drop"]
+    assert call(lora, *where, *steps, "--data", texts, *scaling) == 0
+    tuned, _ = load(kept, adapter_path=adapters)
+    assert call(fuse, *where, "--save-path", tmp_path / "fused") == 0
+    fused, _ = load(tmp_path / "fused")
+    assert mx.abs(fused(IDS) - tuned(IDS)).max() < 1e-4
+
+
+def test_the_length_of_a_rope_with_a_gain_stays(tmp_path):
+    """longrope takes its gain from the length, so another length is another rope."""
+    model = tiny("phi3", rope_scaling=LONGROPE, max_position_embeddings=256)
+    match = "--trained-length 128: the gain of the source's own rope"
+    with pytest.raises(InputError, match=match):
+        attach(model, {"type": "ntk", "factor": 2}, trained_length=128)
+    attach(model, {"type": "ntk", "factor": 2}, trained_length=256)

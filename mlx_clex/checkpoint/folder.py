@@ -6,7 +6,7 @@ Not covered: the meaning of the settings in config.json (`config.py`).
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,16 @@ def held_by(headers: Headers, config: Mapping[str, Any]) -> Held:
             "(none is called qweight). Remove quantization_config, or download the weights again."
         )
     return Held.of(tensors.values())
+
+
+def only_gguf(names: Iterable[str]) -> bool:
+    """Return whether the weights of a checkpoint are .gguf files, which have a config of their own.
+
+    Args:
+        names: names of its files.
+    """
+    suffixes = {Path(name).suffix for name in names}
+    return ".gguf" in suffixes and not suffixes & {".safetensors", ".bin"}
 
 
 def needs_conversion(names: list[str], config: dict[str, Any], where: Any) -> bool:

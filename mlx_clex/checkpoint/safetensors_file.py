@@ -20,7 +20,7 @@ from .files import open_regular
 
 _BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16}
 _BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64}
-_MLX_NAMES = {
+_NAMES = {
     mx.bool_: "BOOL",
     mx.uint8: "U8",
     mx.int8: "I8",
@@ -34,6 +34,7 @@ _MLX_NAMES = {
     mx.uint64: "U64",
     mx.int64: "I64",
 }
+MLX_TYPES = {name: dtype for dtype, name in _NAMES.items()}
 # Bounds of a header, many times those of any model: the text, and the brackets in it, since each
 # becomes an object.
 _MAX_HEADER = 32_000_000  # bytes
@@ -55,7 +56,7 @@ class TensorInfo(NamedTuple):
 
 def info_of(array: mx.array) -> TensorInfo:
     """Return type and shape of an array without evaluating it."""
-    return TensorInfo(_MLX_NAMES[array.dtype], tuple(array.shape))
+    return TensorInfo(_NAMES[array.dtype], tuple(array.shape))
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

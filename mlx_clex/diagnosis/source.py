@@ -13,7 +13,14 @@ import mlx.nn as nn
 
 from .. import bundled
 from ..checkpoint.files import expand
-from ..checkpoint.folder import check_hub_id, files_of, headers_of, held_by, read_config
+from ..checkpoint.folder import (
+    check_hub_id,
+    files_of,
+    headers_of,
+    held_by,
+    only_gguf,
+    read_config,
+)
 from ..checkpoint.sizes import Held
 from ..errors import InputError, one_line
 from ..model_file import Model, ModelArgs
@@ -50,7 +57,13 @@ def find_source(path_or_hub_id: str | Path) -> Source:
         gguf = read(path)
         return Source(str(path), config_of(gguf), path, Held.of(header(gguf).values()))
     if path.is_dir():
-        return Source(str(path), read_config(path), path)
+        files = files_of(path)
+        if not only_gguf(file.name for file in files):
+            return Source(str(path), read_config(path), path)
+        ggufs = [file for file in files if file.suffix == ".gguf"]
+        if len(ggufs) > 1:
+            raise InputError(f"{path} has {len(ggufs)} .gguf files. Give the path of one.")
+        return find_source(ggufs[0])
     hub_id = check_hub_id(str(path_or_hub_id))
     from huggingface_hub import hf_hub_download
 

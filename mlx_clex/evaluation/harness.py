@@ -129,7 +129,7 @@ class PlannedLM(MLXLM, TemplateLM):
             windows = get_rolling_token_windows(
                 token_list=tokens,
                 prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length or len(tokens),
+                max_seq_len=self.max_length or max(1, len(tokens)),
                 context_len=1,
             )
             pairs = [(None, *make_disjoint_window(window)) for window in windows]

@@ -92,6 +92,25 @@ def dropped_rope(config: Mapping[str, Any]) -> str | None:
     )
 
 
+def check_trained_length(config: Mapping[str, Any], length: int | None) -> None:
+    """Refuse another trained length where the gain of a kept rope follows the length.
+
+    Args:
+        config: with the source's own rope.
+        length: what is asked for, tokens; None: that of the config.
+
+    Raises:
+        InputError: the rope would be another one in the model that is written.
+    """
+    entry, written = own_entry(config), config.get("max_position_embeddings")
+    if length in (None, written) or entry is None or _type(entry) not in ("longrope", "su"):
+        return
+    raise InputError(
+        f"--trained-length {length}: the gain of the source's own rope ({_type(entry)}) follows "
+        f"its length, {written} tokens. Leave the option out, or give --own-rope drop."
+    )
+
+
 def say_if_dropped(model: nn.Module, choice: str | None) -> None:
     """Tell the user of a model whose stretched rope is going to be dropped."""
     text = dropped_rope(config_of(model))

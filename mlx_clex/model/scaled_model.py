@@ -24,7 +24,7 @@ from ..scaling import PREFIX, SCALINGS, Scaling, build_scaling
 from . import quantised_attention  # noqa: F401 - replaces a function of mlx-lm
 from .cache import ScaledKVCache
 from .find_ropes import Site, find_sites
-from .own_rope import length_of, own_rope_settled
+from .own_rope import check_trained_length, length_of, own_rope_settled
 from .parts import FEWEST, read_in_parts
 from .planner import Planner, beyond_reach
 from .rotary import CurrentPass, Pass, Rope
@@ -61,6 +61,8 @@ def attach(
         InputError: a config, weight or scale cannot be used, or the model has no rope that
             a scaling can replace; the message says what was found.
     """
+    if own_rope != "drop":
+        check_trained_length(config_of(model), trained_length)
     with own_rope_settled(model, own_rope) as length:
         scaling, sites = _fit(model, rope_scaling, trained_length or length, weights, scale)
     current = CurrentPass()
