@@ -132,7 +132,9 @@ def metadata_of(name: str | Path) -> dict[str, str]:
     Raises:
         InputError: the file is missing, or not a safetensors file.
     """
-    _, metadata = read_tensors(_existing(name))
+    file = _existing(name)
+    with reading(f"{name} is no saved cache", always=True):
+        _, metadata = read_tensors(file)
     # mlx-lm flattens the list [metadata, classes, scalars]; "0." marks the metadata.
     return {key[2:]: value for key, value in metadata.items() if key.startswith("0.")}
 
