@@ -330,6 +330,23 @@ def test_drafts_quantised_keys_and_fixed_scales(options, wide):
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        ("--prompt-cache-bytes", "1"),
+        ("--kv-bits", "8", "--kv-group-size", "32", "--quantized-kv-start", "60"),
+    ],
+)
+def test_what_may_not_be_kept_is_read_again(options, wide):
+    """Requests that are served one by one reused it all the same."""
+    server = Server(wide, "--scale", "6", *options)
+    try:
+        usages = [server.ask(SENTENCE * count, 4, seed=1)[1] for count in (1, 3)]
+        assert [usage.prompt_tokens_details.cached_tokens for usage in usages] == [0, 0]
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         (("--scale", "banana"), ["--scale", "banana"]),

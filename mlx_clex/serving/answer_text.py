@@ -68,7 +68,10 @@ class AnswerText:
         out: Parts = []
         for state, text in parts:
             if state == "normal":
+                # Also an empty text: it alone divides a tool call from the next.
                 out.append((state, self._stops.add(text)))
             elif not self._stops.found:
-                out += [("normal", self._stops.end()), (state, text)]
-        return [part for part in out if part[1]]
+                if held := self._stops.end():
+                    out.append(("normal", held))
+                out.append((state, text))
+        return out

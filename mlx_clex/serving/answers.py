@@ -5,7 +5,6 @@ Not covered: how they are sent (`http.py`).
 
 import time
 import uuid
-from collections.abc import Sequence
 from typing import Any
 
 from mlx_lm import server as stock
@@ -127,11 +126,12 @@ class Choice:
 
 
 class Answer:
-    """The object around the choices of one request, the same for all events of a stream."""
+    """The choices of one request, and the object around them, the same for all events."""
 
     def __init__(self, request: Request, fingerprint: str) -> None:
         """`fingerprint`: of the system."""
         self._request = request
+        self._choices: dict[int, Choice] = {}
         kind = "chat.completion" if request.chat else "text_completion"
         self._head = {
             "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4()}",
@@ -141,21 +141,33 @@ class Answer:
             "system_fingerprint": fingerprint,
         }
 
+    def add(self, index: int, item: Any) -> Choice:
+        """Add what a job yielded, and return its choice; the context begins the choice."""
+        if isinstance(item, stock.GenerationContext):
+            self._choices[index] = Choice(index, item, self._request)
+        elif isinstance(item, stock.Response):
+            self._choices[index].add(item)
+        return self._choices[index]
+
     def event(self, choice: Choice) -> dict[str, Any]:
         """Return an event of a stream with what is new in one choice."""
         return {**self._head, "choices": [choice.take(self._request)]}
 
-    def usage_event(self, choices: Sequence[Choice]) -> dict[str, Any]:
+    def usage_event(self) -> dict[str, Any]:
         """Return the last event of a stream that asked for it."""
-        return {**self._head, "choices": [], "usage": self._usage(choices)}
+        return {**self._head, "choices": [], "usage": self._usage()}
 
-    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
+    def whole(self) -> dict[str, Any]:
         """Return the answer to a request without a stream."""
-        taken = [choice.take(self._request) for choice in choices]
-        return {**self._head, "choices": taken, "usage": self._usage(choices)}
+        taken = [choice.take(self._request) for choice in self._in_order()]
+        return {**self._head, "choices": taken, "usage": self._usage()}
 
-    def _usage(self, choices: Sequence[Choice]) -> dict[str, Any]:
+    def _in_order(self) -> list[Choice]:
+        return [self._choices[index] for index in sorted(self._choices)]
+
+    def _usage(self) -> dict[str, Any]:
         """Count tokens; a prompt counts once, however many answers it gets."""
+        choices = self._in_order()
         firsts = choices[:: self._request.n]
         prompt = sum(len(choice.context.prompt) for choice in firsts)
         generated = sum(choice.tokens for choice in choices)

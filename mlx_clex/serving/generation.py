@@ -7,7 +7,6 @@ import _thread
 import gc
 import logging
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, Queue
 from typing import Any
@@ -145,37 +144,24 @@ class Jobs:
         """`jobs`: pairs of mlx-lm's request and generation arguments."""
         self._generator = generator
         self._queue: Queue[tuple[int, Any]] = Queue()
-        self._early: deque[tuple[int, Any]] = deque()  # what came before all were admitted
         self._jobs = [(Ticket(index, self._queue), *job) for index, job in enumerate(jobs)]
         for job in self._jobs:
             generator.requests.put(job)
 
-    def contexts(self) -> list[stock.GenerationContext]:
-        """Wait until every job is admitted; return what mlx-lm knows of each.
-
-        Raises:
-            RequestError: one cannot be answered.
-            InputError: the model does not load.
-            RunError: generation failed.
-        """
-        contexts: dict[int, stock.GenerationContext] = {}
-        while len(contexts) < len(self._jobs):
-            index, item = self._next()
-            if isinstance(item, stock.GenerationContext):
-                contexts[index] = item
-            else:
-                self._early.append((index, item))
-        return [contexts[index] for index in sorted(contexts)]
-
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """Yield (index, `Response`), or (index, (tokens read, tokens to read)), as they come.
+        """Yield (index, item) as they come.
+
+        A job's first item is what mlx-lm knows of it, once it is admitted. Then come a
+        `Response` for each token, and (tokens read, tokens to read).
 
         Raises:
+            RequestError: a job cannot be answered.
+            InputError: the model does not load.
             RunError: generation failed.
         """
         running = len(self._jobs)
         while running:
-            index, item = self._early.popleft() if self._early else self._next()
+            index, item = self._next()
             if item is None:
                 running -= 1
             else:

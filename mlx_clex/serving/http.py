@@ -21,7 +21,7 @@ import mlx_lm.server as stock
 
 from ..errors import InputError, RunError
 from .access import Access
-from .answers import Answer, Choice, error_object
+from .answers import Answer, error_object
 from .fields import RequestError
 from .generation import Jobs, PlanningResponseGenerator, ScaledModelProvider
 from .prompt_caches import PlannedPromptCache
@@ -196,17 +196,14 @@ class Handler(BaseHTTPRequestHandler):
         if not generator.generation_available():
             raise RunError("Generation has ended.")
         jobs = Jobs(generator, request.jobs)
+        answer = Answer(request, self.server.fingerprint)
         try:
-            contexts = jobs.contexts()
-            choices = [Choice(i, context, request) for i, context in enumerate(contexts)]
-            answer = Answer(request, self.server.fingerprint)
             if request.stream:
-                self._stream(request, answer, choices, jobs)
+                self._stream(request, answer, jobs)
                 return
             for index, item in jobs:
-                if isinstance(item, stock.Response):
-                    choices[index].add(item)
-            self._send(200, answer.whole(choices))
+                answer.add(index, item)
+            self._send(200, answer.whole())
         finally:
             jobs.stop()
 
@@ -227,8 +224,26 @@ class Handler(BaseHTTPRequestHandler):
         self._unread = False
         return body
 
-    def _stream(self, request: Request, answer: Answer, choices: list[Choice], jobs: Jobs) -> None:
-        """Send events as tokens come; one that fails half way ends with an error event."""
+    def _stream(self, request: Request, answer: Answer, jobs: Jobs) -> None:
+        """Send events as tokens come; one that fails half way ends with an error event.
+
+        The stream begins when the first job is admitted: served one by one, the last is
+        admitted when all others are answered.
+        """
+        for index, item in jobs:
+            if not self._streaming:
+                self._begin_stream()
+            choice = answer.add(index, item)
+            if isinstance(item, tuple):
+                # A comment keeps the connection alive while the prompt is read.
+                self.wfile.write(f": keepalive {item[0]}/{item[1]}\n\n".encode())
+            elif choice.news:
+                self._send_event(answer.event(choice))
+        if request.include_usage:
+            self._send_event(answer.usage_event())
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def _begin_stream(self) -> None:
         self.connection.settimeout(self.write_seconds)
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
@@ -236,17 +251,6 @@ class Handler(BaseHTTPRequestHandler):
         self._send_origin()
         self.end_headers()
         self._streaming = True
-        for index, item in jobs:
-            if not isinstance(item, stock.Response):
-                # A comment keeps the connection alive while the prompt is read.
-                self.wfile.write(f": keepalive {item[0]}/{item[1]}\n\n".encode())
-                continue
-            choices[index].add(item)
-            if choices[index].news:
-                self._send_event(answer.event(choices[index]))
-        if request.include_usage:
-            self._send_event(answer.usage_event(choices))
-        self.wfile.write(b"data: [DONE]\n\n")
 
     def _send_event(self, event: Any) -> None:
         self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
@@ -315,7 +319,13 @@ def serve(port: int, provider: ScaledModelProvider, access: Access, served: Serv
         RunError: one of several processes failed.
     """
     first = mx.distributed.init().rank() == 0
-    cache = PlannedPromptCache(provider, provider.cli_args.prompt_cache_size)
+    args = provider.cli_args
+    cache = PlannedPromptCache(
+        provider,
+        args.prompt_cache_size,
+        max_bytes=args.prompt_cache_bytes,
+        quantised_from=None if args.kv_bits is None else args.quantized_kv_start,
+    )
     generator = PlanningResponseGenerator(provider, cache)
     try:
         while provider.cli_args.model and provider.model_key is None:

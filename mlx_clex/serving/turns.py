@@ -9,7 +9,7 @@ Not covered: more than one conversation.
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -20,8 +20,14 @@ from .conversation import Conversation
 Tell = Callable[[Any], None]
 
 
-def _tell(results: "queue.Queue[tuple[Any, Exception | None]]", told: Any) -> None:
-    results.put((told, None))
+@dataclass(frozen=True)
+class _Turn:
+    """A job, and what its caller gets from it."""
+
+    job: Callable[[Tell], Iterator[Any]]
+    # (result, None) of each step, then (None, exception)
+    results: "queue.Queue[tuple[Any, Exception | None]]" = field(default_factory=queue.Queue)
+    abandoned: threading.Event = field(default_factory=threading.Event)  # nobody takes results
 
 
 class Turns:
@@ -33,10 +39,7 @@ class Turns:
         Raises:
             InputError: the model cannot be loaded.
         """
-        # None ends the thread.
-        self._jobs: queue.Queue[tuple[Callable[[Tell], Iterator[Any]], queue.Queue[Any]] | None] = (
-            queue.Queue()
-        )
+        self._turns: queue.Queue[_Turn | None] = queue.Queue()  # None ends the thread
         self._load = load
         self.conversation: Conversation
         loaded: queue.Queue[Exception | None] = queue.Queue()
@@ -51,35 +54,50 @@ class Turns:
         try:
             self.conversation = self._load()()
             loaded.put(None)
-            while (work := self._jobs.get()) is not None:
-                job, results = work
-                try:
-                    for result in job(partial(_tell, results)):
-                        results.put((result, None))
-                    results.put((None, StopIteration()))
-                except Exception as error:
-                    results.put((None, error))
+            while (turn := self._turns.get()) is not None:
+                self._take(turn)
         except Exception as error:
             loaded.put(error)
         finally:
             # MLX's streams of a thread that has ended can crash the interpreter's exit.
             mx.clear_streams()
 
+    def _take(self, turn: _Turn) -> None:
+        def tell(told: Any) -> None:
+            turn.results.put((told, None))
+            # Set in this thread, so it is this turn that stops and not a later one.
+            if turn.abandoned.is_set():
+                self.conversation.stop.set()
+
+        try:
+            for result in turn.job(tell):
+                tell(result)
+            turn.results.put((None, StopIteration()))
+        except Exception as error:
+            turn.results.put((None, error))
+
     def close(self) -> None:
         """End the thread, after the pass under way."""
-        self._jobs.put(None)
+        self._turns.put(None)
         while self._thread.is_alive():
             self.conversation.stop.set()
             self._thread.join(timeout=0.1)
 
     def run(self, job: Callable[[Tell], Iterator[Any]]) -> Iterator[Any]:
-        """Yield what `job` yields and tells in the other thread; raise its exceptions here."""
-        results: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
-        self._jobs.put((job, results))
-        while True:
-            result, error = results.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield result
+        """Yield what `job` yields and tells in the other thread; raise its exceptions here.
+
+        If the caller closes this generator, as for a page that is reloaded, the job stops
+        after the pass under way.
+        """
+        turn = _Turn(job)
+        self._turns.put(turn)
+        try:
+            while True:
+                result, error = turn.results.get()
+                if isinstance(error, StopIteration):
+                    return
+                if error is not None:
+                    raise error
+                yield result
+        finally:
+            turn.abandoned.set()

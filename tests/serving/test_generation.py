@@ -5,12 +5,14 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
+from mlx_lm.server import Response
 from mlx_lm.tokenizer_utils import SPMStreamingDetokenizer, TokenizerWrapper
 from transformers import AutoTokenizer
 
 from mlx_clex import bundled
 from mlx_clex.errors import RunError
 from mlx_clex.serving.answer_text import AnswerText
+from mlx_clex.serving.answers import Choice
 from mlx_clex.serving.fields import RequestError
 from mlx_clex.serving.generation import (
     Jobs,
@@ -37,7 +39,7 @@ def test_a_request_that_breaks_generation_fails_alone():
     generator = Generator(provider, PlannedPromptCache(provider, 1))
     try:
         with pytest.raises(RunError, match=r"the first request.*--prefill-step-size 512"):
-            Jobs(generator, [(object(), None)]).contexts()
+            list(Jobs(generator, [(object(), None)]))
         assert generator.generation_available()
         assert generator.runs == 2
     finally:
@@ -110,6 +112,23 @@ def read(text, stop=(), state="normal"):
 def test_stop_strings_end_the_text_that_is_shown(text, stop, expected, count):
     """Reasoning and tool calls may have them; a stop string held back is not lost."""
     assert read(text, stop) == (expected, count)
+
+
+@pytest.mark.parametrize("stop", [[], ["cat"]])
+def test_adjacent_tool_calls_are_two_calls(stop):
+    """Without a text between them they became one call, which no parser could read."""
+    context = SimpleNamespace(
+        tool_parser=lambda text, tools: {"name": text, "arguments": {}},
+        text_sm=AnswerText(Letters(), stop, "normal"),
+    )
+    request: Any = SimpleNamespace(chat=True, stream=False, tools=[], logprobs=False)
+    choice = Choice(0, context, request)
+    for letter in "a c{one}{two}\0":
+        ended = context.text_sm.advance(ord(letter))
+        choice.add(Response("", ord(letter), -1.0, "stop" if ended else None, ()))
+    message = choice.take(request)["message"]
+    assert message["content"] == "a c"
+    assert [call["function"]["name"] for call in message["tool_calls"]] == ["one", "two"]
 
 
 def test_an_answer_may_begin_with_reasoning():

@@ -201,6 +201,23 @@ def test_several_answers_in_one_stream(server):
     assert (usage.prompt_tokens, usage.completion_tokens) == (6, 6)
 
 
+def test_a_stream_begins_with_the_first_answer(server):
+    """Served one by one, nothing was sent until the last of several prompts was begun."""
+    put, waiting = server.generator.put, []
+    server.generator.put = lambda job: (waiting.append if job[1].prompt == "cd" else put)(job)
+    client = client_of(server).with_options(timeout=10)
+    stream = client.completions.create(model="m", prompt=["ab", "cd"], stream=True)
+    events = [next(stream), next(stream)]
+    put(waiting.pop())
+    choices = [event.choices[0] for event in [*events, *stream]]
+    assert [(choice.index, choice.text) for choice in choices] == [
+        (0, "a"),
+        (0, "b"),
+        (1, "c"),
+        (1, "d"),
+    ]
+
+
 def test_the_first_line_says_where_and_how_to_ask(server):
     """Clients need the URL with /v1."""
     where, how = _welcome(server).splitlines()

@@ -1,0 +1,52 @@
+"""Turns run one after the other in the thread that has the model."""
+
+import pytest
+
+from mlx_clex import bundled, load
+from mlx_clex.serving.conversation import Conversation
+from mlx_clex.serving.turns import Turns
+
+
+@pytest.fixture
+def turns():
+    def conversation():
+        model, tokenizer = load(bundled.MODELS["gene"])
+        return Conversation(model, tokenizer, max_tokens=400, prefill_step_size=8)
+
+    turns = Turns(lambda: conversation)
+    yield turns
+    turns.close()
+
+
+def test_an_answer_that_nobody_takes_stops(turns):
+    """A page that was reloaded left it running, and later turns waited for its end."""
+    conversation = turns.conversation
+    answer = turns.run(lambda _: conversation.answer("And the king"))
+    given = [next(answer) for _ in range(3)]
+    answer.close()
+
+    def later(_):
+        stopped = conversation.finish, conversation.generated
+        conversation.max_tokens = 6
+        yield stopped
+        yield from conversation.answer("And the queen")
+
+    (finish, generated), *pieces = turns.run(later)
+    assert finish == "stopped"
+    assert 3 <= generated < 400
+    assert conversation.messages[1]["content"].startswith("".join(given))
+    assert (len(pieces), conversation.finish) == (6, "length")
+
+
+def test_reading_that_nobody_waits_for_stops(turns):
+    """Nothing of the document stays, as after the button to stop."""
+    conversation = turns.conversation
+
+    def reading(tell):
+        yield conversation.read(bundled.text()[:1000], lambda *read: tell(read))
+
+    reads = turns.run(reading)
+    (_, total), (done, _) = next(reads), next(reads)
+    assert 0 < done < total
+    reads.close()
+    assert list(turns.run(lambda _: iter([conversation.context().tokens]))) == [0]
