@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_clex.checkpoint.config import (
     BASE_ROPE,
     OURS,
+    base_config,
     is_ours,
     normalise_config,
     read_by_transformers,
@@ -25,9 +26,10 @@ from mlx_clex.checkpoint.config import (
 from mlx_clex.checkpoint.folder import SHIM
 from mlx_clex.checkpoint.safetensors_file import info_of
 from mlx_clex.checkpoint.sizes import Held
-from mlx_clex.checkpoint.tensor_names import CONVERTED, Renaming, rename
+from mlx_clex.checkpoint.tensor_names import Renaming, rename
 from mlx_clex.errors import InputError, reading, shown
 from mlx_clex.model.own_rope import (
+    check_trained_length,
     dropped_rope,
     ignores_own_rope,
     original_length,
@@ -101,7 +103,8 @@ def decide_outcome(
     if scaling is not None and (ours or options.scaling is None):
         scaling.take_weights(ours)
     published = {name: weights[name] for name in renaming.kept if not name.startswith(PREFIX)}
-    rest = _sanitize(model, published)
+    # A copy: mlx-lm's sanitize may change the dict that it gets.
+    rest = _sanitize(model, dict(published))
     quantize_like_source(model, config, rest)
     expected = {name: array.shape for name, array in _flat(model) if not name.startswith(PREFIX)}
     _compare(expected, rest)
@@ -123,7 +126,7 @@ def decide_outcome(
     if options.freeze is not None:
         tensors = {k: v for k, v in tensors.items() if not k.startswith(PREFIX)}
     if options.for_transformers:
-        tensors = _published_names(published, tensors, config, renaming)
+        tensors = _published_names(published, rest, tensors, config)
     # Written tensors would stay in memory while the model holds them.
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))
     del model, rest, published, weights
@@ -142,6 +145,7 @@ def _config(
     if options.scaling is not None:
         _set_scaling(config, held, options.scaling, options.own_rope, notes)
     if options.trained_length is not None:
+        check_trained_length(base_config(config), options.trained_length)
         config["max_position_embeddings"] = options.trained_length
     text = config.get("text_config")
     if isinstance(text, dict) and "max_position_embeddings" in text:
@@ -189,7 +193,7 @@ def _set_scaling(
         raise plain_rope(own_rope)
     if entry is not None:
         kind = entry.get("type") or entry.get("rope_type")
-        ignored = own_rope is None and ignores_own_rope(_build_model(source, held), source)
+        ignored = own_rope != "drop" and ignores_own_rope(_build_model(source, held), source)
         if ignored or own_rope == "drop":
             config.update(without_own_rope(source))
             before, length = config["rope_scaling"], original_length(source)
@@ -299,19 +303,36 @@ def with_entry(config: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str,
 
 def _published_names(
     published: Mapping[str, mx.array],
+    rest: Mapping[str, mx.array],
     tensors: Mapping[str, mx.array],
     config: Mapping[str, Any],
-    renaming: Renaming,
 ) -> dict[str, mx.array]:
-    """Return the tensors under transformers' names, all in the type of the config."""
+    """Return the source's tensors under transformers' names, not quantised.
+
+    Args:
+        published: the tensors of the source.
+        rest: the same after mlx-lm's `sanitize`.
+        tensors: the tensors of the model, cast and not quantised.
+        config: the new config; its torch_dtype is the type of the tensors.
+    """
     if "quantization" in config:
         raise InputError("--for transformers cannot take MLX's quantised weights: add -d.")
-    if renaming.naming is CONVERTED:
-        check_names(config, published)
+    found = dict(published)
+    packed = [name.removesuffix(".scales") for name in published if name.endswith(".scales")]
+    for layer in packed:
+        if f"{layer}.weight" in tensors:
+            found[f"{layer}.weight"] = tensors[f"{layer}.weight"]
+            del found[f"{layer}.scales"]
+            found.pop(f"{layer}.biases", None)
+    # Names that sanitize leaves as they are may be MLX's own.
+    if packed or rest.keys() <= published.keys():
+        check_names(config, {name: a for name, a in found.items() if packed or name in rest})
     if config.get("torch_dtype") not in DTYPES:
-        return dict(published)
+        return found
     dtype = getattr(mx, config["torch_dtype"])
-    return {name: tensors.get(name, array.astype(dtype)) for name, array in published.items()}
+    # Some families keep the type of a few tensors.
+    types = {name: array.dtype for name, array in tensors.items()}
+    return {name: array.astype(types.get(name, dtype)) for name, array in found.items()}
 
 
 def _in_source_order(model: nn.Module, order: list[str]) -> dict[str, mx.array]:

@@ -10,6 +10,7 @@ from mlx_clex.convert import convert
 from transformers import AutoModelForCausalLM
 
 from mlx_clex import load
+from mlx_clex.errors import InputError
 
 from .test_absent_keys import IDS, write
 
@@ -66,3 +67,10 @@ def test_a_key_that_mlx_lm_ignores_is_told_and_left_to_it(key, tmp_path, capsys)
     ours = logits(tmp_path / "yarn")
     assert f"mlx-lm ignores {key} of this model's rope_scaling" in capsys.readouterr().err
     assert np.abs(ours - plain).max() < 1e-3 < np.abs(ours - theirs).max()
+
+
+def test_the_gain_of_a_longrope_stays(tmp_path):
+    """It follows the length in config.json, which --trained-length replaced."""
+    source(tmp_path / "source", *ROPES["longrope"])
+    with pytest.raises(InputError, match="follows its length, 1024 tokens"):
+        convert(tmp_path / "source", tmp_path / "a", scaling={"type": "ntk"}, trained_length=512)

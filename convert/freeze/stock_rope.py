@@ -9,19 +9,21 @@ program has.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_clex.checkpoint.config import BASE_ROPE
+from mlx_clex.checkpoint.config import BASE_ROPE, base_config
 from mlx_clex.errors import InputError, one_line
+from mlx_clex.model.base_rope import stands_still
+from mlx_clex.model.find_ropes import find_sites, ropes_in
 from mlx_clex.model.rotary import rotate
-from mlx_clex.model_file import get_stock_classes
+from mlx_clex.model_file import Model, ModelArgs, get_stock_classes
 from mlx_clex.scaling import Scaling
 
 from ..read.torch_bin import import_torch
@@ -31,6 +33,7 @@ from . import gguf_export
 Rotation = Callable[[mx.array, int], mx.array]
 
 _ROUNDING = 1e-6  # error of float32 angles, radians per token of position
+_EVERY_LAYER = "it would change every layer, and mlx_clex scales only layers with full attention"
 _SCORES = 1e-4  # error of scores between vectors of unit variance, at position 0
 
 
@@ -67,7 +70,17 @@ def frozen_config(
     length = round(scale * scaling.trained_length)
     gain = scaling.query_gain(None, length, scale)
     ours = _Ours(scaling, scale, 1.0 if gain is None else float(gain))
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    text = config.get("text_config") or config
+    head_dim = text.get("head_dim")
+    if head_dim is None and {"hidden_size", "num_attention_heads"} <= text.keys():
+        head_dim = text["hidden_size"] // text["num_attention_heads"]
+    width = max(head_dim or 0, scaling.dims)
+    stock = _stock_ropes(config, width)
+    if program != "mlx-lm" and any(rope.turns and not rope.scaled for rope in stock):
+        raise InputError(
+            f"--freeze {scale:g} cannot be expressed for {program}: {_EVERY_LAYER}. Use the "
+            "unfrozen checkpoint with mlx_clex."
+        )
     dropped = ("model_file", "log_scale", BASE_ROPE)
     base = {key: value for key, value in config.items() if key not in dropped}
     base |= {"rope_scaling": None, "head_dim": head_dim, "max_position_embeddings": length}
@@ -77,22 +90,33 @@ def frozen_config(
         entry = {"factors": factors.tolist(), "query_gain": ours.score_gain}
         theta = {"rope_theta": scaling.base}
         return base | theta | {"rope_scaling": {"type": gguf_export.ROPE, **entry}}, length
-    build = _mlx_rotation if program == "mlx-lm" else _transformers_rotation
+    build = _mlx_rotations
+    if program == "transformers":
+        import_torch("Freezing for transformers needs torch")
+        build = _transformers_rotations
+        stock = [rope for rope in stock if rope.scaled][:1]  # one embedding for all layers
+    trial = _Trial(build, ours, stock, width, length)
     errors = {}
     for change in _candidates(scaling, scale, length, ours.score_gain):
         candidate = base | change
-        errors[_kind(change)] = error = _difference(build(candidate), ours, head_dim, length)
-        if error <= 1:
+        ropes = trial.build(candidate)
+        errors[_kind(change)] = error = trial.error(ropes)
+        if ropes and error <= 1 and trial.keeps_others(ropes):
             return {k: v for k, v in candidate.items() if v is not None}, length
     nearest = min(errors, key=errors.__getitem__)
-    ignored = _difference(build(base), build(base | change), head_dim, length) <= 1
-    reason = (
-        f"{program}'s model for {config['model_type']} ignores rope_scaling"
-        if ignored
-        else f"the error of its nearest rope, {nearest}, is {errors[nearest]:.1g} times the "
-        "rounding error"
-    )
-    advice = " or freeze it with --for transformers" if program == "mlx-lm" else ""
+    if trial.alike(trial.build(base), trial.build(base | change)):
+        reason = f"{program}'s model for {config['model_type']} ignores rope_scaling"
+    elif errors[nearest] <= 1:
+        reason = f"with {nearest}, {_EVERY_LAYER}"
+    elif math.isinf(errors[nearest]):
+        reason = f"its model does not run with another rope ({trial.failure})"
+    else:
+        reason = (
+            f"the error of its nearest rope, {nearest}, is {errors[nearest]:.1g} times the "
+            "rounding error"
+        )
+    elsewhere = program == "mlx-lm" and all(rope.scaled or not rope.turns for rope in stock)
+    advice = " or freeze it with --for transformers" if elsewhere else ""
     raise InputError(
         f"--freeze {scale:g} cannot be expressed for {program}: {reason}. Use the unfrozen "
         f"checkpoint with mlx_clex{advice}."
@@ -182,17 +206,116 @@ class _Theirs:
         self.queries = self.keys = rotation
 
 
-def _mlx_rotation(config: dict[str, Any]) -> _Theirs:
-    """Return the rotation of mlx-lm's rope for this config."""
-    model_class, args_class = get_stock_classes(config)
-    model = model_class(args_class.from_dict(config))
-    rope: nn.Module = next(
-        module["rope"] for module in model.layers[0].modules() if "rope" in module
-    )
+class _StockRope(NamedTuple):
+    rotation: _Theirs
+    scaled: bool  # mlx_clex replaces it
+    turns: bool  # some families have ropes that do nothing
+
+
+class _Trial:
+    """Compares the ropes of a stock program with what the frozen model needs.
+
+    Args:
+        build: returns the ropes that a config gives, as many as `stock` and in its order.
+        ours: the frozen rotation.
+        stock: the ropes of the unfrozen stock model.
+        width: dimensions of the compared queries and keys.
+        length: the longest position, in tokens.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[dict[str, Any]], list[_Theirs]],
+        ours: _Ours,
+        stock: list[_StockRope],
+        width: int,
+        length: int,
+    ) -> None:
+        self._build = build
+        self._ours = ours
+        self._stock = stock
+        self._sizes = (width, length)
+        self.failure = "it has other ropes"  # why a model was not built or not run
+
+    def build(self, config: dict[str, Any]) -> list[_Theirs] | None:
+        """Return the ropes of a config, or None if it has no such model."""
+        try:
+            ropes = self._build(config)
+        except Exception as error:  # model files and config classes may raise any exception
+            self.failure = one_line(error)
+            return None
+        return ropes if len(ropes) == len(self._stock) else None
+
+    def error(self, ropes: list[_Theirs] | None) -> float:
+        """Return the error of the scaled ropes / the rounding error."""
+        if ropes is None:
+            return math.inf
+        return self._worst([(rope, self._ours) for rope in self._chosen(ropes, scaled=True)])
+
+    def keeps_others(self, ropes: list[_Theirs]) -> bool:
+        """Return whether the other ropes rotate as in the unfrozen model."""
+        before = self._chosen([rope.rotation for rope in self._stock], scaled=False)
+        return self._worst(list(zip(self._chosen(ropes, scaled=False), before, strict=True))) <= 1
+
+    def alike(self, some: list[_Theirs] | None, others: list[_Theirs] | None) -> bool:
+        """Return whether the scaled ropes of two configs are the same."""
+        if some is None or others is None:
+            return False
+        chosen = (self._chosen(ropes, scaled=True) for ropes in (some, others))
+        return self._worst(list(zip(*chosen, strict=True))) <= 1
+
+    def _chosen(self, ropes: list[_Theirs], *, scaled: bool) -> list[_Theirs]:
+        return [
+            rope for rope, stock in zip(ropes, self._stock, strict=True) if stock.scaled == scaled
+        ]
+
+    def _worst(self, pairs: list[tuple[Any, Any]]) -> float:
+        try:
+            # Most layers have the same rope, and a full comparison takes many small steps.
+            distinct = {tuple(_trace(rope, *self._sizes) for rope in pair): pair for pair in pairs}
+            differences = [_difference(*pair, *self._sizes) for pair in distinct.values()]
+        except Exception as error:  # ropes of model files may raise any exception
+            self.failure = one_line(error)
+            return math.inf
+        return max(differences, default=0.0)
+
+
+def _trace(rope: Any, width: int, length: int) -> bytes:
+    """Return a rotated random vector, which tells different ropes apart."""
+    x = mx.random.normal((1, 1, 1, width), key=mx.random.key(2))
+    turned = [turn(x, at) for turn in (rope.queries, rope.keys) for at in (1, length - 1)]
+    return np.array(mx.concatenate(turned)).tobytes()
+
+
+def _ropes_of(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Return the ropes of a model with their owners and names, in the order of its modules."""
+    return [(owner, *rope) for owner in model.modules() for rope in ropes_in(owner)]
+
+
+def _rotation_of(rope: Any) -> _Theirs:
     return _Theirs(lambda x, position: rope(x, offset=position))
 
 
-def check_names(config: Mapping[str, Any], names: Iterable[str]) -> None:
+def _stock_ropes(config: dict[str, Any], width: int) -> list[_StockRope]:
+    """Return the ropes of the unfrozen model without its scaling."""
+    model = Model(ModelArgs.from_dict(base_config(config)))
+    sites = {(id(site.owner), site.name) for site in find_sites(model)}
+    x = mx.ones((1, 1, 1, width))
+    ropes = []
+    for owner, name, rope in _ropes_of(model):
+        scaled = (id(owner), name) in sites
+        ropes.append(_StockRope(_rotation_of(rope), scaled, scaled or not stands_still(rope, x)))
+    return ropes
+
+
+def _mlx_rotations(config: dict[str, Any]) -> list[_Theirs]:
+    """Return the rotations of all ropes of mlx-lm's model for this config."""
+    model_class, args_class = get_stock_classes(config)
+    model = model_class(args_class.from_dict(config))
+    return [_rotation_of(rope) for _, _, rope in _ropes_of(model)]
+
+
+def check_names(config: Mapping[str, Any], tensors: Mapping[str, mx.array]) -> None:
     """Refuse tensors that transformers' model of this config does not have.
 
     Raises:
@@ -203,12 +326,12 @@ def check_names(config: Mapping[str, Any], names: Iterable[str]) -> None:
 
     settings, _ = _transformers_family(config)
     with torch.device("meta"):
-        known = set(AutoModelForCausalLM.from_config(settings).state_dict())
-    for name in names:
-        if name not in known:
+        known = AutoModelForCausalLM.from_config(settings).state_dict()
+    for name, array in tensors.items():
+        if name not in known or tuple(known[name].shape) != tuple(array.shape):
             raise InputError(
-                f"--for transformers: transformers has no tensor {name}. Give the published "
-                "checkpoint instead of the converted one."
+                f"--for transformers: transformers has no tensor {name} of shape "
+                f"{tuple(array.shape)}. Give the published checkpoint instead of the converted one."
             )
 
 
@@ -229,7 +352,7 @@ def _transformers_family(config: Mapping[str, Any]) -> tuple[Any, Any]:
         ) from error
 
 
-def _transformers_rotation(config: dict[str, Any]) -> _Theirs:
+def _transformers_rotations(config: dict[str, Any]) -> list[_Theirs]:
     """Return the rotation of transformers' rotary embedding for this config."""
     torch = import_torch("Freezing for transformers needs torch")
     settings, module = _transformers_family(config)
@@ -244,4 +367,4 @@ def _transformers_rotation(config: dict[str, Any]) -> _Theirs:
         turned = rotated * cos + mx.concatenate([-second, first], axis=-1) * sin
         return mx.concatenate([turned, rest], axis=-1)
 
-    return _Theirs(rotation)
+    return [_Theirs(rotation)]

@@ -14,11 +14,14 @@ import torch
 import transformers
 from mlx_clex.convert import convert
 from mlx_clex.convert.freeze import stock_rope
+from mlx_lm.utils import save_model
 
 import mlx_clex
 from mlx_clex.errors import InputError
 
 from ...conftest import CONFIGS, GOLDEN
+from ...tiny_families import config as tiny_config
+from ...tiny_families import tiny
 
 SCALE = 4
 IDS = np.random.default_rng(0).integers(3, 500, (1, 120))
@@ -34,6 +37,16 @@ def unfrozen_logits(source: Path, tmp_path: Path, scale: float = SCALE, **option
 
 def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
+
+
+def family_folder(folder: Path, name: str, **changes: Any) -> Path:
+    """Return a tiny random model of a family as mlx-lm saves one, with a tokenizer."""
+    changes |= {"vocab_size": 512, "max_position_embeddings": 64}  # the golden tokenizer's size
+    save_model(folder, tiny(name, **changes))
+    (folder / "config.json").write_text(json.dumps(tiny_config(name, **changes)))
+    for file in GOLDEN.glob("clex_llama/*token*"):
+        shutil.copy(file, folder)
+    return folder
 
 
 @pytest.mark.parametrize("name", LLAMAS)
@@ -178,6 +191,70 @@ def test_converted_experts_cannot_go_back(tmp_path):
         convert(tmp_path / "mlx", tmp_path / "out", freeze=2, freeze_for="transformers")
 
 
+@pytest.mark.parametrize("scaling", [None, {"type": "ntk", **CONFIGS["ntk"]}])
+def test_mlx_names_are_refused_without_learned_tensors_too(tmp_path, scaling):
+    """Names were checked for CLEX only: ntk was written with MLX's names of experts."""
+    source = family_folder(tmp_path / "source", "mixtral")
+    given = convert(source, tmp_path / "given", scaling=scaling) if scaling else source
+    freeze = {"freeze": 4, "freeze_for": "transformers"}
+    freeze |= {} if scaling else {"scaling": {"type": "ntk", **CONFIGS["ntk"]}}
+
+    with pytest.raises(InputError, match="Give the published checkpoint"):
+        convert(given, tmp_path / "out", **freeze)
+
+
+def test_mlx_shapes_are_refused(tmp_path):
+    """mlx-lm transposes the convolutions of LFM2 and keeps their names."""
+    source = family_folder(tmp_path / "source", "lfm2")
+    scaling = {"type": "ntk", **CONFIGS["ntk"]}
+
+    with pytest.raises(InputError, match=r"has no tensor .*conv.* Give the publ"):
+        convert(source, tmp_path / "out", scaling=scaling, freeze=4, freeze_for="transformers")
+
+
+@pytest.mark.parametrize("name", ["clex_llama", "gene_llama"])
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_quantised_folder_goes_back_with_d(tmp_path, name, typed):
+    """CLEX was refused for lm_head.scales; GeNE was written with scales and biases."""
+    packed = convert(GOLDEN / name, tmp_path / "packed", quantize=True, q_group_size=32)
+    if not typed:
+        config = config_of(packed)
+        config.pop("torch_dtype", None)
+        (packed / "config.json").write_text(json.dumps(config))
+    freeze = {"freeze": SCALE, "freeze_for": "transformers"}
+
+    frozen = convert(packed, tmp_path / "frozen", dequantize=True, **freeze)
+
+    unfrozen = convert(packed, tmp_path / "unfrozen", dequantize=True)
+    theirs, ours = (mx.load(str(out / "model.safetensors")) for out in (frozen, unfrozen))
+    assert theirs.keys() == {name for name in ours if not name.startswith("scaling.")}
+    for tensor, array in theirs.items():
+        assert array.dtype == ours[tensor].dtype
+        assert mx.array_equal(array, ours[tensor]), tensor
+
+
+def test_values_that_mlx_lm_changes_are_written_as_published(tmp_path):
+    """Qwen3-Next's norms were written as w + 1, and its convolutions transposed."""
+    source = family_folder(tmp_path / "source", "qwen3_next", num_hidden_layers=4)
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors.index.json").unlink(missing_ok=True)
+    config = {k: v for k, v in config_of(source).items() if v is not None}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**config)
+    )
+    model.save_pretrained(source)
+    scaling = {"type": "ntk", **CONFIGS["ntk"]}
+    freeze = {"freeze": SCALE, "freeze_for": "transformers"}
+
+    frozen = convert(source, tmp_path / "frozen", dtype="float32", scaling=scaling, **freeze)
+
+    before, after = (mx.load(str(folder / "model.safetensors")) for folder in (source, frozen))
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        assert mx.array_equal(array, after[name]), name
+
+
 @pytest.mark.parametrize(
     ("tensor", "change", "words"),
     [
@@ -206,3 +283,60 @@ def test_a_stock_rope_that_gives_nan_is_no_fit():
     rotation = types.SimpleNamespace(queries=lambda x, at: x, keys=lambda x, at: x * np.nan)
 
     assert stock_rope._difference(rotation, rotation, 16, 64) == np.inf
+
+
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+
+
+@pytest.mark.parametrize("program", ["mlx-lm", "transformers", "llama.cpp"])
+@pytest.mark.parametrize(
+    ("name", "changes", "method"),
+    [("llama", SLIDING, "gene"), ("llama", SLIDING, "ntk"), ("gpt_oss", {}, "ntk")],
+)
+def test_layers_that_are_not_scaled_are_not_frozen(tmp_path, name, changes, method, program):
+    """Only layer 0 was compared, so windows were stretched too: logits were off by up to 0.75."""
+    source = family_folder(tmp_path / "source", name, **changes)
+
+    with pytest.raises(InputError, match="scales only layers with full attention"):
+        convert(
+            source,
+            tmp_path / "frozen",
+            scaling={"type": method, **CONFIGS[method]},
+            freeze=SCALE,
+            freeze_for=program,
+        )
+    assert not (tmp_path / "frozen").exists()
+
+
+def test_windows_with_their_own_rope_stay(tmp_path):
+    """Gemma 3 takes the base of its windows from another key, so freezing it is exact."""
+    source = family_folder(tmp_path / "source", "gemma3_text", sliding_window_pattern=2)
+    scaling = {"type": "ntk", **CONFIGS["ntk"]}
+
+    convert(source, tmp_path / "frozen", dtype="float32", scaling=scaling, freeze=SCALE)
+
+    model, _ = mlx_lm.load(str(tmp_path / "frozen"))
+    ours = unfrozen_logits(source, tmp_path, scaling=scaling)
+    assert np.abs(np.array(model(mx.array(IDS))) - ours).max() < 1e-4
+
+
+def test_the_rope_may_be_in_any_layer(tmp_path):
+    """LFM2 starts with a convolution: freezing it ended in a bare StopIteration."""
+    source = family_folder(tmp_path / "source", "lfm2")
+    ntk = {"type": "ntk", **CONFIGS["ntk"]}
+
+    with pytest.raises(InputError, match="model for lfm2 ignores rope_scaling"):
+        convert(source, tmp_path / "gene", scaling={"type": "gene"}, freeze=SCALE)
+    convert(source, tmp_path / "frozen", dtype="float32", scaling=ntk, freeze=SCALE)
+
+    model, _ = mlx_lm.load(str(tmp_path / "frozen"))
+    ours = unfrozen_logits(source, tmp_path, scaling=ntk)
+    assert np.abs(np.array(model(mx.array(IDS))) - ours).max() < 1e-4
+
+
+def test_a_config_that_a_family_does_not_run_is_no_fit(tmp_path):
+    """gpt_oss builds longrope without a length, which ended in a TypeError of mlx-lm."""
+    source = family_folder(tmp_path / "source", "gpt_oss")
+
+    with pytest.raises(InputError, match="error of its nearest rope, linear, is"):
+        convert(source, tmp_path / "frozen", scaling={"type": "gene"}, freeze=SCALE)
