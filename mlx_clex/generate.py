@@ -175,11 +175,14 @@ def _check(args: argparse.Namespace) -> None:
 
 def _saved_tokenizer_config(args: argparse.Namespace) -> dict[str, str]:
     """Return the end token that --prompt-cache-file was written with, for the tokenizer."""
-    if args.prompt_cache_file is None:
+    name = args.prompt_cache_file
+    if name is None:
         return {}
-    with reading(f"{args.prompt_cache_file} cannot be used"):
-        given = json.loads(metadata_of(args.prompt_cache_file).get("tokenizer_config", "{}"))
-        end = given.get("eos_token")
+    with reading(f"{name} is no saved cache", always=True):
+        given = json.loads(metadata_of(name).get("tokenizer_config", "{}"))
+        if not isinstance(given, dict):
+            raise ValueError("its tokenizer_config is no JSON object")
+    end = given.get("eos_token")
     return {"eos_token": end} if isinstance(end, str) else {}  # a stranger's file gives no more
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from .case import (
     FINE,
+    REFUSED,
     Case,
     Tensors,
     both,
@@ -213,15 +214,17 @@ def _caches() -> Iterator[Case]:
     }.items():
         edit = _metadata("cache.safetensors", **{"0.model": value})
         yield Case("prompt cache", name, "cache", edit, ("cache-alone",))
-    for name, value in {
-        "code": '{"trust_remote_code": true}',
-        "a list": "[1]",
-        "deep": deep(20_000),
-    }.items():
-        # Nothing reads them.
+    for name, value, status in (
+        ("code", '{"trust_remote_code": true}', FINE),  # only the end token is taken
+        ("an end token of no text", '{"eos_token": 5}', FINE),
+        ("an unknown end token", '{"eos_token": "nowhere"}', FINE),
+        ("an end token of half a character", '{"eos_token": "\\ud800"}', REFUSED),
+        ("a list", "[1]", REFUSED),
+        ("deep", deep(20_000), REFUSED),
+    ):
         edit = _metadata("cache.safetensors", **{"0.tokenizer_config": value})
         name = f"tokenizer settings: {name}"
-        yield Case("prompt cache", name, "cache", edit, ("cache-alone",), FINE)
+        yield Case("prompt cache", name, "cache", edit, ("cache-alone",), status)
 
 
 def _talks() -> Iterator[Case]:
