@@ -137,7 +137,12 @@ class Run:
     @property
     def name(self) -> str:
         """Return the name of the run's folder."""
-        return f"{self.method.replace(', ', '-').replace(' ', '-')}_{self.seed}"
+        return f"{file_name(self.method)}_{self.seed}"
+
+
+def file_name(method: str) -> str:
+    """Return the name of a method in those of files."""
+    return method.replace(", ", "-").replace(" ", "-")
 
 
 def make_base(size: Size, theta: float, seed: int, folder: Path) -> Path:

@@ -3,10 +3,11 @@
     python examples/fetch_smollm2.py build/smollm2
     python -m benchmarks.lora_extrapolation [--only NAME ...]
 
-SmolLM2-135M was trained on texts of 2,048 tokens. Its adapters are trained with each method, set up
-for 4 x 2,048 tokens, in sequences of 512 tokens. Then the last 2,048 tokens of windows of held-out
-books are scored with 1, 2 and 4 x 2,048 tokens of context (`mlx_clex.perplexity --protocol
-same-targets`). An interrupted run continues, and finished runs are not repeated.
+The trained length of SmolLM2-135M is taken as 2,048 tokens; its config says 8,192. Its adapters are
+trained with each method, set up for 4 x 2,048 tokens, in sequences of 512 tokens. Then the last
+2,048 tokens of windows of held-out books are scored with 1, 2 and 4 x 2,048 tokens of context
+(`mlx_clex.perplexity --protocol same-targets`). An interrupted run continues, and finished runs are
+not repeated.
 
 Not covered: longer sequences, recall, other models.
 """
@@ -22,6 +23,7 @@ import mlx_clex  # noqa: F401  (before mlx.core: on Linux it looks for OpenBLAS)
 # isort: split
 
 from benchmarks.bundled_models import command, train, write_books
+from benchmarks.extrapolation import file_name
 from mlx_clex.errors import RunError
 from mlx_clex.evaluation.results import read_results
 
@@ -86,7 +88,7 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 def _adapters(name: str, folder: Path) -> Path:
-    return folder / name.replace(", ", "-").replace(" ", "-")
+    return folder / file_name(name)
 
 
 def main() -> None:

@@ -112,7 +112,7 @@ def test_results_name_the_machine_and_what_did_not_run(tmp_path, capsys, monkeyp
 
 
 def test_the_extrapolation_tables_are_means_over_seeds(tmp_path, capsys):
-    """Of each method, with the deviation over its seeds; unfinished measurements are left out."""
+    """A method has the mean and the deviation of its seeds, without those not fully measured."""
     stage = extrapolation.USUAL
     runs = [extrapolation.Run("clex, two-stage", seed) for seed in (0, 1, 2)]
     for run, value, correct in zip(runs, (10.0, 12.0, 99.0), (2, 4, 0), strict=True):

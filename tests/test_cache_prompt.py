@@ -427,7 +427,7 @@ def test_the_answer_ends_where_the_cache_says(cli, folders, tmp_path):
 
 
 def test_a_system_prompt_comes_too_late(cli, folders, tmp_path):
-    """It was left out without a word."""
+    """It was silently left out."""
     file = tmp_path / "c.safetensors"
     folder = folders("stock")
     write = ("--model", folder, "--prompt", DOCUMENT, "--prompt-cache-file", file)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import mlx.nn as nn
 
 from .. import bundled
-from ..checkpoint.files import expand
+from ..checkpoint.files import expand, read_json
 from ..checkpoint.folder import (
     check_hub_id,
     files_of,
@@ -57,13 +57,13 @@ def find_source(path_or_hub_id: str | Path) -> Source:
         gguf = read(path)
         return Source(str(path), config_of(gguf), path, Held.of(header(gguf).values()))
     if path.is_dir():
-        files = files_of(path)
-        if not only_gguf(file.name for file in files):
+        names = [file.name for file in files_of(path)]
+        if not only_gguf(names):
             return Source(str(path), read_config(path), path)
-        ggufs = [file for file in files if file.suffix == ".gguf"]
-        if len(ggufs) > 1:
-            raise InputError(f"{path} has {len(ggufs)} .gguf files. Give the path of one.")
-        return find_source(ggufs[0])
+        from ..convert.read.source import choose_weights
+
+        _, (gguf_name,) = choose_weights(names, read_json, str(path))
+        return find_source(path / gguf_name)
     hub_id = check_hub_id(str(path_or_hub_id))
     from huggingface_hub import hf_hub_download
 

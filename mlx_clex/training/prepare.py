@@ -8,7 +8,6 @@ Not covered: the run itself (`loop.py`), and what is printed about it (`job.py`)
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -36,7 +35,7 @@ from .ranks import Ranks
 from .recipe import with_stage_2
 from .resume import (
     adapters_below,
-    different,
+    check_scaling_below,
     go_on,
     load_adapters,
     names_of_adapters,
@@ -81,7 +80,7 @@ def prepare(
     if draws is None or checkpoints is None:
         return Job(options=options, model=model, ranks=ranks, test=test)
     training = _training(options, entry, model, corpora, draws, checkpoints, ranks)
-    same = settings_to_keep(options, entry, corpora, _below(options))
+    same = settings_to_keep(options, entry, corpora, adapters_below(options))
     return Job(
         options=options,
         model=model,
@@ -126,7 +125,7 @@ def _load_model(
 ) -> tuple[Any, Any]:
     """Load the model with its scaling, and its tokenizer."""
     assert options.model is not None
-    below = _below(options)
+    below = adapters_below(options)
     model, tokenizer = load(
         options.model,
         adapter_path=below or (None if options.train else options.adapter_path or None),
@@ -134,7 +133,7 @@ def _load_model(
         before_reading=before_reading,
     )
     if below and isinstance(model, ScaledModel):
-        _check_scaling_below(options, entry, model, below)
+        check_scaling_below(options, entry, model.scaling, below)
     elif entry is not None:
         if isinstance(model, ScaledModel) and model.scaling.learned:
             raise InputError(
@@ -149,31 +148,6 @@ def _load_model(
             "..., or none for a plain fine-tune)."
         )
     return model, tokenizer
-
-
-def _below(options: TrainingOptions) -> Path | None:
-    """The folder of adapters that stay as they are while the scaling is trained on top of them."""
-    if options.train and options.fine_tune_type == "scaling" and options.resume_adapter_file:
-        return adapters_below(expand(options.resume_adapter_file))
-    return None
-
-
-def _check_scaling_below(
-    options: TrainingOptions, entry: dict[str, Any] | None, model: ScaledModel, below: Path
-) -> None:
-    """Refuse to train another scaling than that of the adapters below."""
-    scaling = model.scaling
-    here = scaling.entry() | {
-        "trained_length": scaling.trained_length,
-        "own_rope": read_adapters(below)[1].get("own_rope") or "keep",
-    }
-    asked = {"trained_length": options.trained_length, "own_rope": options.own_rope}
-    asked = {key: value for key, value in asked.items() if value is not None} | (entry or {})
-    if differing := different(here, asked):
-        raise InputError(
-            f"--resume-adapter-file {options.resume_adapter_file} has a scaling, which this run "
-            f"trains: {differing}. Leave these options out."
-        )
 
 
 def _load_data(options: TrainingOptions, tokenizer: Any) -> dict[str, Corpus]:
@@ -253,7 +227,7 @@ def _training(
         norms_and_embeddings=options.train_norms_and_embeddings,
     )
     kept: frozenset[str] = frozenset()
-    if below := _below(options):
+    if below := adapters_below(options):
         kept, norms_and_embeddings = names_of_adapters(below)
         extra |= norms_and_embeddings
     elif options.resume and checkpoints.newest is not None:
@@ -388,7 +362,7 @@ def _adapter_config(
     config = asdict(options)
     if options.num_layers <= 0 or options.num_layers > len(model.layers):
         config["num_layers"] = len(model.layers)
-    if below := _below(options):
+    if below := adapters_below(options):
         _, settings = read_adapters(below)
         kept: tuple[str, ...] = ("fine_tune_type", "num_layers", "lora_parameters")
         scaled = ("rope_scaling", "trained_length", "own_rope")

@@ -29,7 +29,7 @@ from ..checkpoint.safetensors_file import read_header
 from ..data.corpus import Corpus
 from ..errors import InputError, say, shown
 from ..loading import resolve
-from ..scaling import PREFIX
+from ..scaling import PREFIX, Scaling
 from .loop import Run
 from .options import TrainingOptions
 from .saves import Checkpoints
@@ -80,7 +80,7 @@ def load_adapters(model: Any, given: Path, options: TrainingOptions) -> None:
     if settings.get("trained_length"):
         before["trained_length"] = settings["trained_length"]
     now = model.scaling.entry() | {"trained_length": model.scaling.trained_length}
-    if differing := different(before, now):
+    if differing := _different(before, now):
         say(f"The adapters in {given} were trained with another scaling: {differing}.")
     trained: Any = tree_flatten(model.trainable_parameters())
     shapes = {name: value.shape for name, value in trained + _scaling_tensors(model)}
@@ -109,7 +109,7 @@ def _check_adapted(settings: dict[str, Any], given: Path, options: TrainingOptio
         )
 
 
-def different(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def _different(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Return the settings that differ, as text; "" if none does.
 
     Args:
@@ -135,15 +135,15 @@ def _scaling_tensors(model: Any) -> list[tuple[str, Any]]:
     return [(name, value) for name, value in every if name.startswith(PREFIX)]
 
 
-def adapters_below(given: Path) -> Path:
-    """Return the folder of the adapters that stay as they are while a scaling is trained.
-
-    Args:
-        given: `--resume-adapter-file`: the folder, or the file of adapters in it.
+def adapters_below(options: TrainingOptions) -> Path | None:
+    """Return the folder of the adapters that stay as they are while a scaling is trained on them.
 
     Raises:
         InputError: it holds PEFT's adapters, which a save cannot hold.
     """
+    if not (options.train and options.fine_tune_type == "scaling" and options.resume_adapter_file):
+        return None
+    given = expand(options.resume_adapter_file)
     folder, settings = read_adapters(given if given.is_dir() else given.parent)
     if is_peft(settings):
         raise InputError(
@@ -151,6 +151,23 @@ def adapters_below(given: Path) -> Path:
             "mlx_clex fuse first, and give the result as --model."
         )
     return folder
+
+
+def check_scaling_below(
+    options: TrainingOptions, entry: dict[str, Any] | None, scaling: Scaling, below: Path
+) -> None:
+    """Refuse to train another scaling than that of the adapters below."""
+    here = scaling.entry() | {
+        "trained_length": scaling.trained_length,
+        "own_rope": read_adapters(below)[1].get("own_rope") or "keep",
+    }
+    asked = {"trained_length": options.trained_length, "own_rope": options.own_rope}
+    asked = {key: value for key, value in asked.items() if value is not None} | (entry or {})
+    if differing := _different(here, asked):
+        raise InputError(
+            f"--resume-adapter-file {options.resume_adapter_file} has a scaling, which this run "
+            f"trains: {differing}. Leave these options out."
+        )
 
 
 def names_of_adapters(folder: Path) -> tuple[frozenset[str], frozenset[str]]:

@@ -79,6 +79,8 @@ class TrainingStep:
         self.chunk = chunk
         self.group = group
         self.parts = group.size() if group else 1
+        trained: Any = tree_flatten(model.trainable_parameters())
+        self.learns_model = any(not name.startswith(PREFIX) for name, _ in trained)
         self.traces = 0  # how often a step was traced
         self._carried: Any = None  # gradients and token count of earlier micro-batches
         optimizer.init(model.trainable_parameters())
@@ -137,12 +139,6 @@ class TrainingStep:
     def learns_scaling(self) -> bool:
         """Whether the scaling's own tensors are trained."""
         return bool(self.scaling.trainable_parameters())
-
-    @property
-    def learns_model(self) -> bool:
-        """Whether a tensor outside the scaling is trained."""
-        trained: Any = tree_flatten(self.model.trainable_parameters())
-        return any(not name.startswith(PREFIX) for name, _ in trained)
 
     def _frequencies(self, scale: float) -> mx.array:
         """The scale where frequencies are computed inside the step; else frequencies."""

@@ -252,7 +252,7 @@ def test_the_scalings_rate_is_told_where_it_trains_alone(base, texts, tmp_path):
 
 
 def test_perplexity_by_length_needs_no_batches_of_validation(base, texts, tmp_path, capsys):
-    """--val-batches 0 switched --eval-lengths and --keep-best off without a word."""
+    """--val-batches 0 silently switched off --eval-lengths and --keep-best."""
     more = "--iters 1 --val-batches 0 --keep-best --eval-lengths 32 64"
     assert call(argv_for(base, texts, tmp_path / "a", more)) == 0
     out = capsys.readouterr().out
