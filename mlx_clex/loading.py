@@ -215,21 +215,23 @@ def _from_hub(hub_id: str, cache: Path) -> Path:
         return target
 
     def config_file() -> Path:
-        return Path(hf_hub_download(hub_id, "config.json", revision=listing.commit))
+        return Path(hf_hub_download(hub_id, "config.json"))
 
     def snapshot() -> Path:
-        patterns = DEFAULT_ALLOW_PATTERNS
-        return Path(snapshot_download(hub_id, revision=listing.commit, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, allow_patterns=DEFAULT_ALLOW_PATTERNS))
 
-    config = listing.config or guarded(hub_id, None, config_file)
-    if not needs_conversion(list(listing.sizes), read_config(config.parent), hub_id):
-        return config.parent if listing.config else guarded(hub_id, None, snapshot)
-    weights = (n for name, n in listing.sizes.items() if name.endswith((".safetensors", ".bin")))
+    names = list(listing.sizes)
+    if not only_gguf(names):
+        folder = listing.folder or guarded(hub_id, None, config_file).parent
+        if not needs_conversion(names, read_config(folder), hub_id):
+            return listing.folder or guarded(hub_id, None, snapshot)
+    suffixes = (".safetensors", ".bin", ".gguf")
+    weights = (size for name, size in listing.sizes.items() if name.endswith(suffixes))
     say(f"{hub_id} is a published checkpoint ({sum(weights) / 1e9:.1f} GB of weights).")
-    return _converted(hub_id, target, revision=listing.commit)
+    return _converted(hub_id, target)
 
 
-def _converted(source: str, target: Path, *, revision: str | None = None) -> Path:
+def _converted(source: str, target: Path) -> Path:
     """Return the conversion of `source`; make it if it is not there."""
     if target.is_dir():
         return target
@@ -238,7 +240,7 @@ def _converted(source: str, target: Path, *, revision: str | None = None) -> Pat
     with locked(target):
         if not target.is_dir():  # another process may have made it
             say(f"Converting {source} into {target}, once.")
-            convert(source, target, revision=revision)
+            convert(source, target)
     return target
 
 

@@ -72,12 +72,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-    def handle_one_request(self) -> None:
-        """As usual, unless the hub is down."""
-        if self.hub.down:
-            self.close_connection = True
-        else:
-            super().handle_one_request()
+    def parse_request(self) -> bool:
+        """As usual, unless the hub is down, also for connections that were open before."""
+        self.close_connection = True
+        return not self.hub.down and super().parse_request()
 
     def do_HEAD(self) -> None:
         self.do_GET()

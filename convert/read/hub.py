@@ -25,7 +25,7 @@ class Listing(NamedTuple):
 
     commit: str
     sizes: dict[str, int]  # file -> bytes
-    config: Path | None  # config.json in the hub's cache, when offline
+    folder: Path | None  # of the snapshot in the hub's cache, when offline
 
 
 def look_up(repo: str, revision: str | None = None) -> Listing:
@@ -39,7 +39,7 @@ def look_up(repo: str, revision: str | None = None) -> Listing:
         InputError: no such id or revision, no access, no weights, or neither the hub nor a
             cached copy can be reached.
     """
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     def ask() -> Listing:
@@ -60,14 +60,16 @@ def look_up(repo: str, revision: str | None = None) -> Listing:
         return guarded(repo, revision, ask)
     except (OfflineModeIsEnabled, RunError) as error:
         try:
-            config = hf_hub_download(repo, "config.json", revision=revision, local_files_only=True)
+            # Of no files: that all are there is not asked of it.
+            folder = Path(
+                snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[])
+            )
         except LocalEntryNotFoundError:
             raise InputError(
                 f"There is no folder {repo} here, and the hub did not answer: {one_line(error)}"
             ) from error
-        folder = Path(config).parent
         sizes = {file.name: file.stat().st_size for file in files_of(folder)}
-        return Listing(folder.name, sizes, Path(config))
+        return Listing(folder.name, sizes, folder)
 
 
 def download(repo: str, revision: str | None = None) -> Path:
@@ -87,15 +89,15 @@ def download(repo: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     listing = look_up(repo, revision)
-    if listing.config is not None:
-        return listing.config.parent
-    return guarded(
-        repo,
-        revision,
-        lambda: Path(
-            snapshot_download(repo, revision=listing.commit, allow_patterns=list(listing.sizes))
-        ),
-    )
+    if listing.folder is not None:
+        return listing.folder
+    wanted = list(listing.sizes)
+
+    def snapshot() -> Path:
+        # By its name, not its commit: only then can it be found without a network.
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+
+    return guarded(repo, revision, snapshot)
 
 
 def check_upload(repo: str) -> None:

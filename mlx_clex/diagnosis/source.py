@@ -69,12 +69,20 @@ def find_source(path_or_hub_id: str | Path) -> Source:
 
     from ..convert.read.hub import guarded, look_up
 
+    def config_file() -> Path:
+        return Path(hf_hub_download(hub_id, "config.json"))
+
     listing = look_up(hub_id)
-    file = listing.config or guarded(
-        hub_id, None, lambda: Path(hf_hub_download(hub_id, "config.json"))
-    )
+    if only_gguf(listing.sizes):
+        if listing.folder:
+            return find_source(listing.folder)
+        raise InputError(
+            f"The config of {hub_id} is inside its .gguf file. Download that (hf download "
+            f"{hub_id}) and give the path that this prints."
+        )
+    folder = listing.folder or guarded(hub_id, None, config_file).parent
     size = sum(listing.sizes.values())
-    return Source(hub_id, read_config(file.parent), None, Held.in_bytes(size), size)
+    return Source(hub_id, read_config(folder), None, Held.in_bytes(size), size)
 
 
 def held_by_files(folder: Path) -> Held:

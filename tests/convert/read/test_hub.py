@@ -15,8 +15,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlx_clex import bundled
+
 from ...conftest import GOLDEN
 from ...hub_server import COMMIT, Hub, running
+from .test_gguf_file import tiny_gguf
 
 # Runs one command a line of its input, so that slow imports happen once.
 WORKER = """
@@ -24,6 +27,7 @@ import contextlib, io, json, os, sys, traceback
 import mlx_clex
 from mlx_clex.commands.run_command import run_command
 from mlx_clex.convert.__main__ import add_arguments, run
+from mlx_clex.diagnosis.source import find_source
 
 for line in sys.stdin:
     argv, env = json.loads(line)
@@ -33,6 +37,9 @@ for line in sys.stdin:
         try:
             if argv[0] == "load":
                 mlx_clex.load(argv[1], cache_dir=argv[2])
+                status = 0
+            elif argv[0] == "find":
+                print(find_source(argv[1]).path)
                 status = 0
             else:
                 status = run_command(
@@ -83,6 +90,12 @@ def hub():
     """A hub in a thread."""
     with running() as hub:
         yield hub
+
+
+@pytest.fixture(autouse=True)
+def _up(hub):
+    """Each test finds the hub up."""
+    hub.down = False
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +152,7 @@ def test_what_was_fetched_serves_without_a_network(hub, convert, repo, tmp_path)
     """Without a network, a checkpoint in the hub's cache must be enough."""
     assert convert("--hf-path", repo, "--mlx-path", tmp_path / "out")[0] == 0
     hub.down = True
-    try:
-        status, printed = convert("--hf-path", repo, "--mlx-path", tmp_path / "again")
-    finally:
-        hub.down = False
+    status, printed = convert("--hf-path", repo, "--mlx-path", tmp_path / "again")
 
     assert status == 0, printed
 
@@ -232,3 +242,46 @@ def test_load_converts_a_hub_id_once_a_commit(convert, repo, tmp_path):
 
     (folder,) = (tmp_path / "cache").iterdir()
     assert folder.name.endswith(f"{COMMIT[:12]}-1")
+
+
+def test_a_model_of_mlx_lm_loads_without_a_network(hub, convert, tmp_path):
+    """It is not converted, so that only the hub's cache has it."""
+    hub.repos["someone/mlx-model"] = bundled.folder("base")
+    assert convert("find", "someone/mlx-model")[0] == 0
+    hub.down = True
+    status, printed = convert("load", "someone/mlx-model", tmp_path / "cache")
+    assert (status, "has no weights" in printed) == (-1, True), printed  # only config.json is there
+    hub.down = False
+    assert convert("load", "someone/mlx-model", tmp_path / "cache")[0] == 0
+    hub.down = True
+    for command in (
+        ("load", "someone/mlx-model", tmp_path / "cache"),
+        ("find", "someone/mlx-model"),
+    ):
+        status, printed = convert(*command)
+        assert status == 0, printed
+
+
+def test_a_gguf_file_on_the_hub_loads_once(hub, convert, tmp_path):
+    """Its repository has no config.json; without a network the download must be enough."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    tiny_gguf(folder)
+    hub.repos["someone/tiny-GGUF"] = folder
+
+    status, printed = convert("find", "someone/tiny-GGUF")
+    assert status == -1
+    assert "is inside its .gguf file. Download that (hf download someone/tiny-GGUF)" in printed
+    for name in ("cache", "cache", "another"):
+        hub.down = name == "another"
+        status, printed = convert("load", "someone/tiny-GGUF", tmp_path / name)
+        assert status == 0, printed
+        assert (tmp_path / name / f"someone--tiny-GGUF@{COMMIT[:12]}-1").is_dir()
+    status, printed = convert("find", "someone/tiny-GGUF")
+    hub.down = False
+    assert status == 0, printed
+    assert printed.strip().endswith("tiny.gguf")
+
+    shutil.copy(folder / "tiny.gguf", folder / "other.gguf")
+    status, printed = convert("load", "someone/tiny-GGUF", tmp_path / "cache")
+    assert "has several .gguf files (other.gguf, tiny.gguf): give the path of one" in printed
