@@ -8,7 +8,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..errors import InputError
-from ..model.chunked_loss import chunk_length
+from ..model.chunked_loss import chunk_for
 from .perplexity import log_sum_exp, logits_of_text
 
 
@@ -34,7 +34,7 @@ def differences(
     Raises:
         InputError: the vocabularies differ, or the text is longer than a model's reach.
     """
-    chunk = min(chunk_length(getattr(model.args, "vocab_size", 32_000)) for model in (a, b))
+    chunk = min(chunk_for(model) for model in (a, b))
     found = []
     both = zip(
         logits_of_text(a, ids[None], head_chunk=chunk),

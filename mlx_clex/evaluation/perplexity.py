@@ -23,7 +23,7 @@ from mlx_lm.generate import maybe_quantize_kv_cache
 from ..data.batch import Batch
 from ..data.corpus import Corpus
 from ..errors import InputError, generating
-from ..model.chunked_loss import chunk_length, hidden_states, logits_of, summed_loss
+from ..model.chunked_loss import chunk_for, hidden_states, logits_of, summed_loss
 from ..model.plans import planned_caches
 from ..model.scaled_model import make_prompt_cache, scaled
 from .intervals import exp, half_interval
@@ -252,7 +252,7 @@ def logits_of_text(
         RunError: MLX failed, most often because memory ran out.
     """
     rows, length = ids.shape
-    head_chunk = head_chunk or chunk_length(getattr(model.args, "vocab_size", 32_000))
+    head_chunk = head_chunk or chunk_for(model)
     at_once, step = max(1, head_chunk // rows), max(1, _STEP // rows)
     text = mx.array(np.asarray(ids, np.int32))
     read = length - 1  # the last token has no target
@@ -281,7 +281,7 @@ def logits_of_text(
 
 def mean_loss(model: nn.Module, batches: Iterable[Batch]) -> float:
     """Return the weighted mean loss of batches, one pass each, nats; NaN without any token."""
-    chunk = chunk_length(getattr(model.args, "vocab_size", 32_000))
+    chunk = chunk_for(model)
     total = counted = 0.0
     with _inference(model):
         for batch in batches:

@@ -20,6 +20,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..errors import InputError
+from .stock import config_value, stock_class
 
 _CHUNK_ELEMENTS = 1 << 22  # elements in the logits of a chunk: 16 MiB in float32
 _SMALLEST_CHUNK = 64  # tokens
@@ -28,6 +29,11 @@ _SMALLEST_CHUNK = 64  # tokens
 def chunk_length(vocabulary: int) -> int:
     """Return the number of tokens in a chunk, for a vocabulary of this size."""
     return max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS // vocabulary)
+
+
+def chunk_for(model: nn.Module) -> int:
+    """Return the number of tokens in a chunk of a model; a wrong guess only moves a chunk."""
+    return chunk_length(config_value(model, "vocab_size") or 32_000)
 
 
 def hidden_states(model: nn.Module, tokens: mx.array, cache: list[Any] | None = None) -> mx.array:
@@ -53,9 +59,7 @@ def logits_of(model: nn.Module, hidden: mx.array, tokens: mx.array) -> mx.array:
         hidden: output of `hidden_states`, or a part of it, (B, L, hidden).
         tokens: the ids that it was computed from, (B, L).
     """
-    stock = getattr(type(model), "stock_class", type(model))
-    with _replaced_body(model, lambda *_, **__: hidden):
-        return stock.__call__(model, tokens).astype(mx.float32)
+    return _run_head(model, hidden, tokens).astype(mx.float32)
 
 
 def token_losses(logits: mx.array, targets: mx.array) -> mx.array:
@@ -148,9 +152,13 @@ def _chunks(shape: tuple[int, ...], chunk: int) -> Iterator[tuple[int, int]]:
 
 def _is_logits(model: nn.Module, hidden: mx.array, tokens: mx.array) -> bool:
     """Return whether the output of the body is the logits."""
-    stock = getattr(type(model), "stock_class", type(model))
+    return _run_head(model, hidden, tokens) is hidden
+
+
+def _run_head(model: nn.Module, hidden: mx.array, tokens: mx.array) -> mx.array:
+    stock: Any = stock_class(model)
     with _replaced_body(model, lambda *_, **__: hidden):
-        return stock.__call__(model, tokens) is hidden
+        return stock.__call__(model, tokens)
 
 
 def _flat(tree: Any) -> list[tuple[str, mx.array]]:

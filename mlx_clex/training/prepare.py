@@ -44,7 +44,7 @@ from .resume import (
     untrained_scaling,
 )
 from .saves import Checkpoints
-from .setup import build_optimizer, choose_trained, highest, learning_rate_schedule
+from .setup import build_optimizer, check_family, choose_trained, highest, learning_rate_schedule
 from .step import TrainingStep
 
 _BEST_WINDOWS = 16  # of each length, where a validation decides which weights are kept
@@ -147,6 +147,7 @@ def _load_model(
             f"{options.model} was not converted with mlx_clex: give --scaling NAME (clex, gene, "
             "..., or none for a plain fine-tune)."
         )
+    check_family(model)
     return model, tokenizer
 
 

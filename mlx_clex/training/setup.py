@@ -37,6 +37,20 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def check_family(model: nn.Module) -> None:
+    """Refuse a family that computes something else in training, without a cache, than in use.
+
+    Raises:
+        InputError: layers of the model share the cached keys of earlier ones.
+    """
+    if any(getattr(module, "is_kv_shared_layer", False) for module in model.modules()):
+        raise InputError(
+            "mlx-lm computes gemma3n without a cache, as in training, with keys of their own in "
+            "layers that share those of earlier layers in use. Adapters trained so would not fit: "
+            "it cannot be trained here."
+        )
+
+
 def choose_trained(
     model: Any,
     *,

@@ -20,7 +20,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ..data.batch import Batch
-from ..model.chunked_loss import chunk_length, loss_for_gradient
+from ..model.chunked_loss import chunk_for, loss_for_gradient
 from ..model.finite import check_like
 from ..model.rotary import Pass, Rope
 from ..model.scaled_model import given_pass
@@ -186,8 +186,7 @@ class TrainingStep:
     ) -> tuple[mx.array, mx.array]:
         model = self.model
         checkpointing = checkpointed_layers(model) if self.grad_checkpoint else _nothing()
-        # The model's own number of entries is the head's; a wrong guess only moves a chunk.
-        chunk = self.chunk or chunk_length(getattr(model.args, "vocab_size", 32_000))
+        chunk = self.chunk or chunk_for(model)
         with given_pass(model, self.pass_for(frequencies, positions, gain)), checkpointing:
             return loss_for_gradient(model, tokens, targets, weights, chunk)
 

@@ -7,18 +7,23 @@ rotate all of them at every fetch. Where ropes and keys are comes from the table
 """
 
 import pkgutil
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models
+import numpy as np
 import pytest
 from mlx_lm.models import muse_spark
 from mlx_lm.models.cache import CacheList, KVCache
 
 from mlx_clex import attach, make_prompt_cache
 from mlx_clex.errors import InputError
+from mlx_clex.evaluation.perplexity import logits_of_text
+from mlx_clex.model.chunked_loss import chunk_for, loss_for_gradient, token_losses
 from mlx_clex.scaling import SCALINGS
+from mlx_clex.training.setup import check_family
 
 from ..conftest import randomise
 from ..family_table import page as page_of_families
@@ -194,6 +199,28 @@ def test_a_pass_at_a_higher_scale_has_those_frequencies(name, ids):
     close(model(ids), theirs)
     with pytest.raises(AssertionError, match="differs by"):
         close(tiny(name)(ids), theirs)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_the_head_runs_on_parts_of_a_text(name, ids):
+    """Perplexity and training run the body whole and the head in parts, of every family."""
+    model = attached(name, scale=3.0)
+    tokens, targets = ids[:, :-1], ids[:, 1:]
+    logits = model(tokens, cache=make_prompt_cache(model)).astype(mx.float32)
+    parts = [part for _, part in logits_of_text(model, np.array(ids), head_chunk=16)]
+    close(mx.concatenate(parts, axis=1), logits)
+    if name == "gemma3n":
+        with pytest.raises(InputError, match="gemma3n without a cache"):
+            check_family(model)
+        return
+    check_family(model)
+    loss = nn.value_and_grad(
+        model, partial(loss_for_gradient, model, chunk=min(16, chunk_for(model)))
+    )
+    (_, summed), gradient = loss(tokens, targets, mx.ones(targets.shape))
+    expected = token_losses(logits, targets).sum()
+    assert abs(summed.item() / expected.item() - 1) < 1e-5
+    assert "scaling" in gradient
 
 
 @pytest.mark.parametrize("name", GROWING)
