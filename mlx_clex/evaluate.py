@@ -181,7 +181,7 @@ def _evaluate(args: argparse.Namespace) -> Results:
         raise InputError(f"{args.model} has no chat template. Leave out --apply-chat-template.")
     max_length = args.max_length or scaled(model).limit
     scaled(model).check_length(args.max_length or 0, "--max-length")
-    _check_made_lengths(metadata.get("max_seq_lengths"), max_length)
+    _check_made_lengths(tasks, max_length)
     results = open_results(
         args.output,
         kind="evaluate",
@@ -210,7 +210,9 @@ def _evaluate(args: argparse.Namespace) -> Results:
         chat_template_args=args.chat_template_args,
         max_length=max_length,
     )
-    answers = results.path(f".answers-{short({**same, **results.settings})[:8]}")
+    answers = results.path(
+        f".answers-{short({'label': label, 'digest': same['model'], **results.settings})[:8]}"
+    )
     for name in args.tasks:
         rows = run_tasks(
             lm,
@@ -241,17 +243,18 @@ def _check_lengths_of(tasks: Mapping[str, Any]) -> None:
         )
 
 
-def _check_made_lengths(lengths: Any, max_length: int | None) -> None:
+def _check_made_lengths(tasks: Mapping[str, Any], max_length: int | None) -> None:
     """Refuse documents that are longer than `max_length`.
 
     A document of RULER without its middle may have lost the answer.
     """
-    made = lengths if isinstance(lengths, list) else [lengths]
-    longest = max((n for n in made if isinstance(n, int)), default=0)
+    made = (found for each in tasks.values() for found in each.documents(1).values())
+    longest = max((int(length) for found in made for length in found if length), default=0)
     if max_length is not None and longest > max_length:
         raise InputError(
-            f"--metadata asks for documents of {longest} tokens, but the longest length is "
-            f"{max_length}. Leave out longer documents, or raise --max-length up to the model's "
+            f"--tasks {' '.join(tasks)} makes documents of {longest} tokens, but the longest "
+            f"length is {max_length}. Name shorter ones, as in --metadata "
+            f"'{{\"max_seq_lengths\": [{max_length}]}}', or raise --max-length up to the model's "
             "reach."
         )
 

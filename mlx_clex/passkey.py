@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         *("--adapter-path", "--trust-remote-code", "--prefill-step-size"),
         *("--kv-bits", "--kv-group-size", "--quantized-kv-start", "--output"),
     )
+    parser.set_defaults(quantized_kv_start=0)  # what is quantised is what is measured
     parser.add_argument(
         "--task",
         choices=list(TASKS),

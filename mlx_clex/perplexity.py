@@ -9,6 +9,7 @@ Not covered: models with different tokenizers (bits per byte would compare them)
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from .bundled import MODELS
 from .commands.help import point_elsewhere
-from .commands.options import add_shared, check_least, loading_options
+from .commands.options import add_shared, check_cache_options, check_least, loading_options
 from .commands.run_command import command
 from .data.corpus import Corpus
 from .errors import InputError
@@ -181,14 +182,15 @@ def _run(args: argparse.Namespace, output: str | None) -> None:
 def _check(args: argparse.Namespace) -> None:
     """Refuse invalid options before anything is loaded."""
     check_least(args, "windows", 1)
+    check_cache_options(args)
     for option, of in (("chunk", "chunked"), ("stride", "sliding")):
         if getattr(args, option) is not None and args.protocol != of:
             raise InputError(f"--{option} needs --protocol {of}, got {args.protocol}.")
     Protocol(chunk=args.chunk, stride=args.stride)
     if args.factor is not None and not args.scalings:
         raise InputError("--factor needs --scalings. Give --scalings, or leave out --factor.")
-    if args.factor is not None and not args.factor >= 1:
-        raise InputError(f"--factor must be at least 1, got {args.factor:g}.")
+    if args.factor is not None and not 1 <= args.factor < math.inf:
+        raise InputError(f"--factor must be at least 1 and finite, got {args.factor:g}.")
     if args.factor is not None and not any(SCALINGS[n].options_for(2) for n in args.scalings):
         raise InputError(
             f"--factor has no effect on --scalings {' '.join(args.scalings)}. Leave it out."

@@ -25,8 +25,9 @@ from .diagnosis.machine import (
 from .diagnosis.memory import Reading, Training, decoding, peak, reading, verdict
 from .diagnosis.plan import Change, advice, changes, parts_text
 from .diagnosis.sizes import Sizes, sizes_of
-from .diagnosis.source import find_source
+from .diagnosis.source import build, find_source
 from .errors import InputError
+from .model.scaled_model import scaled
 from .pictures.memory import draw_memory
 from .pictures.style import check_path
 from .training.options import TrainingOptions
@@ -102,7 +103,6 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: a model or an option that cannot be used.
     """
-    args.quantized_kv_start = 0
     check_cache_options(args)
     for name in ("context", "batch_size", "prefill_step_size", "rank", "train"):
         check_least(args, name, 1)
@@ -114,12 +114,20 @@ def run(args: argparse.Namespace) -> None:
         check_path(args.output)
     machine = _machine(args)
     source = find_source(args.model)
-    sizes = sizes_of(source, args.q_bits)
+    model = build(source)
+    for option, length in [
+        ("--context", args.context),
+        *(("--train", n) for n in args.train or ()),
+    ]:
+        scaled(model).check_length(length or 0, option)
+    sizes = sizes_of(source, args.q_bits, model)
+    if args.kv_bits and not sizes.caches.quantisable:
+        raise InputError("--kv-bits: the cache of this model cannot be quantised. Leave it out.")
     in_4_bits = None
     if args.q_bits is None and "quantization" not in source.config:
         in_4_bits = partial(sizes_of, source, 4)
 
-    context = args.context or sizes.reach or _DEFAULT_TRAINING
+    context = args.context or sizes.reach or scaled(model).trained_length or _DEFAULT_TRAINING
     read = Reading(
         length=context, batch=args.batch_size, step=args.prefill_step_size, kv_bits=args.kv_bits
     )

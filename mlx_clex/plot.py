@@ -40,6 +40,10 @@ _EXAMPLES = {
 }
 
 
+# Settings that must be equal in files drawn together: which tokens count, with which context.
+_SAME = ("protocol", "tokens", "targets", "texts", "windows", "longest", "chunk", "stride")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add a subcommand for each picture."""
     which = parser.add_subparsers(dest="picture", required=True, metavar="PICTURE")
@@ -161,9 +165,9 @@ def _together(results: dict[Path, Results]) -> Results:
     """Join results; a label that more than one file has gets the file's name.
 
     Raises:
-        InputError: they are of several protocols or texts, whose figures do not compare.
+        InputError: they are of other tokens, or with other contexts, and do not compare.
     """
-    for name in ("protocol", "tokens"):
+    for name in _SAME:
         values = {str(one.settings.get(name)): file for file, one in results.items()}
         if len(values) > 1:
             told = ", ".join(f"{value} in {file}" for value, file in values.items())
@@ -171,10 +175,12 @@ def _together(results: dict[Path, Results]) -> Results:
                 f"The files differ in their {name} ({told}), so their figures do not compare. "
                 "Draw each file in a picture of its own."
             )
+    stems = Counter(file.stem for file in results)
+    names = {file: file.stem if stems[file.stem] == 1 else str(file) for file in results}
     labels = ({row.get("label") for row in one.rows} for one in results.values())
     files = Counter(label for its in labels for label in its)
     rows = [
-        {**row, "label": f"{row['label']} ({file.stem})"} if files[row.get("label")] > 1 else row
+        {**row, "label": f"{row['label']} ({names[file]})"} if files[row.get("label")] > 1 else row
         for file, one in results.items()
         for row in one.rows
     ]

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from mlx_clex.evaluation.reader import Reader
 from mlx_clex.evaluation.results import read_results
 
 from .conftest import scaled_folders
+from .tiny_families import tiny
 
 BUILT_IN = Path(lm_eval.__file__).parent / "tasks"
 
@@ -118,10 +120,11 @@ def call(*argv):
 @pytest.fixture
 def replies(monkeypatch):
     """Replace the model's answers by `answer(prompt text)`, and record the prompts."""
-    told = SimpleNamespace(prompts=[], answer=lambda text: "")
+    told = SimpleNamespace(prompts=[], longest=[], answer=lambda text: "")
 
     def answer(self, prompt, max_tokens, progress=None, until=()):
         told.prompts.append(prompt)
+        told.longest.append(max_tokens)
         return told.answer(self.tokenizer.decode(prompt))
 
     monkeypatch.setattr(Reader, "answer", answer)
@@ -294,6 +297,76 @@ def test_the_default_max_length_is_a_hard_reach(folders, local, replies, tmp_pat
     argv = ("--model", folders("clex"), "--tasks", "local_hotpotqa", "--include-path", local)
     assert call(*argv) == 0
     assert [len(prompt) for prompt in replies.prompts] == [40 * 64 - 32]
+
+
+def test_answers_of_another_model_of_that_name_are_not_reused(folders, local, replies, tmp_path):
+    """After the results were deleted, a retrained model got the answers of the old one."""
+    argv = ("--tasks", "local_hotpotqa", "--include-path", local, "--output", tmp_path / "out")
+    for name, asked in (("gene", 2), ("clex", 4)):
+        model = tmp_path / name / "model"
+        shutil.copytree(folders(name), model)
+        assert call("--model", model, *argv) == 0
+        assert len(replies.prompts) == asked
+        (tmp_path / "out.json").unlink()
+
+
+def test_the_length_of_an_answer_may_have_any_of_the_harness_names(
+    folders, local, replies, tmp_path
+):
+    """max_new_tokens and its like were ignored, and 256 tokens were generated."""
+    file = local / "local_passkey.yaml"
+    plain = file.read_text()
+    for name in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
+        file.write_text(plain + f"generation_kwargs:\n  {name}: 3\n  until: x\n")
+        argv = ("--model", folders("gene"), "--tasks", "local_passkey", "--include-path", local)
+        assert call(*argv) == 0
+        assert replies.longest[-1] == 3
+
+
+def test_a_task_that_allows_no_examples_gets_a_message(folders, local, replies, capsys):
+    """--num-shots had no effect on it, and was recorded as if it had."""
+    file = local / "local_passkey.yaml"
+    file.write_text(file.read_text() + "num_fewshot: 0\n")
+    argv = ("--model", folders("gene"), "--tasks", "local_passkey", "--include-path", local)
+    assert call(*argv, "--num-shots", 2) == 0
+    assert "--num-shots 2 has no effect on it" in capsys.readouterr().err
+
+
+def test_a_score_that_is_no_number_is_left_out(folders, local, replies, tmp_path, capsys):
+    """A correlation of equal answers is NaN; the run ended and blamed the model's weights."""
+    (local / "utils.py").write_text(
+        "def scores(doc, results):\n    return {'a': float('nan'), 'b': 1.0}\n"
+    )
+    with (local / "local_passkey.yaml").open("a") as file:
+        metrics = ", ".join(f"{{metric: {name}, aggregation: mean}}" for name in "ab")
+        file.write(f"process_results: !function utils.scores\nmetric_list: [{metrics}]\n")
+    argv = ("--model", folders("gene"), "--tasks", "local_passkey", "--include-path", local)
+    assert call(*argv, "--output", tmp_path / "out") == 0
+    assert [row["metric"] for row in read_results(tmp_path / "out").rows] == ["b"]
+    assert "local_passkey: a is nan and is left out" in capsys.readouterr().err
+
+
+def test_examples_are_in_one_message(folders, local, monkeypatch):
+    """lm-eval's default makes a turn of each, and mlx-lm's evaluate does not."""
+    asked = []
+    monkeypatch.setattr(
+        lm_eval, "simple_evaluate", lambda **options: asked.append(options) or {"results": {}}
+    )
+    argv = ("--tasks", "local_hotpotqa", "--include-path", local, "--num-shots", 1)
+    assert call("--model", folders("gene"), *argv) == 0
+    assert asked[0]["fewshot_as_multiturn"] is False
+
+
+def test_choices_behind_a_window_are_scored_alone():
+    """The keys that a choice pushes out of a window were missing for the next choice."""
+    model = tiny("gemma3_text", sliding_window=32)
+    mine = PlannedLM(model, SimpleNamespace(bos_token_id=1, eos_token_id=2, has_thinking=False))
+    context = list(range(3, 31))
+    ends = [[40, 41, 42, 43, 44, 45], [50, 51, 52, 53], [60, 61, 62]]
+    pairs = [(("a context", str(end)), context, end) for end in ends]
+    found = mine._loglikelihood_tokens(pairs, disable_tqdm=True)
+    for (score, _), end in zip(found, ends, strict=True):
+        assert abs(score - plain(model, context + end, len(end))[0]) < 1e-3
 
 
 def test_a_task_with_sampling_gets_a_message(folders, local, replies, capsys):
@@ -488,7 +561,12 @@ def test_broken_files_are_named(folders, local, monkeypatch, capsys):
         (("--model", "/nowhere"), ["no folder or file"]),
         (("--effective-length",), ["--effective-length needs a task of RULER", "local_hotpotqa"]),
         (("--chat-template-args", "{"), ["--chat-template-args is not JSON"]),
-        (("--metadata", '{"max_seq_lengths": [64, 4096]}'), ["documents of 4096", "is 2560"]),
+        (
+            ("--tasks", "local_niah", "--metadata", '{"max_seq_lengths": [600, 3000]}'),
+            ["documents of 3000", "is 2560"],
+        ),
+        # Without --metadata RULER's documents have 4,096 tokens.
+        (("--tasks", "local_niah"), ["documents of 4096", "is 2560"]),
         (("--tasks", "broken_split"), ["broken_split does not load: it lacks 'nowhere'"]),
         (("--tasks", "unsafe"), ["unsafe", "--confirm-run-unsafe-code"]),
     ],

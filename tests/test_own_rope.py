@@ -86,6 +86,19 @@ def test_every_command_starts_from_the_same_model(choice, length, source, tmp_pa
     assert measured == pytest.approx(row["perplexity"], rel=1e-5)
 
 
+def test_a_longrope_is_dropped_for_every_scaling(tmp_path, capsys):
+    """The second scaling was refused for a trained length that nobody had given."""
+    wide = LONGROPE | {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+    config = {"vocab_size": 512, "max_position_embeddings": 256, "rope_scaling": wide}
+    source = stock_folder(tmp_path, GOLDEN / "clex_llama", **config)
+    (tmp_path / "a.txt").write_text("the quick brown fox runs away . " * 60)
+    settings = ["--data", tmp_path / "a.txt", "--lengths", 64, 128, "--windows", 1, "--json"]
+    methods = ["--scalings", "none", "clex", "--own-rope", "drop"]
+    assert call(perplexity, "--model", source, *methods, *settings) == 0
+    plain, clex = json.loads(capsys.readouterr().out)["results"][::2]
+    assert plain["perplexity"] == pytest.approx(clex["perplexity"], rel=1e-5)  # at scale 1
+
+
 @pytest.mark.parametrize("choice", ["keep", "drop"])
 def test_the_option_is_refused_where_it_has_no_effect(choice, source, tmp_path, capsys):
     """On a plain rope, and without a scaling."""

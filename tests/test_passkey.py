@@ -241,6 +241,15 @@ def test_correct_answers_are_counted(folders, truthful, tmp_path, capsys):
     assert (tmp_path / "out.png").stat().st_size > 1000
 
 
+def test_a_quantised_cache_is_quantised_from_the_start(folders, truthful, tmp_path):
+    """mlx-lm's start of 5,000 tokens left shorter prompts as they were, under kv_bits: 2."""
+    starts = []
+    truthful.__post_init__ = lambda self: starts.append(self.quantized_kv_start)
+    out = tmp_path / "out"
+    assert call("--model", folders("clex"), *GRID, "--kv-bits", 2, "--output", out) == 0
+    assert starts == [read_results(out).settings["quantized_kv_start"]] == [0]
+
+
 def test_an_interrupted_run_continues(folders, truthful, tmp_path, capsys):
     """Each answer must count once, and the rows must equal those of an uninterrupted run."""
     base = ("--model", folders("clex"), *GRID, "--output")

@@ -330,6 +330,8 @@ def test_a_terminal_shows_progress(converted, text):
         (("--scalings", "ntk", "--scale", "2"), "exclude each other"),
         (("--scalings", "ntk", "--factor", "0.5"), "--factor must be at least 1"),
         (("--kv-bits", "4", "--kv-group-size", "128"), "cannot be quantised"),
+        (("--kv-bits", "8", "--kv-group-size", "0"), "--kv-group-size must be at least 1, got 0"),
+        (("--scalings", "clex", "--factor", "inf"), "--factor must be at least 1 and finite"),
         (("--adapter-path", "nowhere"), "nowhere has no adapter_config.json"),
     ],
 )

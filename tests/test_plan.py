@@ -80,6 +80,8 @@ def test_a_picture(model, tmp_path, capsys):
         (["--context", "0"], "--context must be at least 1, got 0"),
         (["--train", "512", "-1"], "--train must be at least 1, got -1"),
         (["--num-layers", "0"], "--num-layers must be at least 1, got 0"),
+        (["--context", "70000"], "--context has 70000 tokens, and this model reaches 65536"),
+        (["--train", "512", "70000"], "--train has 70000 tokens, and this model reaches 65536"),
         (["--kv-bits", "7"], "--kv-bits must be 2, 3, 4, 5, 6 or 8, got 7"),
         (["--backend", "vulkan"], "invalid choice: 'vulkan'"),
         (["--output", "memory.gif"], "A picture is a .png or .svg file"),
@@ -91,6 +93,23 @@ def test_options_that_cannot_be_used(model, capsys, options, words):
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+def test_a_cache_that_cannot_be_quantised_is_not_planned(tmp_path, capsys):
+    """MLX quantises in groups, which a head of 80 has none of; the plan said that it fits."""
+    heads = {"hidden_size": 2560, "num_attention_heads": 32, "num_key_value_heads": 32}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B | heads))
+    assert run(str(tmp_path), "--kv-bits", "4") == 2
+    assert "--kv-bits: the cache of this model cannot be quantised" in capsys.readouterr().err
+
+
+def test_without_a_reach_the_trained_length_is_planned(tmp_path, capsys):
+    """dynamic has no reach, and 2,048 tokens were planned for whatever the trained length."""
+    dynamic = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8192}
+    mine = {"model_file": "mlx_clex_model.py"}
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B | dynamic | mine))
+    assert run(str(tmp_path)) == 0
+    assert "reading 8,192 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "num_attention_heads", "num_hidden_layers"])

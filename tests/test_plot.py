@@ -219,6 +219,27 @@ def test_without_matplotlib_nothing_is_read(cli, monkeypatch):
     assert "pip install 'mlx_clex[plot]'" in err
 
 
+def test_files_of_one_name_keep_their_models_apart(cli, tmp_path, drawn):
+    """run1/p.json and run2/p.json gave one line through both models."""
+    for folder in ("run1", "run2"):
+        write(tmp_path / folder / "p", "perplexity", [{"label": "base"}])
+    assert cli("extrapolation", "run1/p.json", "run2/p")[0] == 0
+    assert [row["label"] for row in drawn] == ["base (run1/p.json)", "base (run2/p)"]
+
+
+@pytest.mark.parametrize("name", ["targets", "longest", "texts", "windows", "chunk", "stride"])
+def test_figures_of_other_targets_are_not_drawn_together(cli, tmp_path, name):
+    """They were drawn under "the same targets at every length"."""
+    for value in (64, 128):
+        settings = {"protocol": "same-targets", "tokens": "same", name: value}
+        results = open_results(
+            tmp_path / str(value), kind="perplexity", settings=settings, keys=("label", "length")
+        )
+        results.add({"label": "m", "length": 64, "perplexity": 2.0})
+    status, _, err = cli("extrapolation", "64.json", "128.json", "--output", "both.svg")
+    assert (status, f"differ in their {name} (64 in" in err) == (2, True)
+
+
 def test_figures_that_do_not_compare_are_not_drawn_together(cli, tmp_path):
     """One picture of two protocols, under the name of the first."""
     for name in ("whole", "chunked"):

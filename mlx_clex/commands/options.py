@@ -146,7 +146,9 @@ def check_cache_options(args: argparse.Namespace) -> None:
         )
     if args.kv_bits not in (None, 2, 3, 4, 5, 6, 8):
         raise InputError(f"--kv-bits must be 2, 3, 4, 5, 6 or 8, got {args.kv_bits}.")
-    check_least(args, "quantized_kv_start", 0)
+    for name, least in (("kv_group_size", 1), ("quantized_kv_start", 0)):
+        if hasattr(args, name):
+            check_least(args, name, least)
 
 
 def check_ranges(args: argparse.Namespace) -> None:

@@ -71,7 +71,8 @@ class Loader:
         """Return the model with the scaling `entry`; None keeps its current scaling."""
         model, _ = self.load(path)
         if entry is not None:
-            attach(model, entry, trained_length=scaled(model).trained_length)
+            length = scaled(model).trained_length
+            attach(model, entry, trained_length=length, own_rope=self._own_rope)
         return model
 
     def candidate(self, label: str, path: str, entry: Mapping[str, Any] | None = None) -> Candidate:

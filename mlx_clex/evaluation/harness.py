@@ -20,7 +20,7 @@ import lm_eval
 import mlx.core as mx
 import mlx.nn as nn
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import postprocess_generated_text
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from mlx_lm.evaluate import MLXLM, chat_template_fn
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from ..data.stop_strings import cut
 from ..data.text import TextTokenizer, encode_text, without_bos
 from ..errors import InputError, RunError, generating, say
-from ..model.plans import plan_at
+from ..model.plans import plan_at, single_caches
 from ..model.scaled_model import make_prompt_cache
 from .harness_tasks import Tasks, first_line
 from .reader import Reader, advancing
@@ -101,9 +101,8 @@ class PlannedLM(MLXLM, TemplateLM):
         for request in requests:
             context, options = request.args
             tokens = self.tok_encode(context) or [self.prefix_token_id]
-            count = options.get("max_gen_toks", _ANSWER_TOKENS)
-            until = options.get("until") or []
-            until = [until] if isinstance(until, str) else [stop for stop in until if stop]
+            settings: Any = normalize_gen_kwargs(options, _ANSWER_TOKENS)
+            count, until = settings["max_gen_toks"], [stop for stop in settings["until"] if stop]
             prompts.append((self._cut(tokens, count), count, until))
         think_end = self.tokenizer.think_end if self.tokenizer.has_thinking else None
         replies = []
@@ -188,13 +187,18 @@ class PlannedLM(MLXLM, TemplateLM):
             score, greedy = first[end[0]].item(), end[0] == likeliest
             if len(end) > 1:
                 # Trimming avoids a copy, which would double the memory of a long context.
-                trims = can_trim_prompt_cache(caches)
+                trims = can_trim_prompt_cache(caches) and not _overwritten(caches, len(end) - 1)
                 own = caches if trims else copy.deepcopy(caches)
                 scores, _, chosen = self._score_fn([end], cache=own, step_size=_STEP)
                 score += scores.sum().item()
                 greedy &= chosen.all().item()
                 if trims:
                     trim_prompt_cache(caches, len(end) - 1)
+            if math.isnan(score):
+                raise RunError(
+                    "The model gives no finite numbers. Check its weights, or convert it with "
+                    "--dtype float32."
+                )
             yield score, greedy
 
     def _cut(self, prompt: list[int], answer_tokens: int) -> list[int]:
@@ -213,6 +217,12 @@ class PlannedLM(MLXLM, TemplateLM):
             )
         self.cut += 1
         return prompt[:half] + prompt[-half:]
+
+
+def _overwritten(caches: Sequence[Any], tokens: int) -> bool:
+    """Return whether a window would lose its oldest keys to so many more tokens."""
+    sizes = ((cache, getattr(cache, "max_size", None)) for cache in single_caches(caches))
+    return any(size is not None and cache.offset + tokens >= size for cache, size in sizes)
 
 
 def run_tasks(
@@ -243,6 +253,8 @@ def run_tasks(
     for name, task in tasks.tasks.items():
         if (task.get_config("generation_kwargs") or {}).get("do_sample"):
             say(f"{name} asks for sampling; answers are greedy.")
+        if num_fewshot and task.get_config("num_fewshot") == 0:
+            say(f"{name} allows no examples: --num-shots {num_fewshot} has no effect on it.")
     try:
         found: Any = lm_eval.simple_evaluate(
             model=lm,
@@ -250,6 +262,7 @@ def run_tasks(
             task_manager=tasks.manager,
             num_fewshot=num_fewshot,
             apply_chat_template=lm.use_chat_template,
+            fewshot_as_multiturn=False,
             samples=None
             if limit is None
             else {
@@ -276,6 +289,9 @@ def run_tasks(
                 continue
             if metric.isdigit() and value == -1:
                 continue  # RULER scores a length without documents as -1
+            if not math.isfinite(value):  # such as a correlation of equal answers
+                say(f"{name}: {metric} is {value:g} and is left out.")
+                continue
             mine = [by_length[metric]] if metric in by_length else by_length.values()
             samples = sum(map(len, mine))
             stderr = figures.get(f"{metric}_stderr,{filtered}")

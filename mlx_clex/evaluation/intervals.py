@@ -65,5 +65,5 @@ def student_t(level: float, freedom: int) -> float:
 
 
 def exp(loss: float) -> float:
-    """Return e^loss; the loss is capped at 700 so that the result is a finite float."""
-    return math.exp(min(loss, 700))
+    """Return e^loss, at most the largest number of a result file, about 1e100."""
+    return math.exp(min(loss, 230))

@@ -159,7 +159,9 @@ def open_results(
     if prefix is None:
         return results
     results.prefix = expand(str(prefix).removesuffix(".json"))
-    file = _path(results.prefix, ".json")
+    file, table = (_path(results.prefix, suffix) for suffix in (".json", ".csv"))
+    if not file.exists() and table.exists() and not _has_columns(table, keys):
+        raise InputError(f"{table} is not a table of mlx_clex. Give another --output.")
     if file.exists():
         there = read_results(file)
         # A file without rows may be overwritten.
@@ -206,6 +208,11 @@ def read_results(path: str | Path, *kinds: str) -> Results:
             f"{file} has results of {whole['kind']}. Give results of {' or '.join(kinds)}."
         )
     return Results(whole["kind"], whole["settings"], tuple(whole["keys"]), whole["rows"], prefix)
+
+
+def _has_columns(table: Path, keys: Sequence[str]) -> bool:
+    with table.open(encoding="utf-8", errors="replace") as file:
+        return set(keys) <= set(file.readline(_LONGEST).rstrip("\n").split(","))
 
 
 def _check_same(there: Results, here: Results, file: Path) -> None:
@@ -260,5 +267,7 @@ def _has(row: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
 
 
 def _path(prefix: Path, suffix: str) -> Path:
+    if not prefix.name:
+        raise InputError(f"{prefix} names no file. Give a path such as results/books.")
     # with_suffix would replace the ".5" of a prefix such as "factor-0.5".
     return prefix.with_name(prefix.name + suffix)

@@ -12,6 +12,7 @@ import pytest
 from mlx_clex import compare, evaluate, passkey, perplexity
 from mlx_clex.checkpoint import lock
 from mlx_clex.errors import InputError, RunError
+from mlx_clex.evaluation.intervals import exp
 from mlx_clex.evaluation.results import open_results, read_results
 
 from ..checkpoint.test_lock import holder
@@ -45,6 +46,32 @@ def test_each_row_is_written_to_both_files_at_once(tmp_path):
     assert whole["versions"].keys() == {"mlx-clex", "mlx", "mlx-lm"}
     assert whole["rows"][1] == row("base", 256, 5.25)
     assert len(list(prefix.parent.iterdir())) == 2, "a temporary file stayed"
+
+
+def test_a_table_of_the_user_is_not_replaced(tmp_path):
+    """`--output book` replaced book.csv, whatever was in it."""
+    table = tmp_path / "book.csv"
+    table.write_text("title,pages\nMoby Dick,635\n")
+    with pytest.raises(InputError, match=r"book.csv is not a table of mlx_clex. Give another"):
+        opened(tmp_path / "book")
+    assert "Moby Dick" in table.read_text()
+    opened(tmp_path / "mine").add(row("base", 128, 5.0))
+    (tmp_path / "mine.json").unlink()
+    assert opened(tmp_path / "mine").rows == []
+
+
+@pytest.mark.parametrize("prefix", [".", "", "/"])
+def test_a_prefix_without_a_name_is_refused(prefix):
+    """An empty shell variable ended with a traceback."""
+    for use in (opened, read_results):
+        with pytest.raises(InputError, match="names no file"):
+            use(prefix)
+
+
+def test_the_largest_perplexity_can_be_read_again(tmp_path):
+    """A perplexity above 1e100 was written, and not accepted as a result."""
+    opened(tmp_path / "out").add(row("base", 128, exp(800.0)))
+    assert read_results(tmp_path / "out").rows[0]["perplexity"] > 1e99
 
 
 def test_a_second_run_continues_with_the_rows_of_the_first(tmp_path):
