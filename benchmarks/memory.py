@@ -24,7 +24,7 @@ from mlx_clex.diagnosis.machine import this_back_end
 from mlx_clex.diagnosis.memory import Reading, Training, peak, reading, training
 from mlx_clex.diagnosis.sizes import Sizes, sizes_of_model
 from mlx_clex.self_test.measurement import random_llama
-from mlx_clex.training.draws import Draws, procedure_for
+from mlx_clex.training.draws import Draws
 from mlx_clex.training.step import Batch, TrainingStep, compute_in_depth
 
 # Lengths are multiplied by --times.
@@ -89,7 +89,7 @@ def _train(model: Any, run: Training) -> int:
     mx.eval(model.parameters())
     step = TrainingStep(model, optim.Adam(learning_rate=1e-5), grad_checkpoint=run.grad_checkpoint)
     # Plain steps cut the rows, and need less.
-    procedure = replace(procedure_for(model.scaling), plain_share=0.0)
+    procedure = replace(model.scaling.procedure, plain_share=0.0)
     draws = Draws(model.scaling, procedure, np.random.default_rng(0))
     shape = (run.batch, run.length + 1)
     tokens = np.random.default_rng(0).integers(0, 500, shape).astype(np.int32)

@@ -20,7 +20,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_clex.training.draws import Draws, procedure_for
+from mlx_clex.training.draws import Draws
 from mlx_clex.training.step import Batch, TrainingStep, compute_in_depth
 
 from .blocks import AGAIN, OURS, STOCK, Comparison
@@ -43,7 +43,7 @@ def main() -> None:
     optimizer = optim.Adam(learning_rate=1e-5)
     alone = TrainingStep(model, optimizer)
     shared = TrainingStep(model, optimizer, group=group)
-    draws = Draws(model.scaling, procedure_for(model.scaling), np.random.default_rng(0))
+    draws = Draws(model.scaling, model.scaling.procedure, np.random.default_rng(0))
     tokens = np.random.default_rng(group.rank()).integers(
         0, model.args.vocab_size, (1, args.length + 1)
     )

@@ -36,7 +36,7 @@ from mlx_clex.model.chunked_loss import hidden_states
 from mlx_clex.scaling import build_scaling
 from mlx_clex.self_test.measurement import random_llama
 from mlx_clex.training import step as step_module
-from mlx_clex.training.draws import Draws, procedure_for
+from mlx_clex.training.draws import Draws
 from mlx_clex.training.step import Batch, TrainingStep
 
 CASES = ("stock", "ours", "stock body", "ours body")
@@ -99,7 +99,7 @@ def our_step(model: Any, tokens: np.ndarray, *, body: bool) -> Callable[[], obje
 
         # Replaces the loss that the step module imported.
         vars(step_module)["loss_for_gradient"] = mean_hidden
-    draws = Draws(model.scaling, procedure_for(model.scaling), np.random.default_rng(0))
+    draws = Draws(model.scaling, model.scaling.procedure, np.random.default_rng(0))
     ones = np.ones((len(tokens), tokens.shape[1] - 1), np.float32)
     batch = Batch(tokens[:, :-1], tokens[:, 1:], ones)
     return lambda: step(batch, draws.draw(batch.tokens.shape[1]))

@@ -7,6 +7,7 @@ import errno
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 _LONGEST = 400  # characters of another library's message
@@ -24,6 +25,24 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """A run with valid input failed; commands print one line and exit with status 1."""
+
+
+def import_extra(module: str, extra: str, what: str) -> Any:
+    """Return a module that an extra of this package installs.
+
+    Args:
+        module: its name.
+        extra: name of the extra.
+        what: what needs it, the start of the message.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise InputError(f"{what} needs {package}: pip install 'mlx-clex[{extra}]'.") from error
 
 
 def say(text: str) -> None:
@@ -92,10 +111,14 @@ def generating(where: Callable[[], str]) -> Iterator[None]:
         yield
     except (InputError, RunError):
         raise
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         # mlx-lm checks sampling and KV quantisation only when it uses them.
-        hint = " Try another --kv-group-size." if "[quantize]" in str(error) else ""
-        raise InputError(f"mlx-lm does not accept an option: {error}{hint}") from error
+        if "quantiz" in str(error).lower():
+            raise InputError(
+                "The cache of this model cannot be quantised with this --kv-bits and "
+                f"--kv-group-size: {error}"
+            ) from error
+        raise InputError(f"mlx-lm does not accept an option: {error}") from error
     except LookupError as error:
         raise InputError(
             f"The model gave a token that its tokenizer lacks ({one_line(error)}). The tokenizer "
@@ -103,11 +126,6 @@ def generating(where: Callable[[], str]) -> Iterator[None]:
         ) from error
     except RuntimeError as error:
         raise RunError(f"MLX failed {where()}: {error}{watchdog_advice(error)}") from error
-
-
-def failed_after(tokens: int, error: RuntimeError) -> RunError:
-    """Return the error for a failure of MLX in a conversation."""
-    return RunError(f"MLX failed after {tokens} tokens: {error}{watchdog_advice(error)}")
 
 
 def watchdog_advice(error: BaseException, *, training: bool = False) -> str:

@@ -22,7 +22,7 @@ from .commands.chat_options import (
 )
 from .commands.options import sampler_at
 from .commands.run_command import command
-from .errors import InputError
+from .errors import InputError, import_extra
 from .serving.page import CSS, HEAD, build_page
 from .serving.turns import Turns
 
@@ -47,10 +47,7 @@ def run(args: argparse.Namespace) -> None:
     # Read by gradio when it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    try:
-        import gradio as gr
-    except ImportError as error:
-        raise InputError("The page needs gradio: pip install 'mlx-clex[web]'.") from error
+    gr = import_extra("gradio", "web", "The page")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

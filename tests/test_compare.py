@@ -81,7 +81,7 @@ def test_a_model_does_not_differ_from_itself(converted, text, tmp_path, capsys):
     model, tokenizer = load(folder)
     ids = np.array([*tokenizer.encode(TEXT), tokenizer.eos_token_id])
     corpus = evaluation.Corpus("text", ids, np.array([0]), np.array([0]))
-    plain = evaluation.perplexity(model, corpus, 100, 3)
+    plain = evaluation.score(model, corpus, 100, 3).perplexity
     assert last[:4] == ["all", "297", "0.000e+00", "0.00%"]
     assert math.isclose(float(last[4]), plain, rel_tol=1e-5)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_clex.errors import RunError, failed_after, generating, one_line
+from mlx_clex.errors import InputError, RunError, generating, one_line
 from mlx_clex.training.ranks import Ranks
 
 
@@ -13,11 +13,18 @@ def test_the_watchdog_of_macos_is_told_apart_from_a_lack_of_memory(text):
         raise RuntimeError(f"[METAL] Command buffer execution failed: {text}")
     with pytest.raises(RunError, match="--prefill-step-size 512"), generating(lambda: "at 3"):
         raise RuntimeError(f"[METAL] Command buffer execution failed: {text}")
-    chat = failed_after(3, RuntimeError(text))
-    assert "after 3 tokens" in str(chat)
-    assert "--prefill-step-size 512" in str(chat)
     with pytest.raises(RunError, match="If memory was short"), Ranks().running():
         raise RuntimeError("[METAL] Insufficient Memory")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("[quantize] bad group"), NotImplementedError("RotatingKVCache Quantization NYI")],
+)
+def test_a_cache_that_cannot_be_quantised_is_an_error_of_the_options(error):
+    """A cache of a window was "MLX failed", with exit status 1, in all commands but one."""
+    with pytest.raises(InputError, match="cannot be quantised"), generating(lambda: "at 3"):
+        raise error
 
 
 def test_control_characters_of_a_file_are_escaped():

@@ -7,7 +7,7 @@ import pytest
 
 from mlx_clex.commands.scaling_options import scaling_from
 from mlx_clex.scaling import build_scaling
-from mlx_clex.training.draws import Draws, procedure_for
+from mlx_clex.training.draws import Draws
 from mlx_clex.training.options import TrainingOptions
 
 from .training.commands import call, parse
@@ -35,7 +35,7 @@ def test_the_examples_are_read(file):
     options = TrainingOptions.of(args)
     shape = {"dims": 128, "base": 1e4, "trained_length": 4096}
     scaling = build_scaling(scaling_from(args), **shape)
-    draws = Draws(scaling, procedure_for(scaling), np.random.default_rng(0))
+    draws = Draws(scaling, scaling.procedure, np.random.default_rng(0))
     draws.check(options.max_seq_length)
     assert draws.draw(options.max_seq_length).positions.max() < 16 * 4096
     for line in file.read_text().splitlines():

@@ -175,7 +175,7 @@ def test_scalings_on_the_same_weights(text, tmp_path, converted, capsys):
         options = {"factor": 4} if name in ("ntk", "gene") else {}
         options = {"max_factor": 4} if name == "clex" else options
         attach(model, {"type": name, **options}, trained_length=32)
-        plain = evaluation.perplexity(model, corpus, 128, 2)
+        plain = evaluation.score(model, corpus, 128, 2).perplexity
         row = found[f"stock + {label}", 128]
         assert math.isclose(row["perplexity"], plain, rel_tol=1e-6)
         assert row["scale"] == model.scale_at(128)

@@ -216,7 +216,7 @@ def test_without_matplotlib_nothing_is_read(cli, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     status, _, err = cli("frequencies", "--model", "nowhere")
     assert status == 2
-    assert "pip install 'mlx_clex[plot]'" in err
+    assert "pip install 'mlx-clex[plot]'" in err
 
 
 def test_files_of_one_name_keep_their_models_apart(cli, tmp_path, drawn):

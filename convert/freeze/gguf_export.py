@@ -21,9 +21,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_clex.checkpoint.safetensors_file import info_of
-from mlx_clex.errors import InputError, reading
+from mlx_clex.errors import InputError, import_extra, reading
 
-from ..read.gguf_file import import_gguf
 from ..write.output import finite_bytes
 
 FILE = "model.gguf"
@@ -59,7 +58,7 @@ def check(config: Mapping[str, Any]) -> None:
             raise InputError(f"--for llama.cpp: llama.cpp has no {key} {config[key]}.")
     if "quantization" in config:
         raise InputError("--for llama.cpp does not take MLX's quantised weights: add -d.")
-    import_gguf("--for llama.cpp")
+    import_extra("gguf", "gguf", "--for llama.cpp")
 
 
 def write(
@@ -84,7 +83,7 @@ def write(
     Raises:
         InputError: the file cannot hold a setting, or a tensor has values that are not finite.
     """
-    gguf = import_gguf("--for llama.cpp")
+    gguf = import_extra("gguf", "gguf", "--for llama.cpp")
     entry = config["rope_scaling"]
     heads = config["num_attention_heads"]
     key_heads = config.get("num_key_value_heads") or heads

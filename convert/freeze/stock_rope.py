@@ -19,14 +19,14 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_clex.checkpoint.config import BASE_ROPE, base_config
-from mlx_clex.errors import InputError, one_line
+from mlx_clex.errors import InputError, import_extra, one_line
 from mlx_clex.model.base_rope import stands_still
 from mlx_clex.model.find_ropes import find_sites, ropes_in
 from mlx_clex.model.rotary import rotate
 from mlx_clex.model_file import Model, ModelArgs, get_stock_classes
 from mlx_clex.scaling import Scaling
+from mlx_clex.scaling.base import plain_inv_freq
 
-from ..read.torch_bin import import_torch
 from . import gguf_export
 
 # Rotates (1, 1, 1, head_dim) at a position.
@@ -86,13 +86,13 @@ def frozen_config(
     base |= {"rope_scaling": None, "head_dim": head_dim, "max_position_embeddings": length}
     if program == "llama.cpp":
         gguf_export.check(config)
-        factors = _base_inv_freq(scaling) / np.array(inv_freq, np.float64)
+        factors = plain_inv_freq(scaling.dims, scaling.base) / np.array(inv_freq, np.float64)
         entry = {"factors": factors.tolist(), "query_gain": ours.score_gain}
         theta = {"rope_theta": scaling.base}
         return base | theta | {"rope_scaling": {"type": gguf_export.ROPE, **entry}}, length
     build = _mlx_rotations
     if program == "transformers":
-        import_torch("Freezing for transformers needs torch")
+        import_extra("torch", "bin", "Freezing for transformers")
         build = _transformers_rotations
         stock = [rope for rope in stock if rope.scaled][:1]  # one embedding for all layers
     trial = _Trial(build, ours, stock, width, length)
@@ -158,18 +158,13 @@ def _candidates(
     stock = scaling.stock_entry(scale)
     if stock is not None:
         yield _entry(stock.pop("type"), **stock)
-    factors = (_base_inv_freq(scaling) / inv_freq).tolist()
+    factors = (plain_inv_freq(scaling.dims, scaling.base) / inv_freq).tolist()
     # longrope multiplies queries and keys by sqrt(ln length / ln original).
     original = length ** (1 / score_gain)
     if math.isclose(original, round(original), rel_tol=1e-9):
         original = round(original)
     fields = {"short_factor": factors, "long_factor": factors}
     yield _entry("longrope", **fields, original_max_position_embeddings=original)
-
-
-def _base_inv_freq(scaling: Scaling) -> np.ndarray:
-    """Return the frequencies of a plain rope with this rope_theta, (D/2,)."""
-    return scaling.base ** -(np.arange(0, scaling.dims, 2) / scaling.dims)
 
 
 def _entry(kind: str, **fields: Any) -> dict[str, Any]:
@@ -321,7 +316,7 @@ def check_names(config: Mapping[str, Any], tensors: Mapping[str, mx.array]) -> N
     Raises:
         InputError: there is one, for example in Mixtral, whose experts are one tensor in MLX.
     """
-    torch = import_torch("Freezing for transformers needs torch")
+    torch = import_extra("torch", "bin", "Freezing for transformers")
     from transformers import AutoModelForCausalLM
 
     settings, _ = _transformers_family(config)
@@ -354,7 +349,7 @@ def _transformers_family(config: Mapping[str, Any]) -> tuple[Any, Any]:
 
 def _transformers_rotations(config: dict[str, Any]) -> list[_Theirs]:
     """Return the rotation of transformers' rotary embedding for this config."""
-    torch = import_torch("Freezing for transformers needs torch")
+    torch = import_extra("torch", "bin", "Freezing for transformers")
     settings, module = _transformers_family(config)
     embedding = next(v for k, v in vars(module).items() if k.endswith("RotaryEmbedding"))(settings)
 

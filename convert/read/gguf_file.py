@@ -9,7 +9,6 @@ Not covered: what differs by architecture (`gguf_families.py`), experts, and the
 
 import re
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from mlx_clex.checkpoint.files import open_regular
 from mlx_clex.checkpoint.safetensors_file import TensorInfo, write
-from mlx_clex.errors import InputError, reading
+from mlx_clex.errors import InputError, import_extra, reading
 
 from .gguf_families import FAMILIES, Family, llama3_rope
 
@@ -62,23 +61,6 @@ class GgufFile(NamedTuple):
         return value
 
 
-def import_gguf(reason: str) -> Any:
-    """Return the package gguf.
-
-    Args:
-        reason: start of the error message, what needs the package.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    try:
-        return import_module("gguf")
-    except ImportError as error:
-        raise InputError(
-            f"{reason} needs the package gguf: pip install 'mlx-clex[gguf]'."
-        ) from error
-
-
 def read(path: Path) -> GgufFile:
     """Parse the header of a .gguf file.
 
@@ -87,7 +69,7 @@ def read(path: Path) -> GgufFile:
     """
     with reading(f"{path} is corrupt or truncated. Download or copy it again"):
         open_regular(path).close()
-        reader = _bounded_reader(import_gguf(f"Reading {path}"))(path)
+        reader = _bounded_reader(import_extra("gguf", "gguf", f"Reading {path}"))(path)
         metadata = {
             name: field.contents()
             for name, field in reader.fields.items()
@@ -239,7 +221,7 @@ def decode(data: np.ndarray, kind: Any) -> np.ndarray:
 
 
 def _decoded(rows: np.ndarray, kind: Any) -> Iterator[np.ndarray]:
-    package = import_gguf("Decoding a .gguf file")
+    package = import_extra("gguf", "gguf", "Decoding a .gguf file")
     block, nbytes = package.GGML_QUANT_SIZES[kind]
     step = max(1, _CHUNK // (rows.shape[-1] // nbytes * block))
     for start in range(0, len(rows), step):
@@ -286,7 +268,7 @@ def _info(tensor: Any) -> TensorInfo:
 
 def _check_tensor(path: Path, tensor: Any) -> None:
     """Refuse a type that cannot be decoded, and empty or huge shapes."""
-    package = import_gguf(f"Reading {path}")
+    package = import_extra("gguf", "gguf", f"Reading {path}")
     kind = tensor.tensor_type
     traits = package.quants._type_traits  # the types that `dequantize` knows
     if kind.name not in _FLOATS and kind not in traits:

@@ -12,25 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_clex.checkpoint.safetensors_file import TensorInfo, write
-from mlx_clex.errors import InputError, reading
+from mlx_clex.errors import import_extra, reading
 
 from .torch_pickle import read_tensors
 
 
-def import_torch(reason: str = "This checkpoint has only .bin files, which need torch") -> Any:
-    """Return the module torch.
-
-    Args:
-        reason: start of the error message, what needs torch.
-
-    Raises:
-        InputError: it is not installed.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(f"{reason}: pip install 'mlx-clex[bin]'.") from error
-    return torch
+def _torch() -> Any:
+    return import_extra("torch", "bin", "A checkpoint of .bin files")
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -40,7 +28,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         InputError: the file is corrupt, or has something other than tensors; or torch, which
             reads the data, is not installed.
     """
-    import_torch()
+    _torch()
     return {name: tensor.info for name, tensor in read_tensors(path).items()}
 
 
@@ -62,7 +50,7 @@ def spool(
         InputError: as `read_header`.
     """
     header = read_header(path)
-    torch = import_torch()
+    torch = _torch()
     with reading(f"{path} is corrupt or truncated. Download or copy it again"):
         # The old format is not a zip file and cannot be mapped.
         mapped = zipfile.is_zipfile(path)
@@ -79,7 +67,7 @@ def spool(
 
 def _bytes_of(tensor: Any) -> Callable[[], memoryview]:
     def data() -> memoryview:
-        torch = import_torch()
+        torch = _torch()
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         return memoryview(flat.numpy())
 

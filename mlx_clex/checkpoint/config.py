@@ -279,15 +279,9 @@ def _fields(family: str) -> dict[str, bool]:
     return fields
 
 
-@functools.cache
 def _default(family: str, key: str) -> Any:
     """Return a value of transformers' config class, which published configs leave out, or None."""
-    from transformers import AutoConfig
-
-    try:
-        return getattr(AutoConfig.for_model(family), key, None)
-    except Exception:  # a family that transformers does not have, or that needs more settings
-        return None
+    return getattr(read_by_transformers({"model_type": family}), key, None)
 
 
 def set_tied(config: dict[str, Any], *, has_head: bool, same: bool) -> None:

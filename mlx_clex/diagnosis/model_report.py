@@ -98,22 +98,12 @@ def _files(source: Source) -> Iterator[Row]:
         kind = "a published checkpoint: load converts it once"
     size = sum((folder / name).stat().st_size for name in weights)
     yield "weights", f"{size_text(size)} in {len(weights)} files, {kind}"
-    indexes = sorted(folder.glob("[!.]*.index.json"))
-    if not indexes:
-        from ..convert.read.source import choose_weights
+    from ..convert.read.source import choose_weights
 
-        try:
-            choose_weights(names, lambda name: None, str(folder))
-        except InputError as error:
-            yield PROBLEM, str(error)
-    for index in indexes:
-        try:
-            wanted = set(read_json(index)["weight_map"].values())
-        except (InputError, KeyError, AttributeError, TypeError):
-            yield PROBLEM, f"{index.name} is not a readable index of weights. Copy it again."
-            continue
-        for name in sorted(wanted - set(names)):
-            yield PROBLEM, f"{index.name} lists {name}, which is missing. Download it again."
+    try:
+        choose_weights(names, lambda name: read_json(folder / name), str(folder))
+    except InputError as error:
+        yield PROBLEM, str(error)
     if not any(name.startswith(("tokenizer.", "vocab.")) for name in names):
         yield PROBLEM, "No tokenizer. Copy the tokenizer files of the base model here."
 

@@ -150,11 +150,6 @@ def score(
     return Score(np.array(losses), len(losses) * int(counts.sum()))
 
 
-def perplexity(model: nn.Module, corpus: Corpus, length: int, windows: int) -> float:
-    """Return the perplexity of whole windows of one length; the arguments are those of `score`."""
-    return score(model, corpus, length, windows).perplexity
-
-
 def windows_of(
     corpus: Corpus,
     length: int,
@@ -265,7 +260,6 @@ def logits_of_text(
             with (
                 generating(partial("at token {} of {}".format, start, length)),
                 _inference(model),
-                _quantising(kv_bits, kv_group_size),
             ):
                 maybe_quantize_kv_cache(caches, 0, kv_group_size, kv_bits)
                 for cache in planned_caches(caches):
@@ -359,17 +353,3 @@ def _inference(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
-
-
-@contextlib.contextmanager
-def _quantising(bits: int | None, group_size: int) -> Iterator[None]:
-    """Turn mlx-lm's error about a cache that cannot be quantised into an InputError."""
-    try:
-        yield
-    except (ValueError, NotImplementedError) as error:
-        if bits is None or isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"The cache of this model cannot be quantised with --kv-bits {bits} "
-            f"--kv-group-size {group_size}: {error}"
-        ) from error

@@ -55,28 +55,6 @@ class Measuring:
             return self.windows or max(SMALLEST_WINDOWS, 2 * AIMED_TOKENS // longest)
         return self.windows or max(SMALLEST_WINDOWS, AIMED_TOKENS // length)
 
-    def score(
-        self,
-        model: nn.Module,
-        corpus: Corpus,
-        line: Candidate,
-        length: int,
-        longest: int,
-        on_read: Callable[[int], Any],
-    ) -> Score:
-        """Measure one cell; see `perplexity.score`."""
-        return score(
-            model,
-            corpus,
-            length,
-            self.windows_of(length, longest),
-            self.protocol_of(line, length),
-            longest,
-            kv_bits=self.kv_bits,
-            kv_group_size=self.kv_group_size,
-            on_read=on_read,
-        )
-
 
 def measure(
     measuring: Measuring,
@@ -130,7 +108,17 @@ def measure(
             if row is None:
                 bar.set_description(f"{line.label}, {length} tokens")
                 model = loader.with_scaling(line.path, line.entry)
-                found = measuring.score(model, corpus, line, length, lengths[-1], bar.update)
+                found = score(
+                    model,
+                    corpus,
+                    length,
+                    measuring.windows_of(length, lengths[-1]),
+                    measuring.protocol_of(line, length),
+                    lengths[-1],
+                    kv_bits=measuring.kv_bits,
+                    kv_group_size=measuring.kv_group_size,
+                    on_read=bar.update,
+                )
                 row = _row(model, line, length, found, corpus.name)
                 if paired:
                     shortest = results.find(label=line.label, length=lengths[0]) or {}

@@ -15,6 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..scaling.base import plain_inv_freq
+
 _THETA = 10_000.0  # if the config has no rope_theta
 _FAR = (1, 1000, 100_003)  # positions at which the frequencies must hold, tokens
 
@@ -53,7 +55,7 @@ def measured_rope(rope: Any, width: int, rope_theta: Any) -> BaseRope:
         pairs = rope.dims // 2
         if rope.scale == 1.0:
             return BaseRope(rope.dims, rope.base, rope.traditional, pairs)
-        scaled = tuple((rope.scale * _plain(rope.dims, rope.base)).tolist())
+        scaled = tuple((rope.scale * plain_inv_freq(rope.dims, rope.base)).tolist())
         return BaseRope(rope.dims, rope.base, rope.traditional, pairs, scaled)
     dims = getattr(rope, "dims", getattr(rope, "dim", width))
     for traditional in (False, True):
@@ -85,17 +87,17 @@ def stands_still(rope: Any, x: mx.array) -> bool:
     return bool(mx.array_equal(rope(x, offset=1), x))
 
 
-def _plain(dims: int, base: float) -> np.ndarray:
-    return base ** -(np.arange(0, dims, 2) / dims)
-
-
 def _theta_of(inv_freq: np.ndarray, dims: int, rope_theta: Any) -> float | None:
     """Return rope_theta of a plain rope with these frequencies, or None if there is none."""
     pairs = len(inv_freq)
     theta = float(f"{float(inv_freq[-1]) ** (-dims / 2 / (pairs - 1)):.5g}")
     if isinstance(rope_theta, int | float) and math.isclose(theta, rope_theta, rel_tol=1e-4):
         theta = float(rope_theta)
-    return theta if np.allclose(_plain(dims, theta)[:pairs], inv_freq, rtol=1e-4, atol=0) else None
+    return (
+        theta
+        if np.allclose(plain_inv_freq(dims, theta)[:pairs], inv_freq, rtol=1e-4, atol=0)
+        else None
+    )
 
 
 def _exactly(rope: Any, measured: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import new_file
-from ..errors import InputError
+from ..errors import InputError, import_extra
 
 Row = Mapping[str, Any]
 Points = Sequence[tuple[float, float]]
@@ -77,12 +77,7 @@ def check_path(path: Path) -> None:
     """
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"A picture is a {' or '.join(FORMATS)} file, not {path.name!r}.")
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            "Pictures need matplotlib, which is missing: pip install 'mlx_clex[plot]'."
-        ) from error
+    import_extra("matplotlib.figure", "plot", "A picture")
 
 
 @contextmanager

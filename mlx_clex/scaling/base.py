@@ -23,6 +23,11 @@ from .procedure import Procedure
 PREFIX = "scaling."  # prefix of the names of learned tensors in a checkpoint
 
 
+def plain_inv_freq(dims: int, base: float) -> np.ndarray:
+    """Return the frequencies of a plain rope, radians per token, (dims / 2,)."""
+    return base ** -(np.arange(0, dims, 2) / dims)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RotaryShape:
     """The rotary embedding of the base model, and the heads that share it."""
@@ -259,7 +264,7 @@ class Scaling(nn.Module, ABC):
         """Return the base model's frequencies, radians per token, float64, (D/2,)."""
         if self.shape.inv_freq is not None:
             return np.array(self.shape.inv_freq)
-        return self.base ** -(np.arange(0, self.dims, 2) / self.dims)
+        return plain_inv_freq(self.dims, self.base)
 
     def _table(self, scale: float, layer: int) -> tuple[mx.array, mx.array]:
         solved = self.use_current_weights()

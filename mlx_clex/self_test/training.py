@@ -11,7 +11,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten
 
 from ..data.batch import Batch
 from ..training.draws import Draw
@@ -47,19 +46,6 @@ def step_of(method: str) -> tuple[TrainingStep, Batch, Draw]:
     # With momentum, the optimizer's state after one step is the gradient.
     optimizer = optim.SGD(learning_rate=0.0, momentum=0.5)
     return TrainingStep(model, optimizer, grad_checkpoint=True), batch, Draw(_SCALE, positions)
-
-
-def plain_gradients(method: str) -> dict[str, mx.array]:
-    """Return the gradients of the same objective by name, neither compiled nor checkpointed."""
-    step, batch, draw = step_of(method)
-    step.grad_checkpoint = False
-    gradient_of, _ = step._apart
-    arrays: Any = [mx.array(a) for a in batch]
-    count = arrays[2].sum()
-    frequencies, gain = step._frequencies(draw.scale), step._gain(draw.scale)
-    positions = mx.array(draw.positions)
-    _, gradient, _ = gradient_of(*arrays, frequencies, positions, gain, count, None, True)
-    return dict(tree_flatten(gradient))
 
 
 def training_step() -> Iterator[Measurement]:

@@ -25,7 +25,7 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from ..checkpoint.fingerprint import Fingerprint
 from ..data.text import encode_text, normalise_text, without_bos
-from ..errors import InputError, failed_after
+from ..errors import InputError, RunError, generating
 from ..model.plans import planned_caches
 from ..model.scaled_model import make_prompt_cache, scaled
 from .prompt import pass_size, render_messages
@@ -227,19 +227,20 @@ class Conversation:
         text, failed = "", False
         self.finish = "stopped"
         try:
-            for part in parts:
-                produced.append(part.token)
-                text += part.text
-                self.generated, self.speed = part.generation_tokens, part.generation_tps
-                if part.finish_reason is not None:
-                    cut = part.finish_reason == "length" and limit == room
-                    self.finish = "reach" if cut else part.finish_reason
-                yield part.text
-                if self.stop.is_set():
-                    break
-        except RuntimeError as error:
+            with generating(lambda: f"after {len(produced)} tokens"):
+                for part in parts:
+                    produced.append(part.token)
+                    text += part.text
+                    self.generated, self.speed = part.generation_tokens, part.generation_tps
+                    if part.finish_reason is not None:
+                        cut = part.finish_reason == "length" and limit == room
+                        self.finish = "reach" if cut else part.finish_reason
+                    yield part.text
+                    if self.stop.is_set():
+                        break
+        except (InputError, RunError):
             failed = True
-            raise failed_after(len(produced), error) from error
+            raise
         finally:
             parts.close()
             if failed or not produced:
@@ -355,7 +356,8 @@ class Conversation:
         if progress is not None and start < end:
             progress(0, end - start)
         try:
-            with wired_limit(self.model):
+            failing = generating(lambda: f"after {self._cached - start} tokens")
+            with wired_limit(self.model), failing:
                 while self._cached < end:
                     chunk = wanted[self._cached : min(self._cached + size, end)]
                     self.model(mx.array([chunk]), cache=self._cache)
@@ -367,11 +369,7 @@ class Conversation:
                     if self.stop.is_set():
                         self._trim(keep)
                         raise Stopped
-        except RuntimeError as error:
-            done = self._cached - start
-            self._drop_cache()
-            raise failed_after(done, error) from error
-        except KeyboardInterrupt:
+        except (RunError, KeyboardInterrupt):
             # In the middle of a pass: some layers have its tokens, some do not.
             self._drop_cache()
             raise

@@ -18,11 +18,6 @@ _MOST_RUNS = 4  # of `skips`
 _SHORTEST_PIECE = 4  # of `pieces`, in trained lengths
 
 
-def procedure_for(scaling: Scaling, *, released: bool = False) -> Procedure:
-    """Return the default procedure of a method, or that of its paper."""
-    return scaling.released_procedure if released else scaling.procedure
-
-
 @dataclass(frozen=True)
 class Draw:
     """The scale and positions of one forward pass."""
@@ -87,17 +82,16 @@ class Draws:
         """Draw the next scale and positions, for sequences of `length` tokens."""
         procedure, trained = self.procedure, self.scaling.trained_length
         plain_share = procedure.plain_share_at(length, trained)
+        pieces = 0
         if plain_share and self.rng.random() < plain_share:
             pieces = _steps(length, trained)
-            piece = length // pieces
-            scale = self.scaling.scale_at(piece)  # 1 for CLEX
-            return Draw(scale, np.arange(piece, dtype=np.float32), pieces)
-        if procedure.sampling == PIECES:
+        elif procedure.sampling == PIECES:
             doublings = max(0, (length // (_SHORTEST_PIECE * trained)).bit_length() - 1)
             pieces = 2 ** int(self.rng.integers(0, doublings + 1))
+        if pieces:
             piece = length // pieces
-            positions = np.arange(piece, dtype=np.float32)
-            return Draw(self.scaling.scale_at(piece), positions, pieces)
+            scale = self.scaling.scale_at(piece)  # 1 for a plain step of CLEX
+            return Draw(scale, np.arange(piece, dtype=np.float32), pieces)
         scale = self._scale(length)
         if procedure.sampling == CONTIGUOUS:
             return Draw(scale, np.arange(length, dtype=np.float32))

@@ -21,6 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.callbacks import TrainingCallback
 from tqdm import tqdm
 
 from ..checkpoint.adapters import ADAPTER_SCALING, ADAPTERS, CURRENT, EXTRA_WEIGHTS
@@ -36,26 +37,15 @@ from .batches import Batches
 from .best import BEST, Best
 from .draws import Draws
 from .log import LOG, Log
+from .options import TrainingOptions
 from .progress import Progress, not_finite
 from .progress_bars import Pace, with_bar
 from .ranks import Ranks
 from .saves import OPTIMIZER, STATE, Checkpoints
 from .step import Result, TrainingStep
 
-
-@dataclass(frozen=True, kw_only=True)
-class LoopOptions:
-    """When to do what, in iterations; an iteration is one batch."""
-
-    iters: int
-    grad_accumulation_steps: int = 1
-    steps_per_report: int = 10
-    steps_per_eval: int = 200
-    save_every: int = 100
-    val_batches: int = 25  # -1: all
-    clear_cache_threshold: int = 0  # bytes of freed memory that MLX may keep
-    eval_lengths: tuple[int, ...] = ()  # tokens
-    eval_windows: int = 4  # sequences at each of these lengths
+_WINDOWS = 4  # of each length, in a validation
+_BEST_WINDOWS = 16  # the same, where a validation decides which weights are kept
 
 
 @dataclass
@@ -65,18 +55,16 @@ class Run:
     step: TrainingStep
     draws: Draws
     batches: Batches
-    options: LoopOptions
+    options: TrainingOptions
     checkpoints: Checkpoints
     config: Mapping[str, Any]  # written as adapter_config.json
+    callback: TrainingCallback  # is told the figures that are printed
     valid: Batches | None = None
     valid_corpus: Corpus | None = None
     extra: frozenset[str] = frozenset()  # saved names that no adapter loader knows
     kept: frozenset[str] = frozenset()  # names that are saved though they are not trained
     best: Best | None = None  # None: the run ends with its last weights
-    seed: int = 0
     ranks: Ranks = field(default_factory=Ranks)
-    on_report: Callable[[dict[str, Any]], None] = lambda info: None
-    on_validation: Callable[[dict[str, Any]], None] = lambda info: None
     progress: Progress = field(default_factory=Progress)
 
     @property
@@ -218,7 +206,7 @@ class Run:
         draw = self.draws.draw(batch.tokens.shape[1])
         # A seed for each iteration, so that dropout is the same after a resume.
         ranks = self.ranks
-        mx.random.seed((self.seed * 1_000_003 + iteration) * ranks.size + ranks.rank)
+        mx.random.seed((self.options.seed * 1_000_003 + iteration) * ranks.size + ranks.rank)
         return self.step(batch.rows(ranks.rank, ranks.size), draw, update=update), draw.scale
 
     def _failure(self, what: str) -> RunError:
@@ -280,16 +268,17 @@ class Run:
             f"Trained Tokens {progress.trained_tokens}, "
             f"Peak mem {info['peak_memory']:.3f} GB"
         )
-        self.on_report(info)
+        self.callback.on_train_loss_report(info)
         progress.losses, progress.tokens = 0.0, 0
 
     def _validate(self, log: Log) -> None:
-        options, corpus, iteration = self.options, self.valid_corpus, self.progress.iteration
-        if corpus is None or not (self.valid or options.eval_lengths):
+        corpus, iteration = self.valid_corpus, self.progress.iteration
+        lengths = self.options.eval_lengths or []
+        if corpus is None or not (self.valid or lengths):
             return
         started = time.perf_counter()
         mean = None if self.valid is None else self._mean_loss(self.valid)
-        found = {n: self._score(corpus, n) for n in options.eval_lengths}
+        found = {n: self._score(corpus, n, max(lengths)) for n in lengths}
         seconds = time.perf_counter() - started
         losses = {f"the loss at {n} tokens": part.loss for n, part in found.items()}
         if mean is not None:
@@ -311,16 +300,17 @@ class Run:
         log.write({"iteration": iteration, "valid_loss": mean, "perplexity": values})
         by_length = {f"perplexity_{n}": value for n, value in values.items()}
         info = {"iteration": iteration, "val_loss": mean, "val_time": seconds} | by_length
-        self.on_validation({key: value for key, value in info.items() if value is not None})
+        info = {key: value for key, value in info.items() if value is not None}
+        self.callback.on_val_loss_report(info)
 
     def _mean_loss(self, valid: Batches) -> float:
         shown = self.ranks.first
         batches = with_bar(valid, self.options.val_batches, "Validating", shown=shown)
         return mean_loss(self.model, batches)
 
-    def _score(self, corpus: Corpus, length: int) -> Score:
+    def _score(self, corpus: Corpus, length: int, longest: int) -> Score:
         """Return the losses of the same targets with `length` tokens of context."""
-        windows, longest = self.options.eval_windows, max(self.options.eval_lengths)
+        windows = _WINDOWS if self.best is None else _BEST_WINDOWS
         protocol = Protocol(targets=self.step.scaling.trained_length)
         total = len(protocol.starts(corpus, length, windows, longest)) * (length - 1)
         text = f"Perplexity at {length} tokens"

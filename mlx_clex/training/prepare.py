@@ -8,12 +8,13 @@ Not covered: the run itself (`loop.py`), and what is printed about it (`job.py`)
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.tuner.callbacks import get_reporting_callbacks
+from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 
 from ..checkpoint.adapters import read_adapters
 from ..checkpoint.digest import weights_digest
@@ -27,9 +28,9 @@ from ..model.scaled_model import ScaledModel, attach
 from ..scaling.procedure import SKIPS, Procedure
 from .batches import Batches
 from .best import Best
-from .draws import Draws, procedure_for
+from .draws import Draws
 from .job import Job
-from .loop import LoopOptions, Run
+from .loop import Run
 from .options import DEFAULT_LENGTH, PAYING_LENGTH, TWO_STAGE, TrainingOptions
 from .ranks import Ranks
 from .recipe import with_stage_2
@@ -46,8 +47,6 @@ from .resume import (
 from .saves import Checkpoints
 from .setup import build_optimizer, check_family, choose_trained, highest, learning_rate_schedule
 from .step import TrainingStep
-
-_BEST_WINDOWS = 16  # of each length, where a validation decides which weights are kept
 
 
 def prepare(
@@ -70,7 +69,8 @@ def prepare(
     _check(options, entry, ranks.size)
     checkpoints = open_folder(options) if options.train else None
     mx.random.seed(options.seed)
-    model, tokenizer = _load_model(options, entry, before_reading)
+    below = adapters_below(options)
+    model, tokenizer = _load_model(options, entry, below, before_reading)
     corpora = _load_data(options, tokenizer)
     draws = _draws(options, model) if options.train else None
     if options.recipe == TWO_STAGE and options.train:
@@ -79,15 +79,34 @@ def prepare(
     test = _batches(options, corpora["test"]) if options.test else None
     if draws is None or checkpoints is None:
         return Job(options=options, model=model, ranks=ranks, test=test)
-    training = _training(options, entry, model, corpora, draws, checkpoints, ranks)
-    same = settings_to_keep(options, entry, corpora, adapters_below(options))
+    train, valid = corpora["train"], corpora.get("valid")
+    learning_rate, share = _learning_rates(options, model)
+    extra, kept = _start(options, model, checkpoints, below, scaling=share > 0)
+    batches = _train_batches(options, train)
+    _check_validation(options, model, valid)
+    training = Run(
+        step=_step(options, model, learning_rate, share, ranks),
+        callback=_reporting(options, entry, ranks),
+        draws=draws,
+        batches=batches,
+        options=options,
+        checkpoints=checkpoints,
+        config=_adapter_config(options, model, entry, below),
+        valid=_valid_batches(options, valid),
+        valid_corpus=valid,
+        extra=extra,
+        kept=kept,
+        best=Best() if options.keep_best else None,
+        ranks=ranks,
+    )
+    same = settings_to_keep(options, entry, corpora, below)
     return Job(
         options=options,
         model=model,
         ranks=ranks,
         entry=entry,
         training=training,
-        corpus=corpora["train"],
+        corpus=train,
         going_on=go_on(options, training, same),
         same=same,
         test=test,
@@ -121,11 +140,11 @@ def _check(options: TrainingOptions, entry: dict[str, Any] | None, processes: in
 def _load_model(
     options: TrainingOptions,
     entry: dict[str, Any] | None,
+    below: Path | None,
     before_reading: Callable[[nn.Module], None] | None,
 ) -> tuple[Any, Any]:
     """Load the model with its scaling, and its tokenizer."""
     assert options.model is not None
-    below = adapters_below(options)
     model, tokenizer = load(
         options.model,
         adapter_path=below or (None if options.train else options.adapter_path or None),
@@ -170,7 +189,8 @@ def _load_data(options: TrainingOptions, tokenizer: Any) -> dict[str, Corpus]:
 
 
 def _draws(options: TrainingOptions, model: Any) -> Draws:
-    default = procedure_for(model.scaling, released=options.release_recipe)
+    scaling = model.scaling
+    default = scaling.released_procedure if options.release_recipe else scaling.procedure
     share = options.plain_share
     procedure = Procedure(
         scale_draw=options.scale_draw or default.scale_draw,
@@ -179,7 +199,7 @@ def _draws(options: TrainingOptions, model: Any) -> Draws:
     )
     if share and procedure.sampling != SKIPS:
         raise InputError(f"--plain-share is for --sampling skips, not {procedure.sampling}.")
-    return Draws(model.scaling, procedure, np.random.default_rng(options.seed))
+    return Draws(scaling, procedure, np.random.default_rng(options.seed))
 
 
 def _length(options: TrainingOptions, model: Any, draws: Draws | None) -> int:
@@ -200,15 +220,8 @@ def _length(options: TrainingOptions, model: Any, draws: Draws | None) -> int:
     return length
 
 
-def _training(
-    options: TrainingOptions,
-    entry: dict[str, Any] | None,
-    model: Any,
-    corpora: dict[str, Corpus],
-    draws: Draws,
-    checkpoints: Checkpoints,
-    ranks: Ranks,
-) -> Run:
+def _learning_rates(options: TrainingOptions, model: Any) -> tuple[Any, float]:
+    """The learning rate of the model, a number or a schedule; that of the scaling / the model's."""
     updates = -(-options.iters // options.grad_accumulation_steps)
     schedule = learning_rate_schedule(
         options.learning_rate,
@@ -218,86 +231,7 @@ def _training(
         config=options.lr_schedule,
     )
     rate = highest(schedule, updates) if options.lr_schedule else options.learning_rate
-    share = _scaling_share(options, model, rate)
-    extra = choose_trained(
-        model,
-        fine_tune_type=options.fine_tune_type,
-        num_layers=options.num_layers,
-        lora_parameters=options.lora_parameters,
-        scaling=share > 0,
-        norms_and_embeddings=options.train_norms_and_embeddings,
-    )
-    kept: frozenset[str] = frozenset()
-    if below := adapters_below(options):
-        kept, norms_and_embeddings = names_of_adapters(below)
-        extra |= norms_and_embeddings
-    elif options.resume and checkpoints.newest is not None:
-        kept = untrained_scaling(model, checkpoints.newest)
-    elif options.resume_adapter_file is not None:
-        given = expand(options.resume_adapter_file)
-        load_adapters(model, given, options)
-        kept = untrained_scaling(model, given if given.is_dir() else given.parent)
-    batches = _batches(options, corpora["train"])
-    if batches.cut or batches.mute:
-        say(
-            f"{batches.cut} of {len(corpora['train'].starts)} texts are longer than "
-            f"--max-seq-length {options.max_seq_length} and lose their end (--packing concat "
-            f"keeps it); {batches.mute} have nothing within it to learn, and are left out."
-        )
-    valid = corpora.get("valid")
-    lengths = tuple(options.eval_lengths or ())
-    if options.keep_best and not any(n > model.scaling.trained_length for n in lengths):
-        raise InputError(
-            "--keep-best needs --eval-lengths beyond the trained length of "
-            f"{model.scaling.trained_length} tokens."
-        )
-    if lengths and valid is None:
-        raise InputError(f"--eval-lengths needs validation data; {options.data} has none.")
-    if valid is not None:
-        check_lengths(model, valid, lengths, "--eval-lengths")
-        check_targets(valid, lengths, model.scaling.trained_length, "--eval-lengths")
-    optimizer = build_optimizer(
-        options.optimizer,
-        options.optimizer_config.get(options.optimizer) or {},
-        schedule,
-        scaling_share=share,
-    )
-    callback: Any = _reporting(options, entry) if ranks.first else None
-    training = Run(
-        step=TrainingStep(
-            model,
-            optimizer,
-            grad_checkpoint=options.grad_checkpoint,
-            max_grad_norm=options.max_grad_norm,
-            group=ranks.group,
-        ),
-        draws=draws,
-        batches=batches,
-        options=LoopOptions(
-            iters=options.iters,
-            grad_accumulation_steps=options.grad_accumulation_steps,
-            steps_per_report=options.steps_per_report,
-            steps_per_eval=options.steps_per_eval,
-            save_every=options.save_every,
-            val_batches=options.val_batches,
-            eval_lengths=lengths,
-            eval_windows=_BEST_WINDOWS if options.keep_best else LoopOptions.eval_windows,
-            clear_cache_threshold=options.clear_cache_threshold,
-        ),
-        checkpoints=checkpoints,
-        config=_adapter_config(options, model, entry),
-        valid=_valid_batches(options, valid),
-        valid_corpus=valid,
-        extra=extra,
-        kept=kept,
-        best=Best() if options.keep_best else None,
-        seed=options.seed,
-        ranks=ranks,
-    )
-    if callback is not None:
-        training.on_report = callback.on_train_loss_report
-        training.on_validation = callback.on_val_loss_report
-    return training
+    return schedule, _scaling_share(options, model, rate)
 
 
 def _scaling_share(options: TrainingOptions, model: Any, rate: float) -> float:
@@ -317,6 +251,54 @@ def _scaling_share(options: TrainingOptions, model: Any, rate: float) -> float:
     return own / rate
 
 
+def _start(
+    options: TrainingOptions,
+    model: Any,
+    checkpoints: Checkpoints,
+    below: Path | None,
+    *,
+    scaling: bool,
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Choose what is trained, and start from earlier adapters; return `extra` and `kept` of `Run`.
+
+    Args:
+        scaling: train the tensors of the scaling, if it has any.
+    """
+    extra = choose_trained(
+        model,
+        fine_tune_type=options.fine_tune_type,
+        num_layers=options.num_layers,
+        lora_parameters=options.lora_parameters,
+        scaling=scaling,
+        norms_and_embeddings=options.train_norms_and_embeddings,
+    )
+    kept: frozenset[str] = frozenset()
+    if below:
+        kept, norms_and_embeddings = names_of_adapters(below)
+        extra |= norms_and_embeddings
+    elif options.resume and checkpoints.newest is not None:
+        kept = untrained_scaling(model, checkpoints.newest)
+    elif options.resume_adapter_file is not None:
+        given = expand(options.resume_adapter_file)
+        load_adapters(model, given, options)
+        kept = untrained_scaling(model, given if given.is_dir() else given.parent)
+    return extra, kept
+
+
+def _check_validation(options: TrainingOptions, model: Any, valid: Corpus | None) -> None:
+    """Refuse lengths that the validation data or the model do not have."""
+    lengths, trained = options.eval_lengths or [], model.scaling.trained_length
+    if options.keep_best and not any(n > trained for n in lengths):
+        raise InputError(
+            f"--keep-best needs --eval-lengths beyond the trained length of {trained} tokens."
+        )
+    if lengths and valid is None:
+        raise InputError(f"--eval-lengths needs validation data; {options.data} has none.")
+    if valid is not None:
+        check_lengths(model, valid, lengths, "--eval-lengths")
+        check_targets(valid, lengths, trained, "--eval-lengths")
+
+
 def _batches(options: TrainingOptions, corpus: Corpus) -> Batches:
     assert options.max_seq_length is not None
     return Batches(
@@ -326,6 +308,18 @@ def _batches(options: TrainingOptions, corpus: Corpus) -> Batches:
         batch_size=options.batch_size,
         seed=options.seed,
     )
+
+
+def _train_batches(options: TrainingOptions, corpus: Corpus) -> Batches:
+    """Batches to train on, and a line that says what of the texts they leave out."""
+    batches = _batches(options, corpus)
+    if batches.cut or batches.mute:
+        say(
+            f"{batches.cut} of {len(corpus.starts)} texts are longer than "
+            f"--max-seq-length {options.max_seq_length} and lose their end (--packing concat "
+            f"keeps it); {batches.mute} have nothing within it to learn, and are left out."
+        )
+    return batches
 
 
 def _valid_batches(options: TrainingOptions, corpus: Corpus | None) -> Batches | None:
@@ -344,26 +338,49 @@ def _valid_batches(options: TrainingOptions, corpus: Corpus | None) -> Batches |
         return None
 
 
-def _reporting(options: TrainingOptions, entry: dict[str, Any] | None) -> Any:
+def _step(
+    options: TrainingOptions, model: Any, learning_rate: Any, share: float, ranks: Ranks
+) -> TrainingStep:
+    """The step of a model whose trained parameters are chosen; rates from `_learning_rates`."""
+    optimizer = build_optimizer(
+        options.optimizer,
+        options.optimizer_config.get(options.optimizer) or {},
+        learning_rate,
+        scaling_share=share,
+    )
+    return TrainingStep(
+        model,
+        optimizer,
+        grad_checkpoint=options.grad_checkpoint,
+        max_grad_norm=options.max_grad_norm,
+        group=ranks.group,
+    )
+
+
+def _reporting(
+    options: TrainingOptions, entry: dict[str, Any] | None, ranks: Ranks
+) -> TrainingCallback:
+    """The services of --report-to; only the first process reports."""
     try:
-        return get_reporting_callbacks(
-            options.report_to,
+        services = get_reporting_callbacks(
+            options.report_to if ranks.first else None,
             project_name=options.project_name,
             log_dir=options.adapter_path,
             config=asdict(options) | {"rope_scaling": entry},
         )
     except (ValueError, ImportError) as error:
         raise InputError(f"--report-to {options.report_to}: {error}") from error
+    return services or TrainingCallback()
 
 
 def _adapter_config(
-    options: TrainingOptions, model: Any, entry: dict[str, Any] | None
+    options: TrainingOptions, model: Any, entry: dict[str, Any] | None, below: Path | None
 ) -> dict[str, Any]:
     """What mlx-lm's loader reads, the options, and the scaling that the base lacks."""
     config = asdict(options)
     if options.num_layers <= 0 or options.num_layers > len(model.layers):
         config["num_layers"] = len(model.layers)
-    if below := adapters_below(options):
+    if below:
         _, settings = read_adapters(below)
         kept: tuple[str, ...] = ("fine_tune_type", "num_layers", "lora_parameters")
         scaled = ("rope_scaling", "trained_length", "own_rope")

@@ -8,9 +8,9 @@ backward pass, with its parameters, frequencies and positions as explicit argume
 Not covered: drawing (`draws.py`), batches, and when to update or save.
 """
 
-import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -44,6 +44,17 @@ class Result(NamedTuple):
     loss: float  # sum over the tokens counted, nats
     tokens: int  # how many were counted
     norm: float  # norm of the gradient before clipping; 0 without an update
+
+
+class Inputs(NamedTuple):
+    """What the compiled step takes of a micro-batch; the text as in `Batch`."""
+
+    tokens: mx.array
+    targets: mx.array
+    weights: mx.array
+    frequencies: mx.array  # or the scale, where they are computed inside the step
+    positions: mx.array
+    gain: mx.array | None  # on queries, where it follows the scale
 
 
 class TrainingStep:
@@ -95,19 +106,17 @@ class TrainingStep:
             update: change the weights; False keeps the gradient for the next call, which
                 weights it by its number of tokens.
         """
-        batch = batch.cut(draw.pieces)
-        arrays = [mx.array(a) for a in batch]
-        positions = mx.array(draw.positions)
         loss, count, norm, self._carried = self._compiled(
-            *arrays,
-            self._frequencies(draw.scale),
-            positions,
-            self._gain(draw.scale),
-            self._carried,
-            update,
+            self.inputs(batch, draw), self._carried, update
         )
         mx.eval(self._state, loss, count, norm, self._carried)
         return Result(float(loss), int(count), float(norm))
+
+    def inputs(self, batch: Batch, draw: Draw) -> Inputs:
+        """The arrays of a micro-batch."""
+        tokens, targets, weights = map(mx.array, batch.cut(draw.pieces))
+        frequencies, gain = self._frequencies(draw.scale), self._gain(draw.scale)
+        return Inputs(tokens, targets, weights, frequencies, mx.array(draw.positions), gain)
 
     def optimizer_arrays(self) -> dict[str, mx.array]:
         """The optimizer's state by name, for a save."""
@@ -141,33 +150,29 @@ class TrainingStep:
         return bool(self.scaling.trainable_parameters())
 
     def _frequencies(self, scale: float) -> mx.array:
-        """The scale where frequencies are computed inside the step; else frequencies."""
         if self.learns_scaling or self.scaling.by_layer:
             return mx.array(scale, mx.float32)
         return self.scaling.inv_freq(scale)
 
     def _gain(self, scale: float) -> mx.array | None:
-        """The gain on queries where it follows the scale."""
         # CLEX's log_scale follows the length, and is for inference.
         if self.scaling.gain_follows != "scale":
             return None
         return mx.array(self.scaling.query_gain(None, 0, scale), mx.float32)
 
-    def pass_for(
-        self, frequencies: mx.array, positions: mx.array, gain: mx.array | None = None
-    ) -> Pass:
-        """The pass of a step; `frequencies` and `gain` as the step takes them."""
+    def pass_for(self, inputs: Inputs) -> Pass:
+        """The pass of a step."""
         scaling = self.scaling
-        if frequencies.ndim:
-            inv_freq = [frequencies]
+        if inputs.frequencies.ndim:
+            inv_freq = [inputs.frequencies]
         else:
-            inv_freq = self.model._planner.differentiable(frequencies)
+            inv_freq = self.model._planner.differentiable(inputs.frequencies)
         by_position = self.scaling.gain_follows == "position"
         return Pass(
             inv_freq=inv_freq,
-            positions=positions,
+            positions=inputs.positions,
             rotary_gain=scaling.rotary_gain(scaling.scale_at(1) if scaling.static else 1.0),
-            query_gain=gain,
+            query_gain=inputs.gain,
             # GeNE's log_scale is part of its training.
             position_gain=self._position_gain if by_position else None,
         )
@@ -175,60 +180,33 @@ class TrainingStep:
     def _position_gain(self, positions: mx.array) -> Any:
         return self.scaling.query_gain(positions, 0, 1.0)
 
-    def _objective(
-        self,
-        tokens: mx.array,
-        targets: mx.array,
-        weights: mx.array,
-        frequencies: mx.array,
-        positions: mx.array,
-        gain: mx.array | None = None,
-    ) -> tuple[mx.array, mx.array]:
+    def _objective(self, inputs: Inputs) -> tuple[mx.array, mx.array]:
         model = self.model
-        checkpointing = checkpointed_layers(model) if self.grad_checkpoint else _nothing()
+        checkpointing = checkpointed_layers(model) if self.grad_checkpoint else nullcontext()
         chunk = self.chunk or chunk_for(model)
-        with given_pass(model, self.pass_for(frequencies, positions, gain)), checkpointing:
-            return loss_for_gradient(model, tokens, targets, weights, chunk)
+        with given_pass(model, self.pass_for(inputs)), checkpointing:
+            return loss_for_gradient(model, inputs.tokens, inputs.targets, inputs.weights, chunk)
 
     def _step(
-        self,
-        tokens: mx.array,
-        targets: mx.array,
-        weights: mx.array,
-        frequencies: mx.array,
-        positions: mx.array,
-        gain: mx.array | None,
-        carried: Any,
-        update: bool,
+        self, inputs: Inputs, carried: Any, update: bool
     ) -> tuple[mx.array, mx.array, mx.array, Any]:
         gradient_of, update_with = self._apart
-        count = self._summed(weights.sum())
-        loss, gradient, counted = gradient_of(
-            tokens, targets, weights, frequencies, positions, gain, count, carried, update
-        )
+        count = self._summed(inputs.weights.sum())
+        loss, gradient, counted = gradient_of(inputs, count, carried, update)
         loss = self._summed(loss) * count
         if not update:
             return loss, count, mx.array(0.0), (gradient, counted)
         return loss, count, update_with(self._summed(gradient)), None
 
     def _gradient(
-        self,
-        tokens: mx.array,
-        targets: mx.array,
-        weights: mx.array,
-        frequencies: mx.array,
-        positions: mx.array,
-        gain: mx.array | None,
-        count: mx.array,
-        carried: Any,
-        update: bool,
+        self, inputs: Inputs, count: mx.array, carried: Any, update: bool
     ) -> tuple[mx.array, Any, mx.array]:
         """This process's part of the loss and the gradient, and the tokens the gradient is of."""
         self.traces += 1
         objective = nn.value_and_grad(self.model, self._objective)
         # The mean over the tokens of all processes, of which each has a part.
-        mean = weights / mx.maximum(count, 1)
-        (_, loss), gradient = objective(tokens, targets, mean, frequencies, positions, gain)
+        mean = inputs.weights / mx.maximum(count, 1)
+        (_, loss), gradient = objective(inputs._replace(weights=mean))
         if carried is None and update:
             return loss, gradient, count
         gradient = tree_map(lambda g: g * count, gradient)
@@ -271,7 +249,7 @@ class TrainingStep:
         return tree
 
 
-@contextlib.contextmanager
+@contextmanager
 def checkpointed_layers(model: nn.Module) -> Iterator[None]:
     """Recompute each layer's inside in the backward pass, within the block."""
     kinds = []
@@ -330,8 +308,3 @@ def _checkpointed(kind: type, model: nn.Module, index: int) -> type:
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, mx.array) and mx.issubdtype(value.dtype, mx.floating)
-
-
-@contextlib.contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -146,11 +146,14 @@ def test_what_would_go_wrong(tmp_path):
 
     folder = tmp_path / "golden"
     shutil.copytree(GOLDEN / "clex_llama_gqa_log_scale", folder)
+    # An index that is left over from another format is not read.
+    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "b.bin"}}')
+    assert not any(".bin" in problem for problem in lines(folder)["problem"])
     (folder / "model-00002-of-00002.safetensors").unlink()
     for file in folder.glob("tokenizer*"):
         file.unlink()
     problems = lines(folder)["problem"]
-    assert "model-00002-of-00002.safetensors, which is missing" in problems[0]
+    assert "lacks model-00002-of-00002.safetensors, which model.safetens" in problems[0]
     assert "No tokenizer" in problems[1]
 
 

@@ -74,7 +74,7 @@ def test_without_matplotlib(tmp_path, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, name, None)
     picture(measured)
     (line,) = capsys.readouterr().err.splitlines()
-    assert "pip install 'mlx_clex[plot]'" in line
+    assert "pip install 'mlx-clex[plot]'" in line
     assert not (tmp_path / "out.png").exists()
     with pytest.raises(InputError, match="plot"):
         check_path(tmp_path / "out.png")

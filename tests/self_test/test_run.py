@@ -123,8 +123,9 @@ def test_a_wrong_kernel_fails(owner, name, broken, check, monkeypatch):
     if broken is None:
         right = getattr(owner, name)
 
-        def broken(step, frequencies, positions, gain=None):
-            return right(step, frequencies, positions + 1 * (positions > 20), gain)
+        def broken(step, inputs):
+            positions = inputs.positions + 1 * (inputs.positions > 20)
+            return right(step, inputs._replace(positions=positions))
 
     monkeypatch.setattr(owner, name, broken)
     assert not all(found.passed for found in check())

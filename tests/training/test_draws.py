@@ -11,7 +11,6 @@ from mlx_clex.training.draws import (
     Draws,
     Procedure,
     gene_chances,
-    procedure_for,
     release_positions,
 )
 
@@ -185,7 +184,7 @@ def test_gene_draws_follow_its_chances(length, step):
 def test_gene_without_random_scale_stays_at_factor():
     """gene_random_scale false: r = factor always."""
     scaling = make("gene", draw="fixed", gene_random_scale=False, factor=8.0).scaling
-    draws = Draws(scaling, procedure_for(scaling), np.random.default_rng(0))
+    draws = Draws(scaling, scaling.procedure, np.random.default_rng(0))
     assert {draws.draw(L0).scale for _ in range(20)} == {8.0}
 
 
@@ -224,7 +223,7 @@ def test_a_quarter_of_the_steps_on_long_sequences_is_plain():
 def test_clex_alone_has_plain_steps_unasked(name, released, share):
     """In sequences longer than L0: shorter ones are at scale 1 often enough."""
     scaling = build_scaling({"type": name}, dims=16, base=1e4, trained_length=L0)
-    procedure = procedure_for(scaling, released=released)
+    procedure = scaling.released_procedure if released else scaling.procedure
     assert procedure.plain_share_at(2 * L0, L0) == share
     assert procedure.plain_share_at(L0, L0) == 0
 
@@ -261,7 +260,7 @@ def test_the_same_state_draws_the_same():
 def test_methods_with_one_scale_are_never_drawn(name):
     """A drawn scale that inference never uses would be trained for nothing."""
     draws = make(name, draw="fixed", sampling="contiguous")
-    assert procedure_for(draws.scaling) == Procedure()
+    assert draws.scaling.procedure == Procedure()
     assert draws.draw(L0).scale == draws.scaling.scale_at(L0)
     with pytest.raises(InputError, match="--scale-draw fixed"):
         make(name)
@@ -270,10 +269,10 @@ def test_methods_with_one_scale_are_never_drawn(name):
 def test_defaults_and_the_papers_own():
     """--release-recipe must give CLEX's scattered positions."""
     clex = make().scaling
-    assert procedure_for(clex).sampling == "skips"
-    assert procedure_for(clex, released=True).sampling == "release"
+    assert clex.procedure.sampling == "skips"
+    assert clex.released_procedure.sampling == "release"
     gene = make("gene", draw="gene", sampling="contiguous").scaling
-    assert procedure_for(gene) == procedure_for(gene, released=True)
+    assert gene.procedure == gene.released_procedure
 
 
 @pytest.mark.parametrize(

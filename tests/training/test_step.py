@@ -209,14 +209,12 @@ def test_checkpointing_changes_no_gradient(name, log_scale):
     model = scaled_llama(name, log_scale=log_scale)
     model.train()
     step = TrainingStep(model, optim.SGD(learning_rate=0.0))
-    tokens, targets, weights = (mx.array(a) for a in batch_of())
-    positions = mx.array(drawn(5.0).positions)
+    inputs = step.inputs(batch_of(), drawn(5.0))
 
     def gradient(checkpointed):
         step.grad_checkpoint = checkpointed
         objective = nn.value_and_grad(model, step._objective)
-        arrays = (tokens, targets, weights, mx.array(5.0), positions)
-        return dict(tree_flatten(objective(*arrays)[1]))
+        return dict(tree_flatten(objective(inputs)[1]))
 
     plain, recomputed = gradient(False), gradient(True)
     for key, value in plain.items():
@@ -231,21 +229,19 @@ def test_checkpointing_gives_the_gradient_of_differences():
     """Against the loss itself, for one entry of the network's second matrix."""
     model = scaled_llama("clex")
     step = make_step(model=model)
-    tokens, targets, weights = (mx.array(a) for a in batch_of())
-    positions = mx.array(drawn(5.0).positions)
+    inputs = step.inputs(batch_of(), drawn(5.0))
 
     def loss(delta):
         before = model.scaling.down_proj
         model.scaling.down_proj = before.at[3, 5].add(delta)
-        frequencies = mx.array(5.0)
-        with given_pass(model, step.pass_for(frequencies, positions)):
-            out = plain_loss(model, tokens, targets, weights).item()
+        with given_pass(model, step.pass_for(inputs)):
+            out = plain_loss(model, *inputs[:3]).item()
         model.scaling.down_proj = before
         return out
 
     step.grad_checkpoint = True
     objective = nn.value_and_grad(model, step._objective)
-    _, gradient = objective(tokens, targets, weights, mx.array(5.0), positions)
+    _, gradient = objective(inputs)
     ours = gradient["scaling"]["down_proj"][3, 5].item()
     differences = (loss(2e-3) - loss(-2e-3)) / 4e-3
     assert abs(ours - differences) < 0.02 * abs(differences) + 0.02
