@@ -1,12 +1,13 @@
 """Command: convert a published or base checkpoint to MLX, or freeze one scale."""
 
 import argparse
+import shlex
 import sys
 from dataclasses import fields
 
 from mlx_lm.convert import QUANT_RECIPES
 
-from mlx_clex.commands.options import add_shared
+from mlx_clex.commands.options import add_shared, say_next
 from mlx_clex.commands.run_command import command
 from mlx_clex.commands.scaling_options import add_scaling_arguments, scaling_from
 from mlx_clex.errors import say
@@ -89,9 +90,9 @@ def run(args: argparse.Namespace) -> None:
     }
     target = convert(args.hf_path, args.mlx_path, scaling=scaling_from(args), **named)
     if target is not None and args.freeze is None:
-        say(f"Next: mlx_clex generate --model {target} --prompt hello --max-tokens 50")
+        say_next(target)
     elif target is not None and args.freeze_for == PROGRAMS[0]:
-        say(f"Next: python -m mlx_lm generate --model {target} --prompt hello")
+        say(f"Next: python -m mlx_lm generate --model {shlex.quote(str(target))} --prompt hello")
 
 
 main = command(

@@ -42,7 +42,11 @@ def main() -> None:
     elif name in NAMES:
         module = "convert.__main__" if name == "convert" else name
         sys.argv = [f"mlx_clex {name}", *sys.argv[2:]]
-        sys.exit(importlib.import_module(f"mlx_clex.{module}").main())
+        try:
+            sys.exit(importlib.import_module(f"mlx_clex.{module}").main())
+        except KeyboardInterrupt:  # while it was imported
+            print(f"\nmlx_clex {name}: interrupted", file=sys.stderr)
+            sys.exit(130)
     else:
         near = difflib.get_close_matches(name, NAMES, n=1)
         hint = f"; did you mean {near[0]}?" if near else "."

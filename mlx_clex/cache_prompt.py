@@ -19,8 +19,9 @@ import mlx.nn as nn
 from mlx_lm.cache_prompt import setup_arg_parser
 from mlx_lm.generate import generate_step
 
+from .bundled import DEFAULT
 from .checkpoint.fingerprint import fingerprint
-from .checkpoint.prompt_cache import file_for, save_cache
+from .checkpoint.prompt_cache import save_cache, target_for
 from .commands.options import add_shared, check_cache_options, loading_options
 from .commands.progress import reading_bar
 from .commands.run_command import command
@@ -33,6 +34,7 @@ from .serving.prompt import prompt_text, render_messages
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add options that `mlx_lm.cache_prompt` does not have or defines differently."""
+    parser.set_defaults(model=DEFAULT)
     parser.add_argument(
         "--prompt",
         default=None,
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         raise InputError("There is no text: give it with --prompt or --prompt-file.")
     if args.expected_length is not None and args.scale != "prompt":
         raise InputError("--expected-length needs --scale prompt, which is the default.")
-    file = file_for(args.prompt_cache_file)
+    file = target_for(args.prompt_cache_file)
     text = prompt_text(args)
     folder = resolve(args.model)
     tokenizer_config = {"eos_token": args.eos_token} if args.eos_token is not None else {}
@@ -82,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
     limit = scaled(model).limit
     tokens = _encode(tokenizer, text, templated=not args.ignore_chat_template, limit=limit)
     expected = _expected_length(args, model, len(tokens))
+    scaled(model).say_if_past(len(tokens))
     caches = make_prompt_cache(model, expected)
     start = time.perf_counter()
     _read(args, model, tokens, caches)

@@ -22,13 +22,13 @@ from .checkpoint.config import BASE_ROPE, SHIM, base_config, is_ours, normalise_
 from .checkpoint.files import expand, scratch_folder, write_json
 from .checkpoint.folder import files_of, read_config
 from .commands.help import point_elsewhere
-from .commands.options import add_shared
+from .commands.options import add_shared, say_next
 from .commands.run_command import command
 from .convert import convert
 from .convert.freeze.stock_rope import frozen_config
 from .convert.write.card import licence_of
 from .convert.write.output import check_target, write_weights
-from .errors import InputError, say
+from .errors import InputError
 from .loading import load, resolve
 from .model.own_rope import without_own_rope
 from .model.scaled_model import ScaledModel
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
             freeze=args.freeze,
             upload_repo=args.upload_repo,
         )
-    say(f"Next: mlx_clex generate --model {target} --prompt hello --max-tokens 50")
+    say_next(target)
 
 
 def merge(model: nn.Module, *, dequantize: bool = False) -> None:

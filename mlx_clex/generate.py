@@ -125,6 +125,7 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
             "Give --max-tokens a number."
         )
     check.reading(read + len(prompt) + max(0, max_tokens), **limits)
+    scaled(model).say_if_past(read + len(prompt))
     fixed_by = None
     if args.kv_bits is not None or (saved is not None and quantised(saved) is not None):
         fixed_by = "--kv-bits"  # quantised keys lose precision each time they are rotated

@@ -108,8 +108,10 @@ def run(args: argparse.Namespace) -> None:
         check_least(args, name, 1)
     if args.num_layers != -1:
         check_least(args, "num_layers", 1)
-    if args.memory == 0:
-        raise InputError("--memory must be more than 0.")
+    if args.memory is not None and args.memory < 1e6:
+        raise InputError(
+            f"--memory is {args.memory} bytes, and must be at least 1MB. Give a unit: 32GB."
+        )
     if args.output is not None:
         check_path(args.output)
     machine = _machine(args)

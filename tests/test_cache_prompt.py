@@ -337,6 +337,44 @@ def test_bad_input_is_one_line_and_leaves_no_file(cli, folders, tmp_path, args, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", [".", "", "/", "..", "notes/"])
+def test_a_name_of_no_file_is_refused(cli, folders, tmp_path, monkeypatch, name):
+    """A traceback; in a chat, the end of the conversation that was to be saved."""
+    monkeypatch.chdir(tmp_path)
+    for command in (cache_prompt, generate):
+        asked = ("--model", folders("clex_llama"), "--prompt", "A", "--prompt-cache-file", name)
+        status, _, err = cli(command, *asked)
+        assert (status, "names no file: give one" in err) == (2, True), err
+
+
+def test_only_a_saved_cache_is_replaced(cli, folders, tmp_path):
+    """The weights of a model were, without a word, and a whole text was read for nothing."""
+    weights = tmp_path / "model.safetensors"
+    shutil.copy(folders("clex_llama") / "model.safetensors", weights)
+    before = weights.read_bytes()
+    asked = ("--model", folders("clex_llama"), "--prompt", "A", "--prompt-cache-file")
+    status, _, err = cli(cache_prompt, *asked, weights)
+    assert (status, "is no saved cache: give another name" in err) == (2, True)
+    assert weights.read_bytes() == before
+    status, _, err = cli(cache_prompt, *asked, "/proc/c")
+    assert (status, "/proc/c.safetensors cannot be written" in err) == (2, True)
+    for _ in range(2):
+        assert cli(cache_prompt, *asked, tmp_path / "c")[0] == 0
+
+
+def test_a_text_longer_than_a_plain_model_was_trained_on_is_told(cli, folders, tmp_path):
+    """Only models with a scaling warned."""
+    stock = folders("stock")
+    config = json.loads((stock / "config.json").read_text()) | {"max_position_embeddings": 16}
+    shutil.copytree(stock, tmp_path / "short")
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+    model = ("--model", tmp_path / "short", "--prompt")
+    for command, more in ((generate, ("-m", 1)), (cache_prompt, ("--prompt-cache-file", "c"))):
+        where = (*more[:-1], tmp_path / "c") if command is cache_prompt else more
+        assert "trained on 16; answers get worse" in cli(command, *model, DOCUMENT, *where)[2]
+        assert "answers get worse" not in cli(command, *model, "A", *where)[2]
+
+
 @pytest.mark.parametrize("size", [0, 5, 200, 2000])
 def test_a_broken_file_is_refused(cli, folders, tmp_path, size):
     """For example, a copy may be cut off."""
@@ -406,7 +444,7 @@ def test_options_are_those_of_mlx_lm():
     cache_prompt.add_arguments(ours)
     needed = ["--prompt-cache-file", "c", "--prompt", "A"]
     theirs, mine = vars(stock_parser().parse_args(needed)), vars(ours.parse_args(needed))
-    assert {name: mine[name] for name in theirs} == theirs
+    assert {name: mine[name] for name in theirs} == theirs | {"model": "bundled:clex"}
 
 
 def test_the_answer_ends_where_the_cache_says(cli, folders, tmp_path):

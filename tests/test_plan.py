@@ -76,7 +76,8 @@ def test_a_picture(model, tmp_path, capsys):
     [
         (["--memory", "big"], "must be a size such as 4GB, got 'big'"),
         (["--memory", "3 apples"], "must be a size such as 4GB"),
-        (["--memory", "0"], "--memory must be more than 0"),
+        (["--memory", "0"], "--memory is 0 bytes, and must be at least 1MB. Give a unit: 32GB"),
+        (["--memory", "32"], "--memory is 32 bytes"),
         (["--context", "0"], "--context must be at least 1, got 0"),
         (["--train", "512", "-1"], "--train must be at least 1, got -1"),
         (["--num-layers", "0"], "--num-layers must be at least 1, got 0"),

@@ -200,6 +200,13 @@ def test_answers_with_a_seed_differ_and_come_again(server):
     assert both == [complete(server, seed=s, **options).choices[0].text for s in (7, 8)]
 
 
+def test_tools_need_a_chat_template(server):
+    """They were left out without a word."""
+    body = chat("hi", tools=[{"type": "function", "function": {"name": "f"}}])
+    status, text = server.raw("POST", "/v1/chat/completions", json.dumps(body))
+    assert (status, json.loads(text)["error"]["param"]) == (400, "tools")
+
+
 def test_log_probabilities(server):
     """A stream lists the same likeliest tokens, in the same order."""
     done = complete(server, prompt=SENTENCE, max_tokens=6, logprobs=3).choices[0].logprobs

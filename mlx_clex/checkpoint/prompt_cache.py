@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import mlx.core as mx
@@ -35,14 +36,39 @@ def file_for(name: str | Path) -> Path:
     """Return the path of a cache file, with the suffix that mlx adds.
 
     Raises:
-        InputError: the parent folder does not exist.
+        InputError: the parent folder does not exist, or the name is none of a file.
     """
     path = expand(name)
+    if path.name in ("", "..") or str(name).endswith("/"):
+        raise InputError(f"{str(name)!r} names no file: give one, such as book{_SUFFIX}.")
     if path.suffix != _SUFFIX:
         path = path.with_name(path.name + _SUFFIX)
     if not path.parent.is_dir():
         raise InputError(f"{name}: there is no folder {path.parent}. Create it first.")
     return path
+
+
+def target_for(name: str | Path) -> Path:
+    """Return the path of a cache file to write, so that a long reading is not for nothing.
+
+    Raises:
+        InputError: as `file_for`; the folder cannot be written, or the file is there and is no
+            saved cache, such as the weights of a model.
+    """
+    file = file_for(name)
+    try:
+        with TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{file} cannot be written ({error.strerror}): give another.") from error
+    if file.exists():
+        try:
+            _, metadata = read_tensors(file)
+        except (InputError, OSError):
+            metadata = {}
+        if not any(key.startswith("2.") for key in metadata):  # mlx-lm's list of classes
+            raise InputError(f"{file} is there and is no saved cache: give another name.")
+    return file
 
 
 def save_cache(
@@ -54,7 +80,7 @@ def save_cache(
     """Write caches to a file, atomically.
 
     Args:
-        file: from `file_for`.
+        file: from `target_for`.
         caches: the caches of one sequence.
         fingerprint: the fingerprint of the model that computed them.
         metadata: more texts to store.

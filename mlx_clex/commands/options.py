@@ -5,14 +5,16 @@ Not covered: options of a scaling (`scaling_options.py`).
 
 import argparse
 import math
+import shlex
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 from mlx_lm.sample_utils import make_sampler
 
-from ..errors import InputError
+from ..errors import InputError, say
 from ..model.own_rope import OWN_ROPE_HELP, OWN_ROPES
 
 # Ranges of options that mlx-lm does not check, or checks late.
@@ -131,6 +133,12 @@ def sampler_at(
         **{name: getattr(args, name) for name in names if hasattr(args, name)},
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
+
+
+def say_next(model: Path) -> None:
+    """Tell the command that tries a model which was written."""
+    name = shlex.quote(str(model))
+    say(f"Next: mlx_clex generate --model {name} --prompt hello --max-tokens 50")
 
 
 def check_cache_options(args: argparse.Namespace) -> None:

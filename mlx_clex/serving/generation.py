@@ -271,6 +271,8 @@ class PlanningResponseGenerator(stock.ResponseGenerator):
         if isinstance(request.prompt, list):
             tokenized: Any = (request.prompt, [request.prompt], ["assistant"], "normal", None)
         else:
+            if request.tools and not tokenizer.has_chat_template:
+                raise RequestError("This model has no chat template for tools.", param="tools")
             tokenized = super()._tokenize(tokenizer, request, args)
         prompt = tokenized[0]
         if not prompt:

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..checkpoint.fingerprint import Fingerprint
-from ..checkpoint.prompt_cache import file_for, is_ours, length_of, load_cache, save_cache
+from ..checkpoint.prompt_cache import is_ours, length_of, load_cache, save_cache, target_for
 from ..errors import InputError
 from ..model.scaled_model import scaled
 
@@ -37,10 +37,10 @@ def write_conversation(
         state: what `read_conversation` returns.
 
     Raises:
-        InputError: there is no such folder.
+        InputError: as `target_for`.
         RunError: the file cannot be written.
     """
-    path = file_for(file)
+    path = target_for(file)
     entry = json.dumps({"format": _FORMAT, **state})
     save_cache(path, caches, identity, {_ENTRY: entry})
     return path
