@@ -141,6 +141,7 @@ def load_corpora(
             f"--data {path} has no data. Give a folder with train.jsonl (and valid.jsonl, "
             "test.jsonl), or with .txt or .md files."
         )
+    _tell_not_read(path, found)
     plain = all(file.suffix in _TEXT for file in found["train"])
     if mask_prompt and plain:
         raise InputError(
@@ -203,6 +204,19 @@ def _texts(folder: Path) -> list[Path]:
     for file in texts:
         check_link(file, folder)
     return texts
+
+
+def _tell_not_read(path: Path, found: Mapping[str, list[Path]]) -> None:
+    files = path.iterdir() if path.is_dir() else ()
+    read = {file for its in found.values() for file in its}
+    rest = sorted(
+        file.name
+        for file in files
+        if file.is_file() and file not in read and not file.name.startswith(".")
+    )
+    if rest:
+        more = f" and {len(rest) - _SHOWN} more" if len(rest) > _SHOWN else ""
+        say(f"Not read in {path}: {', '.join(rest[:_SHOWN])}{more}.")
 
 
 def _tell_left_out(file: Path) -> None:
@@ -277,6 +291,11 @@ def _json_lines(file: Path, tokenizer: Any, mask_prompt: bool, left_out: list[st
             if _is_empty(record):
                 left_out.append(where)
                 continue
+            if "messages" in record and not tokenizer.has_chat_template:
+                raise InputError(
+                    f"{where} is of a chat, and this model has no chat template. Give rows with "
+                    "text, or a model with a template."
+                )
             keys = ", ".join(record)[:80] or "none"
             with reading(
                 f"{where} cannot be used; its keys: {keys}. Allowed: text, or messages, or prompt "

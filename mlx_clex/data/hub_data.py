@@ -55,7 +55,8 @@ def load_hub_data(
     )
     name = name_of(source)
     rows = "Rows need text, or messages, or prompt and completion. Check the name and the columns"
-    with reading(f"The dataset {name} cannot be used. {rows}"):
+    here = f"There is no folder {name} here, and the" if isinstance(source, str) else "The"
+    with reading(f"{here} dataset {name} cannot be used. {rows}"):
         try:
             if isinstance(source, str):
                 loaded = load_hf_dataset(source, tokenizer, options)

@@ -304,6 +304,8 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _unknown_path(path: str) -> RequestError:
+    if path in _COMPLETIONS:
+        return RequestError(f"{path} takes POST requests.", status=405)
     return RequestError(
         f"{path[:100]} is not served: there are /v1/chat/completions, /v1/completions, "
         "/v1/models and /health.",

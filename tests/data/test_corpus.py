@@ -24,6 +24,7 @@ class Letters:
     eos_token_id = 0
     bos_token, bos_token_id = "<s>", 1
     chat_template = "turns"
+    has_chat_template = True
 
     def get_vocab(self):
         return {chr(i): i for i in range(128)}
@@ -180,6 +181,26 @@ def test_broken_lines_are_named(tmp_path, lines, match):
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
+def test_a_chat_needs_a_chat_template(tmp_path, monkeypatch):
+    """The line was blamed, and the keys that it had were those that are allowed."""
+    monkeypatch.setattr(Letters, "has_chat_template", False)
+    write_jsonl(tmp_path / "train.jsonl", {"text": "a"}, {"messages": [{"role": "user"}]})
+    with pytest.raises(InputError, match="line 2 is of a chat, and this model has no chat temp"):
+        load_from(tmp_path, tmp_path)
+
+
+def test_files_that_are_not_read_are_named(tmp_path, capsys):
+    """A file of the user's data was left out without a word."""
+    (tmp_path / "texts").mkdir()
+    for name in ("a.txt", "chat.jsonl", "B.TXT", ".hidden"):
+        (tmp_path / "texts" / name).write_text('{"text": "words of a text"}')
+    load_from(tmp_path / "texts", tmp_path)
+    assert f"Not read in {tmp_path / 'texts'}: B.TXT, chat.jsonl." in capsys.readouterr().err
+    write_jsonl(tmp_path / "texts" / "train.jsonl", {"text": "a"})
+    load_from(tmp_path / "texts", tmp_path)
+    assert ": B.TXT, a.txt, chat.jsonl." in capsys.readouterr().err
+
+
 def test_missing_and_empty_data_are_refused(tmp_path):
     """The error must say what is allowed."""
     with pytest.raises(InputError, match="neither a folder"):
@@ -275,7 +296,9 @@ def test_an_unusable_dataset_of_the_hub_is_refused(hub, tmp_path, monkeypatch):
     hub["owner/name"] = {"train": Table([{"text": "ab"}, {"text": None}], "1")}
     with pytest.raises(InputError, match=r"owner/name, row 1, cannot be used: "):
         load_from(Path("owner/name"), tmp_path)
-    with pytest.raises(InputError, match="Not found Hugging Face dataset: owner/none"):
+    with pytest.raises(
+        InputError, match=r"no folder owner/none here, and .*: Not found Hugging Face"
+    ):
         load_from(Path("owner/none"), tmp_path)
     with pytest.raises(InputError, match=r"owner/name cannot be used. .*masking"):
         load_from(Path("owner/name"), tmp_path, mask_prompt=True)

@@ -112,6 +112,7 @@ def test_a_body_that_ends_early(server):
         (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n", 431),
         (b"GET / HTTP/1.1\r\na: " + b"x" * 70_000 + b"\r\n\r\n", 431),
         (b"GET http://[::1 HTTP/1.1\r\n\r\n", 404),
+        (b"GET /v1/completions HTTP/1.1\r\n\r\n", 405),
         (b"BREW / HTTP/1.1\r\n\r\n", 501),
         (b"DELETE /v1/models/m HTTP/1.1\r\n\r\n", 501),
     ],
