@@ -115,13 +115,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "gene-param": _GENE_PARAM | _RELEASED,
     "gene, skips": _GENE | {"sampling": "skips"},
     "gene-param, skips": _GENE_PARAM | {"sampling": "skips"},
+    "clex, log gain, cream": _CLEX | {"log_gain": True, "sampling": "cream"},
     "clex, network trained": _CLEX | {"scaling_learning_rate": 1e-5},
     "clex, no plain steps": _CLEX | {"plain_share": 0},
     "clex, half plain steps": _CLEX | {"plain_share": 0.5},
     "clex, reach of 64 x": _CLEX | {"max_factor": 2 * TARGET},
     "clex, two-stage": _CLEX | {"recipe": "two-stage"},
 }
-FIELD = ("none", "clex", "clex, log gain", "gene", "yarn", "yarn-t")  # compared without --only
+# Compared without --only.
+FIELD = ("none", "clex", "clex, log gain", "clex, log gain, cream", "gene", "yarn", "yarn-t")
 
 
 Cell = Callable[[list[dict[str, Any]]], float]  # a figure from the rows of one length

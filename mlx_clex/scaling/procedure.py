@@ -1,7 +1,8 @@
 """Names of the ways to draw scales and positions in training, and the choice of a method.
 
-The two choices are independent. Skips follow PoSE (arXiv 2309.10400). With skips, some steps may
-be plain: rows are cut to at most L0 tokens and get the scale of texts of that length.
+The two choices are independent. Skips follow PoSE (arXiv 2309.10400), cream CREAM (arXiv
+2406.07138). With either, some steps may be plain: rows are cut to at most L0 tokens and get the
+scale of texts of that length.
 
 Not covered: the drawing (`training/draws.py`).
 """
@@ -16,10 +17,14 @@ SCALE_DRAWS = {
     GENE: "a multiple of length / trained length, smallest and largest most often, as in GeNE",
     FIXED: "always the scale of the sequence's length",
 }
-RELEASE, SKIPS, CONTIGUOUS, PIECES = "release", "skips", "contiguous", "pieces"
+RELEASE, SKIPS, CREAM = "release", "skips", "cream"
+CONTIGUOUS, PIECES = "contiguous", "pieces"
+SKIPPING = (SKIPS, CREAM)  # rows with jumps, up to the scaled length
 SAMPLINGS = {
     RELEASE: "a sorted sample over the scaled length, neighbours far apart, as in the CLEX release",
     SKIPS: "one to four runs of neighbours with jumps between them, up to the scaled length",
+    CREAM: "a head at 0, a tail at the end of the scaled length, and the rest together between "
+    "them, after CREAM",
     CONTIGUOUS: "0, 1, 2, ..., as in GeNE",
     PIECES: "0, 1, 2, ... in 1, 2, 4, ... equal pieces of the row, a drawn number; each is at the "
     "scale of its length, four trained lengths or more where the row has them",
@@ -33,7 +38,7 @@ class Procedure:
 
     scale_draw: str = FIXED  # one of SCALE_DRAWS
     sampling: str = CONTIGUOUS  # one of SAMPLINGS
-    plain_share: float = 0.0  # share of plain steps, for skips and sequences longer than L0
+    plain_share: float = 0.0  # share of plain steps, with jumps and sequences longer than L0
 
     def __post_init__(self) -> None:
         if self.scale_draw not in SCALE_DRAWS:
@@ -55,7 +60,7 @@ class Procedure:
     def plain_share_at(self, length: int, trained: int) -> float:
         """Return the share of plain steps for sequences of this length, lengths in tokens.
 
-        Skips in sequences longer than L0 never draw a scale below length / L0; plain steps
+        Jumps in sequences longer than L0 never have a scale below length / L0; plain steps
         train those scales.
         """
-        return self.plain_share if self.sampling == SKIPS and length > trained else 0.0
+        return self.plain_share if self.sampling in SKIPPING and length > trained else 0.0

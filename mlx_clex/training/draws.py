@@ -12,9 +12,10 @@ import numpy as np
 
 from ..errors import InputError
 from ..scaling import Scaling
-from ..scaling.procedure import CONTIGUOUS, FIXED, GENE, PIECES, RELEASE, UNIFORM, Procedure
+from ..scaling.procedure import CONTIGUOUS, CREAM, FIXED, GENE, PIECES, RELEASE, UNIFORM, Procedure
 
 _MOST_RUNS = 4  # of `skips`
+_SHORT_END = 32  # tokens, of `cream`
 _SHORTEST_PIECE = 4  # of `pieces`, in trained lengths
 
 
@@ -100,7 +101,8 @@ class Draws:
             sample = self.rng.choice(span, length - 2, replace=False, shuffle=False)
             return Draw(scale, release_positions(np.sort(sample), length, int(scale), trained))
         span = max(length, int(trained * scale))
-        return Draw(scale, self._skips(length, span).astype(np.float32))
+        draw = self._cream if procedure.sampling == CREAM else self._skips
+        return Draw(scale, draw(length, span).astype(np.float32))
 
     def _scale(self, length: int) -> float:
         trained = self.scaling.trained_length
@@ -124,6 +126,25 @@ class Draws:
             offsets = offsets - offsets[0]
         run = np.searchsorted(cuts, np.arange(length), side="right")
         return np.arange(length) + offsets[run]
+
+    def _cream(self, length: int, span: int) -> np.ndarray:
+        """A head from 0, a tail to the end of the span, and a middle between them.
+
+        Head and tail have 32 tokens each or a third of the row, equally likely. Of the positions
+        left out, a normal number is before the middle, on average half.
+
+        Source: after CREAM (arXiv 2406.07138), which draws the middle in two steps.
+        """
+        end = length // 3
+        if self.rng.random() < 0.5:
+            end = min(end, _SHORT_END)
+        positions, free = np.arange(length), span - length  # free: those that no token has
+        before = -1.0 if free else 0.0
+        while not 0 <= before <= free:
+            before = self.rng.normal(free / 2, 0.1 * free + 1)
+        positions[end:] += round(before)
+        positions[length - end :] += free - round(before)
+        return positions
 
 
 def release_positions(sample: np.ndarray, length: int, scale: int, trained: int) -> np.ndarray:

@@ -96,7 +96,7 @@ class TrainingOptions:
         "Length of the sequences, or of the longest with --packing plain.",
         least=4,
         default_text=f"{DEFAULT_LENGTH} tokens; if less, {PAYING_LENGTH} trained lengths with "
-        "--sampling skips, or what the scaling can be trained at",
+        "--sampling skips and cream, or what the scaling can be trained at",
     )
     batch_size: int = option(
         4, _DATA, "Sequences in a batch, of all processes together.", unit="sequences", least=1
@@ -186,8 +186,8 @@ class TrainingOptions:
     plain_share: float | None = option(
         None,
         _DRAWN,
-        "Share of plain steps with --sampling skips and sequences longer than the trained length: "
-        "rows are cut to the trained length and have positions 0, 1, 2, ...",
+        "Share of plain steps with --sampling skips or cream and sequences longer than the trained "
+        "length: rows are cut to the trained length and have positions 0, 1, 2, ...",
         least=0,
         below=1,
         default_text="what measured best for the scaling",

@@ -25,7 +25,7 @@ from ..evaluation.perplexity import check_lengths, check_targets
 from ..loading import DEFAULT_CACHE, load, resolve
 from ..model.own_rope import say_if_dropped
 from ..model.scaled_model import ScaledModel, attach
-from ..scaling.procedure import SKIPS, Procedure
+from ..scaling.procedure import SKIPPING, Procedure
 from .batches import Batches
 from .best import Best
 from .draws import Draws
@@ -197,8 +197,10 @@ def _draws(options: TrainingOptions, model: Any) -> Draws:
         sampling=options.sampling or default.sampling,
         plain_share=default.plain_share if share is None else share,
     )
-    if share and procedure.sampling != SKIPS:
-        raise InputError(f"--plain-share is for --sampling skips, not {procedure.sampling}.")
+    if share and procedure.sampling not in SKIPPING:
+        raise InputError(
+            f"--plain-share is for --sampling {' and '.join(SKIPPING)}, not {procedure.sampling}."
+        )
     return Draws(scaling, procedure, np.random.default_rng(options.seed))
 
 
@@ -209,7 +211,7 @@ def _length(options: TrainingOptions, model: Any, draws: Draws | None) -> int:
     else:
         longest = draws.longest if draws else model.reach if model.scaling.hard_reach else None
         limits = {longest or DEFAULT_LENGTH: "the scaling allows no more"}
-        if draws and draws.procedure.sampling == SKIPS:
+        if draws and draws.procedure.sampling in SKIPPING:
             enough = PAYING_LENGTH * model.scaling.trained_length
             limits[enough] = f"{PAYING_LENGTH} trained lengths, which measured best"
         length = min(DEFAULT_LENGTH, *limits)

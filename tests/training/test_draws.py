@@ -228,6 +228,31 @@ def test_clex_alone_has_plain_steps_unasked(name, released, share):
     assert procedure.plain_share_at(L0, L0) == 0
 
 
+@pytest.mark.parametrize("length", [64, 100, 128, 512])
+def test_cream_reaches_from_one_end_to_the_other(length):
+    """A head, a middle and a tail without gaps; the middle is most often in the middle."""
+    draws = make(max_factor=8, sampling="cream", share=0)
+    ends, befores = set(), []
+    for _ in range(400):
+        draw = draws.draw(length)
+        span = max(length, int(L0 * draw.scale))
+        positions = draw.positions.astype(int)
+        assert (positions[0], positions[-1], len(positions)) == (0, span - 1, length)
+        jumps = np.flatnonzero(np.diff(positions) != 1)
+        assert (np.diff(positions) >= 1).all()
+        assert len(jumps) <= 2
+        if len(jumps) == 2:
+            assert jumps[0] + 1 == length - 1 - jumps[1], "head and tail are equally long"
+            ends.add(jumps[0] + 1)
+            befores.append((positions[jumps[0] + 1] - jumps[0] - 1) / (span - length))
+    if length < 512:
+        assert ends == {length // 3, min(32, length // 3)}
+        assert 0.45 < np.mean(befores) < 0.55
+        assert np.std(befores) < 0.15
+    else:
+        assert not ends, "nothing is left out at the largest scale"
+
+
 def test_skips_keep_neighbours_together_and_reach_far():
     """At most four runs, positions in order, all within L0 * t, half of them from 0."""
     draws = make(max_factor=8, sampling="skips")
@@ -294,7 +319,7 @@ def test_unknown_choices_are_refused():
     """A misspelt YAML value must not fall back to a default."""
     with pytest.raises(InputError, match="uniform, gene, fixed"):
         Procedure(scale_draw="random")
-    with pytest.raises(InputError, match="release, skips, contiguous"):
+    with pytest.raises(InputError, match="release, skips, cream, contiguous"):
         Procedure(sampling="skip")
     with pytest.raises(InputError, match=r"within 0\.\.1"):
         Procedure(plain_share=1)

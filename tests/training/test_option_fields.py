@@ -66,7 +66,7 @@ def test_remote_code_may_be_trusted_in_yaml(tmp_path):
         ("samplng: skips", "'samplng', which is none of"),
         ("- a", "must be a list of"),
         ("a: [", "cannot be read"),
-        ("sampling: skip", "release, skips, contiguous"),
+        ("sampling: skip", "release, skips, cream, contiguous"),
         ("iters: many", "must be a whole number"),
         ("clear_cache_threshold: much", "must be a size such as 4GB, got 'much'"),
         ("scaling: clx", "--scaling must be one of none, linear, "),

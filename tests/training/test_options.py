@@ -116,7 +116,7 @@ def test_no_option_of_training_is_one_of_a_scaling():
         ({"learning_rate": float("inf")}, "--learning-rate must be a finite number, got inf"),
         ({"learning_rate": "1e-5"}, "--learning-rate must be a finite number, got '1e-5'"),
         ({"plain_share": 1}, "--plain-share must be at least 0 and below 1, got 1"),
-        ({"sampling": "dense"}, "one of release, skips, contiguous, pieces, got 'dense'"),
+        ({"sampling": "dense"}, "one of release, skips, cream, contiguous, pieces, got 'dense'"),
         ({"optimizer": "lion"}, "--optimizer must be one of adam, "),
         ({"num_layers": -2}, "--num-layers must be at least 1, or -1 for all, got -2"),
         ({"training_mode": "dpo"}, "training_mode must be one of normal, got 'dpo'"),

@@ -111,7 +111,10 @@ def test_the_network_learns_at_its_own_rate(base, texts, tmp_path):
         ("--max-factor 5", "needs --scaling"),
         ("--mask-prompt", "no prompts"),
         ("--plain-share 2", "--plain-share"),
-        ("--plain-share 0.5 --sampling contiguous", "is for --sampling skips"),
+        (
+            "--plain-share 0.5 --sampling contiguous",
+            "is for --sampling skips and cream, not contiguous",
+        ),
         ("--num-layers 0", "--num-layers must be at least 1, or -1"),
         ("--num-layers -2", "--num-layers must be at least 1, or -1 for all, got -2"),
         ("--val-batches -5", "--val-batches must be at least 0, or -1 for all, got -5"),
