@@ -14,7 +14,7 @@ This page lists every model file of mlx-lm {version}, and what `attach` and `con
 it. `tests/model/test_find_ropes.py` checks each row on tiny random weights: at scale 1 the model
 equals the stock model; a pass at a higher scale equals the stock model with those
 frequencies put in by hand; decoding across two steps of the scale equals a cache that keeps
-keys unrotated.
+keys unrotated; and the head, run on parts of a text for perplexity and training, gives the same.
 
 - **scaled**: the layers whose rope is replaced. Layers with a sliding window, a recurrent
   state or no positions keep what they have.
@@ -23,6 +23,8 @@ keys unrotated.
 - **log_scale**: whether queries can be multiplied, as `log_scale`, `log_gain` and `yarn-t` do.
   They are refused where the rope gets a part of each query (latent attention as in DeepSeek,
   GPT-J) or is not called for queries and then keys, and where keys change after the rotation.
+- gemma3n is read, but `lora` refuses it: without a cache, as in training, mlx-lm computes other keys
+  for its last layers than in use.
 - A model whose rope is stretched already (llama3, longrope, yarn, linear) is served from that
   rope: at scale 1 it equals its source ([details](convert.md#models-that-bring-a-stretched-rope)).
   mlx-lm's `dynamic` rope is refused, because it has no fixed frequencies.
