@@ -1,13 +1,13 @@
-"""Compare how the methods extrapolate after LoRA of a published model: perplexity by length.
+"""Compare how a published model reads beyond its trained length: untrained, and after LoRA.
 
     python examples/fetch_smollm2.py build/smollm2
     python -m benchmarks.lora_extrapolation [--only NAME ...]
 
-The trained length of SmolLM2-135M is taken as 2,048 tokens; its config says 8,192. Its adapters are
-trained with each method, set up for 4 x 2,048 tokens, in sequences of 512 tokens. Then the last
-2,048 tokens of windows of held-out books are scored with 1, 2 and 4 x 2,048 tokens of context
-(`mlx_clex.perplexity --protocol same-targets`). An interrupted run continues, and finished runs are
-not repeated.
+SmolLM2-135M was trained on 8,192 tokens. The last 8,192 tokens of windows of held-out books are
+scored with 8,192 and 16,384 tokens of context (`mlx_clex.perplexity --protocol same-targets`): by
+the model as it is, with a scaling switched on, and after LoRA with each method in sequences of 512
+tokens, whose positions skip up to 16,384. An interrupted run continues, and finished runs are not
+repeated.
 
 Not covered: longer sequences, recall, other models.
 """
@@ -28,9 +28,10 @@ from mlx_clex.errors import RunError
 from mlx_clex.evaluation.results import read_results
 
 MODEL = Path("build/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
-TRAINED_LENGTH = 2048
-REACH = 4  # x TRAINED_LENGTH
-LENGTHS = (TRAINED_LENGTH, 2 * TRAINED_LENGTH, REACH * TRAINED_LENGTH)
+TRAINED_LENGTH = 8192
+REACH = 2  # x TRAINED_LENGTH
+LENGTHS = (TRAINED_LENGTH, REACH * TRAINED_LENGTH)
+UNTRAINED = {f"untrained, {scaling}": scaling for scaling in ("none", "yarn-t")}
 
 # Options of mlx_clex.lora; others have their defaults.
 TRAINING = {
@@ -44,26 +45,30 @@ TRAINING = {
     "val_batches": 1,
     "save_every": 20,
 }
+_SKIPS = {"sampling": "skips", "scale_draw": "uniform"}  # the default of CLEX
 _CLEX = {"scaling": "clex", "max_factor": REACH}
 METHODS: dict[str, dict[str, Any]] = {
     "none": {"scaling": "none"},
     "clex": _CLEX,
     "clex, log gain": _CLEX | {"log_gain": True},
-    "gene": {"scaling": "gene", "factor": REACH, "release_recipe": True},
-    "yarn": {"scaling": "yarn", "factor": REACH},
-    "yarn-t": {"scaling": "yarn-t", "factor": REACH},
+    "gene": {"scaling": "gene", "factor": REACH} | _SKIPS,
+    "yarn": {"scaling": "yarn", "factor": REACH, "sampling": "skips"},  # at one scale
+    "yarn-t": {"scaling": "yarn-t", "factor": REACH} | _SKIPS,
 }
 
 
 def train_and_measure(name: str, base: Path, windows: int, folder: Path) -> None:
-    """Train a method's adapters and measure them, as far as that is not done."""
-    books, adapters = folder / "books", _adapters(name, folder)
-    if not (adapters / "trained").exists():
-        train(base, books, adapters, TRAINING | METHODS[name])
-        (adapters / "trained").touch()
-    model = ("--model", base, "--adapter-path", adapters, "--data", books, "--split", "valid")
-    lengths = ("--lengths", *LENGTHS, "--windows", windows)
-    command("perplexity", *model, *lengths, "--output", adapters / "perplexity")
+    """Train a method's adapters, if it has any, and measure, as far as that is not done."""
+    own, books = _folder(name, folder), folder / "books"
+    own.mkdir(parents=True, exist_ok=True)
+    options: tuple[Any, ...] = ("--adapter-path", own)
+    if name in UNTRAINED:
+        options = ("--scalings", UNTRAINED[name])
+    elif not (own / "trained").exists():
+        train(base, books, own, TRAINING | METHODS[name])
+        (own / "trained").touch()
+    text = ("--data", books, "--split", "valid", "--lengths", *LENGTHS, "--windows", windows)
+    command("perplexity", "--model", base, *options, *text, "--output", own / "perplexity")
 
 
 def print_table(names: Iterable[str], folder: Path) -> None:
@@ -71,10 +76,10 @@ def print_table(names: Iterable[str], folder: Path) -> None:
 
     From five windows on a ratio has a 95 % interval.
     """
-    print(f"\n| method | {' | '.join(f'{length:,}' for length in LENGTHS)} |")
+    print(f"\n| | {' | '.join(f'{length:,}' for length in LENGTHS)} |")
     print("|---" * (len(LENGTHS) + 1) + "|")
     for name in names:
-        path = _adapters(name, folder) / "perplexity"
+        path = _folder(name, folder) / "perplexity"
         rows = read_results(path).rows if path.with_suffix(".json").exists() else []
         if len(rows) == len(LENGTHS):
             print(f"| {name} | {' | '.join(_cell(row) for row in rows)} |")
@@ -87,7 +92,7 @@ def _cell(row: dict[str, Any]) -> str:
     return f"{text} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})"
 
 
-def _adapters(name: str, folder: Path) -> Path:
+def _folder(name: str, folder: Path) -> Path:
     return folder / file_name(name)
 
 
@@ -98,11 +103,12 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("build/lora-extrapolation"), help="Default: %(default)s"
     )
+    names = [*UNTRAINED, *METHODS]
     parser.add_argument(
-        "--only", nargs="+", metavar="METHOD", choices=METHODS, default=list(METHODS),
-        help="Only these methods. Default: all.",
+        "--only", nargs="+", metavar="NAME", choices=names, default=names,
+        help="Only these rows of the table. Default: all.",
     )  # fmt: skip
-    parser.add_argument("--windows", type=int, default=2, help="Default: 2.")
+    parser.add_argument("--windows", type=int, default=1, help="Default: 1.")
     parser.add_argument(
         "--table", action="store_true", help="Print finished runs; train and measure nothing."
     )
@@ -111,8 +117,7 @@ def main() -> None:
     if not args.table:
         write_books(args.output / "books")
         if not base.exists():
-            length = ("--trained-length", TRAINED_LENGTH, "--dtype", "float32")
-            command("convert", "--hf-path", args.model, "--mlx-path", base, *length)
+            command("convert", "--hf-path", args.model, "--mlx-path", base, "--dtype", "float32")
         for name in args.only:
             try:
                 train_and_measure(name, base, args.windows, args.output)
