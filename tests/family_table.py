@@ -23,8 +23,8 @@ keys unrotated; and the head, run on parts of a text for perplexity and training
 - **log_scale**: whether queries can be multiplied, as `log_scale`, `log_gain` and `yarn-t` do.
   They are refused where the rope gets a part of each query (latent attention as in DeepSeek,
   GPT-J) or is not called for queries and then keys, and where keys change after the rotation.
-- gemma3n is read, but `lora` refuses it: without a cache, as in training, mlx-lm computes other keys
-  for its last layers than in use.
+- gemma3n is read, but `lora` refuses it: without a cache, as in training, mlx-lm computes other
+  keys for its last layers than in use.
 - A model whose rope is stretched already (llama3, longrope, yarn, linear) is served from that
   rope: at scale 1 it equals its source ([details](convert.md#models-that-bring-a-stretched-rope)).
   mlx-lm's `dynamic` rope is refused, because it has no fixed frequencies.
