@@ -93,11 +93,8 @@ def _theta_of(inv_freq: np.ndarray, dims: int, rope_theta: Any) -> float | None:
     theta = float(f"{float(inv_freq[-1]) ** (-dims / 2 / (pairs - 1)):.5g}")
     if isinstance(rope_theta, int | float) and math.isclose(theta, rope_theta, rel_tol=1e-4):
         theta = float(rope_theta)
-    return (
-        theta
-        if np.allclose(plain_inv_freq(dims, theta)[:pairs], inv_freq, rtol=1e-4, atol=0)
-        else None
-    )
+    plain = plain_inv_freq(dims, theta)[:pairs]
+    return theta if np.allclose(plain, inv_freq, rtol=1e-4, atol=0) else None
 
 
 def _exactly(rope: Any, measured: np.ndarray) -> np.ndarray:

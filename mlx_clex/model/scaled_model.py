@@ -229,7 +229,7 @@ class UnscaledModel:
         """Accept every length."""
 
     def say_if_past(self, length: int) -> None:
-        """Say once that a text is longer than the model was trained on."""
+        """Say that a text is longer than the model was trained on."""
         if self.reach is not None and length > self.reach:
             say(
                 f"The text has {length} tokens, and this model was trained on {self.reach}; "
