@@ -29,7 +29,7 @@ from .data.text import encode_text, without_bos
 from .errors import InputError, generating
 from .loading import load, resolve
 from .model.scaled_model import make_prompt_cache, scaled
-from .serving.prompt import prompt_text, render_messages
+from .serving.prompt import prompt_text, render_messages, say_if_past_training
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     limit = scaled(model).limit
     tokens = _encode(tokenizer, text, templated=not args.ignore_chat_template, limit=limit)
     expected = _expected_length(args, model, len(tokens))
-    scaled(model).say_if_past(len(tokens))
+    say_if_past_training(model, len(tokens))
     caches = make_prompt_cache(model, expected)
     start = time.perf_counter()
     _read(args, model, tokens, caches)

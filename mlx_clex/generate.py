@@ -37,7 +37,13 @@ from .loading import load, resolve
 from .model.plans import plan_at, plan_of, planned_caches, single_caches
 from .model.scaled_model import make_prompt_cache, scaled
 from .model.sharding import one_voice, shared_seed
-from .serving.prompt import cap_max_tokens, encode_prompt, pass_size, template_options
+from .serving.prompt import (
+    cap_max_tokens,
+    encode_prompt,
+    pass_size,
+    say_if_past_training,
+    template_options,
+)
 
 _LONG_PROMPT = 256  # tokens, above which a bar shows how much is read
 
@@ -125,7 +131,7 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
             "Give --max-tokens a number."
         )
     check.reading(read + len(prompt) + max(0, max_tokens), **limits)
-    scaled(model).say_if_past(read + len(prompt))
+    say_if_past_training(model, read + len(prompt))
     fixed_by = None
     if args.kv_bits is not None or (saved is not None and quantised(saved) is not None):
         fixed_by = "--kv-bits"  # quantised keys lose precision each time they are rotated

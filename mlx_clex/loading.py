@@ -204,27 +204,25 @@ def resolve(path_or_hub_id: str | Path, *, cache_dir: str | Path | None = None) 
 
 
 def _from_hub(hub_id: str, cache: Path) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-    from .convert.read.hub import guarded, look_up
+    from .convert.read.hub import config_folder, guarded, look_up
 
     listing = look_up(hub_id)
     target = cache / f"{hub_id.replace('/', '--')}@{listing.commit[:12]}-{CONVERSION}"
     if target.is_dir():
         return target
 
-    def config_file() -> Path:
-        return Path(hf_hub_download(hub_id, "config.json"))
-
     def snapshot() -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=DEFAULT_ALLOW_PATTERNS))
 
     names = list(listing.sizes)
-    if not only_gguf(names):
-        folder = listing.folder or guarded(hub_id, None, config_file).parent
-        if not needs_conversion(names, read_config(folder), hub_id):
-            return listing.folder or guarded(hub_id, None, snapshot)
+    if not (
+        only_gguf(names)
+        or needs_conversion(names, read_config(config_folder(hub_id, listing)), hub_id)
+    ):
+        return listing.folder or guarded(hub_id, None, snapshot)
     suffixes = (".safetensors", ".bin", ".gguf")
     weights = (size for name, size in listing.sizes.items() if name.endswith(suffixes))
     say(f"{hub_id} is a published checkpoint ({sum(weights) / 1e9:.1f} GB of weights).")

@@ -348,7 +348,7 @@ def test_a_name_of_no_file_is_refused(cli, folders, tmp_path, monkeypatch, name)
 
 
 def test_only_a_saved_cache_is_replaced(cli, folders, tmp_path):
-    """The weights of a model were, without a word, and a whole text was read for nothing."""
+    """A model's weights were replaced; a whole text was read before a folder was found closed."""
     weights = tmp_path / "model.safetensors"
     shutil.copy(folders("clex_llama") / "model.safetensors", weights)
     before = weights.read_bytes()

@@ -201,7 +201,7 @@ def test_answers_with_a_seed_differ_and_come_again(server):
 
 
 def test_tools_need_a_chat_template(server):
-    """They were left out without a word."""
+    """They were left out, and the answer did not say so."""
     body = chat("hi", tools=[{"type": "function", "function": {"name": "f"}}])
     status, text = server.raw("POST", "/v1/chat/completions", json.dumps(body))
     assert (status, json.loads(text)["error"]["param"]) == (400, "tools")

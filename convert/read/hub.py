@@ -60,7 +60,7 @@ def look_up(repo: str, revision: str | None = None) -> Listing:
         return guarded(repo, revision, ask)
     except (OfflineModeIsEnabled, RunError) as error:
         try:
-            # Of no files: that all are there is not asked of it.
+            # No pattern: the folder is wanted, whether or not all files are there.
             folder = Path(
                 snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[])
             )
@@ -70,6 +70,19 @@ def look_up(repo: str, revision: str | None = None) -> Listing:
             ) from error
         sizes = {file.name: file.stat().st_size for file in files_of(folder)}
         return Listing(folder.name, sizes, folder)
+
+
+def config_folder(repo: str, listing: Listing) -> Path:
+    """Return the folder of config.json in the hub's cache; download the file if needed.
+
+    Raises:
+        InputError, RunError: as `guarded`.
+    """
+    from huggingface_hub import hf_hub_download
+
+    return listing.folder or guarded(
+        repo, None, lambda: Path(hf_hub_download(repo, "config.json")).parent
+    )
 
 
 def download(repo: str, revision: str | None = None) -> Path:

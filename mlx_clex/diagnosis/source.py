@@ -65,12 +65,7 @@ def find_source(path_or_hub_id: str | Path) -> Source:
         _, (gguf_name,) = choose_weights(names, read_json, str(path))
         return find_source(path / gguf_name)
     hub_id = check_hub_id(str(path_or_hub_id))
-    from huggingface_hub import hf_hub_download
-
-    from ..convert.read.hub import guarded, look_up
-
-    def config_file() -> Path:
-        return Path(hf_hub_download(hub_id, "config.json"))
+    from ..convert.read.hub import config_folder, look_up
 
     listing = look_up(hub_id)
     if only_gguf(listing.sizes):
@@ -80,7 +75,7 @@ def find_source(path_or_hub_id: str | Path) -> Source:
             f"The config of {hub_id} is inside its .gguf file. Download that (hf download "
             f"{hub_id}) and give the path that this prints."
         )
-    folder = listing.folder or guarded(hub_id, None, config_file).parent
+    folder = config_folder(hub_id, listing)
     size = sum(listing.sizes.values())
     return Source(hub_id, read_config(folder), None, Held.in_bytes(size), size)
 

@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.pipeline import PipelineMixin
 
-from ..errors import InputError, say
+from ..errors import InputError
 from ..scaling import PREFIX, SCALINGS, Scaling, build_scaling
 from . import quantised_attention  # noqa: F401 - replaces a function of mlx-lm
 from .cache import ScaledKVCache
@@ -126,9 +126,6 @@ class ScaledModel:
         if self.limit is not None and length > self.limit:
             raise beyond_reach(self.scaling, length, what)
 
-    def say_if_past(self, length: int) -> None:
-        """Say nothing: a pass beyond the reach warns by itself."""
-
     def room_after(self, length: int, what: str = "The sequence") -> int | None:
         """Return how many tokens may follow `length` tokens, at least 1; None: any number.
 
@@ -227,14 +224,6 @@ class UnscaledModel:
 
     def check_length(self, length: int, what: str = "The sequence") -> None:
         """Accept every length."""
-
-    def say_if_past(self, length: int) -> None:
-        """Say that a text is longer than the model was trained on."""
-        if self.reach is not None and length > self.reach:
-            say(
-                f"The text has {length} tokens, and this model was trained on {self.reach}; "
-                "answers get worse."
-            )
 
     def room_after(self, length: int, what: str = "The sequence") -> int | None:
         """Return None: any number of tokens may follow."""

@@ -30,6 +30,16 @@ from ..model.scaled_model import scaled
 _SMALLEST_PASS = 256
 
 
+def say_if_past_training(model: nn.Module, length: int) -> None:
+    """Say that a prompt is longer than a plain model was trained on; others warn by themselves."""
+    plain = scaled(model)
+    if plain.scaling is None and plain.reach is not None and length > plain.reach:
+        say(
+            f"The text has {length} tokens, and this model was trained on {plain.reach}; answers "
+            "get worse."
+        )
+
+
 def encode_prompt(
     args: argparse.Namespace, tokenizer: Any, *, continues: bool, limit: int | None = None
 ) -> list[int]:

@@ -190,7 +190,7 @@ def test_a_chat_needs_a_chat_template(tmp_path, monkeypatch):
 
 
 def test_files_that_are_not_read_are_named(tmp_path, capsys):
-    """A file of the user's data was left out without a word."""
+    """A file of the user's data was left out, and no line said so."""
     (tmp_path / "texts").mkdir()
     for name in ("a.txt", "chat.jsonl", "B.TXT", ".hidden"):
         (tmp_path / "texts" / name).write_text('{"text": "words of a text"}')
