@@ -83,14 +83,15 @@ def decide_outcome(
     notes: list[str] = []
     renaming = rename(weights)
     held = Held.of(info_of(array) for array in weights.values())
-    config = _config(config, held, options, notes)
+    packed = any(not mx.issubdtype(array.dtype, mx.floating) for array in weights.values())
+    config = _config(config, held, options, notes, packed=packed)
     name = head_name(config, {name: array.shape for name, array in weights.items()}, held)
     if name is None:
         set_tied(config, has_head=False, same=False)
     else:
         head = weights[name]
         alike = [a for n, a in weights.items() if n != name and a.shape == head.shape]
-        same = any(bool(mx.array_equal(head[:1], array[:1])) for array in alike)
+        same = any(_equal(head, array) for array in alike)
         set_tied(config, has_head=True, same=same)
     ours = scaling_weights(weights, renaming)
     if ours and options.scaling is not None:
@@ -138,9 +139,17 @@ def decide_outcome(
 
 
 def _config(
-    config: dict[str, Any], held: Held, options: Options, notes: list[str]
+    config: dict[str, Any], held: Held, options: Options, notes: list[str], packed: bool = False
 ) -> dict[str, Any]:
-    """Return the normalised config with the user's options applied."""
+    """Return the normalised config with the user's options applied.
+
+    Args:
+        config: config.json as published.
+        held: what the weight files hold.
+        options: what the user asked for.
+        notes: lines for the user; added to.
+        packed: whether some tensors are whole numbers, as quantised weights are.
+    """
     config = normalise_config(config)
     if options.scaling is not None:
         _set_scaling(config, held, options.scaling, options.own_rope, notes)
@@ -162,7 +171,9 @@ def _config(
         )
         config["sliding_window"] = None
     foreign = config.get("quantization_config")
-    if foreign and "quantization" not in config:
+    if foreign and "quantization" not in config and not packed:
+        del config["quantization_config"]  # it tells how the weights were before
+    elif foreign and "quantization" not in config:
         method = foreign.get("quant_method") if isinstance(foreign, dict) else foreign
         raise InputError(
             f"The checkpoint is quantised with {method!r}, which mlx_clex does not read. Use the "
@@ -223,6 +234,14 @@ def _in_full(scaling: Mapping[str, Any]) -> dict[str, Any]:
     if name not in SCALINGS:
         raise InputError(f"There is no scaling {name!r}. Use one of: {', '.join(SCALINGS)}.")
     return {"type": name, **asdict(parse_config(SCALINGS[name].Config, scaling))}
+
+
+def _equal(one: mx.array, other: mx.array, rows: int = 4096) -> bool:
+    """Return whether two tensors of a shape are equal; few rows of them are compared at a time."""
+    return all(
+        bool(mx.array_equal(one[i : i + rows], other[i : i + rows]))
+        for i in range(0, len(one), rows)
+    )
 
 
 def scaling_weights(weights: Mapping[str, mx.array], renaming: Renaming) -> dict[str, mx.array]:

@@ -34,8 +34,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.quantize and self.dequantize:
             raise InputError("Choose either -q (quantize) or -d (dequantize), not both.")
-        if not self.quantize and (self.q_bits or self.q_group_size):
-            raise InputError("--q-bits and --q-group-size need -q: add it.")
+        if not self.quantize and (self.q_bits or self.q_group_size or self.q_mode != "affine"):
+            raise InputError("--q-bits, --q-group-size and --q-mode need -q: add it.")
         if self.quant_predicate and (not self.quantize or self.q_mode != "affine"):
             raise InputError("--quant-predicate needs -q and --q-mode affine.")
         if self.dtype is not None and self.dtype not in DTYPES:

@@ -41,7 +41,7 @@ from .scaling.check import check_frequencies
 
 DEFAULT_CACHE = Path("~/.cache/mlx_clex")
 # Part of the name of a cached conversion. Raise it when a conversion gives another result.
-CONVERSION = 1
+CONVERSION = 2
 
 
 def load(

@@ -94,14 +94,19 @@ class _Handler(BaseHTTPRequestHandler):
     def _about(self, repo: str, folder: Path, rest: str) -> None:
         if rest.startswith("/revision/") and rest[10:] not in ("main", COMMIT):
             return self._answer(404, {"error": "no"}, X_Error_Code="RevisionNotFound")
-        files = sorted(file for file in folder.iterdir() if file.is_file())
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
         if rest.startswith("/tree/"):
             rows = [
-                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": _digest(f)[:40]}
+                {
+                    **{"type": "file", "path": str(f.relative_to(folder))},
+                    **{"size": f.stat().st_size, "oid": _digest(f)[:40]},
+                }
                 for f in files
             ]
             return self._answer(200, rows)
-        siblings = [{"rfilename": f.name, "size": f.stat().st_size} for f in files]
+        siblings = [
+            {"rfilename": str(f.relative_to(folder)), "size": f.stat().st_size} for f in files
+        ]
         about = {"id": repo, "modelId": repo, "sha": COMMIT, "private": False, "tags": []}
         return self._answer(200, {**about, "siblings": siblings, "downloads": 0, "likes": 0})
 

@@ -8,6 +8,7 @@ from mlx_clex.convert import convert
 
 from mlx_clex import attach, doctor, fuse, load, lora, perplexity
 from mlx_clex.errors import InputError
+from mlx_clex.model.own_rope import dropped_rope, original_length
 
 from .conftest import GOLDEN, stock_folder
 from .tiny_families import tiny
@@ -136,3 +137,11 @@ def test_the_length_of_a_rope_with_a_gain_stays(tmp_path):
     with pytest.raises(InputError, match=match):
         attach(model, {"type": "ntk", "factor": 2}, trained_length=128)
     attach(model, {"type": "ntk", "factor": 2}, trained_length=256)
+
+
+def test_a_dynamic_rope_was_trained_at_the_length_of_its_config():
+    """It was taken for a stretched one: 5,461 tokens instead of 32,768, all scales six times."""
+    config = {"max_position_embeddings": 32768, "rope_scaling": {"type": "dynamic", "factor": 6.0}}
+
+    assert original_length(config) == 32768
+    assert "Short texts change" not in str(dropped_rope(config))

@@ -8,7 +8,7 @@ Not covered: what differs by architecture (`gguf_families.py`), experts, and the
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,9 @@ from mlx_clex.errors import InputError, import_extra, reading
 from .gguf_families import FAMILIES, Family, llama3_rope
 
 _FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}  # kept as stored
+_DTYPES = {"F32": "float32", "BF16": "bfloat16"}  # other files become float16
+_CONTROL = 3  # token_type of tokens that no text has
+_ENDS = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")  # of turns, as in llama.cpp
 _CHUNK = 1 << 22  # elements decoded at once: float32 work arrays of 16 MB
 _LONGEST_ARRAY = 1 << 23  # elements of a metadata array; the largest vocabularies have 300,000
 _ROPES = ("none", "linear", "yarn")  # values of rope.scaling.type that are read
@@ -103,6 +106,7 @@ def _config_of(gguf: GgufFile) -> dict[str, Any]:
     tensors = {tensor.name: tensor for tensor in gguf.tensors}
     if key("expert_count", 0):
         raise InputError(f"{gguf.path} is a mixture of experts; use its safetensors.")
+    largest = max(gguf.tensors, key=lambda tensor: int(tensor.n_elements), default=None)
     heads, width = key("attention.head_count"), key("embedding_length")
     head_dim = key("attention.key_length", width // heads)
     if key("rope.dimension_count", head_dim) != head_dim:
@@ -122,8 +126,8 @@ def _config_of(gguf: GgufFile) -> dict[str, Any]:
         "vocab_size": len(metadata.get("tokenizer.ggml.tokens", ())) or key("vocab_size"),
         "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
-        "torch_dtype": "float16",
+        "eos_token_id": _ends(metadata),
+        "torch_dtype": _DTYPES.get(largest.tensor_type.name if largest else "", "float16"),
     }
     if (window := key("attention.sliding_window", 0)) > 0:
         config["sliding_window"] = window
@@ -131,6 +135,20 @@ def _config_of(gguf: GgufFile) -> dict[str, Any]:
     if rope := _rope_of(gguf, config["rope_theta"], tensors.get("rope_freqs.weight")):
         config["rope_scaling"] = rope
     return config
+
+
+def _ends(metadata: Mapping[str, Any]) -> int | list[int] | None:
+    """Return the tokens that end an answer: of the text, of a turn, of a message."""
+    found = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    tokens = metadata.get("tokenizer.ggml.tokens") or []
+    kinds = metadata.get("tokenizer.ggml.token_type") or []
+    found += [
+        index
+        for index, (token, kind) in enumerate(zip(tokens, kinds, strict=False))
+        if kind == _CONTROL and token in _ENDS
+    ]
+    ends = list(dict.fromkeys(end for end in found if end is not None))
+    return ends if len(ends) > 1 else next(iter(ends), None)
 
 
 def _rope_of(gguf: GgufFile, theta: float, divisors: Any) -> dict[str, Any] | None:

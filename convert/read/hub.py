@@ -6,12 +6,13 @@ Not covered: login (`hf auth login`).
 """
 
 from collections.abc import Callable
+from fnmatch import filter as matching
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from mlx_clex.checkpoint.files import read_json
-from mlx_clex.checkpoint.folder import files_of
+from mlx_clex.checkpoint.folder import TEMPLATES, files_of
 from mlx_clex.errors import InputError, RunError, one_line
 
 from .source import CONFIG_FILES, TOKENIZER_FILES, choose_weights
@@ -54,6 +55,7 @@ def look_up(repo: str, revision: str | None = None) -> Listing:
         _, weights = choose_weights(top, read_index, f"The repository {repo}")
         patterns = [*CONFIG_FILES, *TOKENIZER_FILES, *weights, "*.index.json"]
         wanted = [name for name in top if any(fnmatch(name, pattern) for pattern in patterns)]
+        wanted += matching(sizes, f"{TEMPLATES}/*.jinja")
         return Listing(info.sha or "", {name: sizes[name] for name in wanted}, None)
 
     try:

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mlx_clex.checkpoint.folder import files_of
+from mlx_clex.checkpoint.folder import TEMPLATES, files_of
 from mlx_clex.checkpoint.released_templates import template_for
 from mlx_clex.errors import InputError, reading
 
@@ -78,6 +78,9 @@ def _copy(source: Path, folder: Path) -> dict[str, Any] | None:
     config.pop("auto_map", None)  # names code that is never run
     for file in files:
         shutil.copyfile(file, folder / file.name)
+    for file in sorted((source / TEMPLATES).glob("*.jinja")):  # checked by files_of
+        (folder / TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / TEMPLATES / file.name)
     kind = str(config.get("tokenizer_class") or "")
     llama = kind.startswith(("LlamaTokenizer", "CodeLlamaTokenizer"))
     if "tokenizer.model" in names and (llama or "tokenizer.json" not in names):
@@ -86,11 +89,12 @@ def _copy(source: Path, folder: Path) -> dict[str, Any] | None:
 
 
 def _from_sentencepiece(source: Path, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Write tokenizer.json from tokenizer.model; return the config.
+    """Write tokenizer.json from tokenizer.model and added tokens; return the config.
 
     From a tokenizer.model alone, transformers 5 adds no BOS and no space before the first word,
     and does not apply SentencePiece's normalisation.
     """
+    from tokenizers import Tokenizer
     from transformers import LlamaTokenizer
 
     proto = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
@@ -98,6 +102,10 @@ def _from_sentencepiece(source: Path, folder: Path, config: dict[str, Any]) -> d
         proto.ParseFromString((source / "tokenizer.model").read_bytes())
         if not proto.pieces:
             raise ValueError("it has no pieces")
+    beside = folder / "tokenizer.json"  # of the same tokens: what was added to them later
+    given = Tokenizer.from_file(str(beside)) if beside.exists() else None
+    if given is not None:
+        config.setdefault("legacy", getattr(given.pre_tokenizer, "prepend_scheme", "") != "first")
     config = _LLAMA_TOKENS | {"tokenizer_class": "LlamaTokenizer"} | config
     config.setdefault("add_bos_token", True)
     config.setdefault("add_eos_token", False)
@@ -116,6 +124,15 @@ def _from_sentencepiece(source: Path, folder: Path, config: dict[str, Any]) -> d
         charsmap=spec.precompiled_charsmap,
         legacy=config.get("legacy", True),
     )
+    added = given.get_added_tokens_decoder() if given is not None else {}
+    for index, token in sorted(added.items()):
+        if backend.token_to_id(token.content) is None:
+            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+            if backend.token_to_id(token.content) != index:
+                raise InputError(
+                    f"{source / 'tokenizer.json'} gives its added token {token.content!r} the id "
+                    f"{index}, which does not follow the others."
+                )
     backend.save(str(folder / "tokenizer.json"))
     # The Llama class would replace everything but the vocabulary.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"

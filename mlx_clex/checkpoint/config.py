@@ -4,8 +4,8 @@ Published configs spell the same setting in several ways: `rope_type` for `type`
 `rope_parameters` since transformers 5, `rotary_emb_base` in gpt_neox, and keys that the
 first CLEX release left out. All other modules read only what `normalise_config` returns.
 
-Not covered: settings nested under `text_config`, and settings for each layer type. Both
-stay unchanged.
+Not covered: families whose class in mlx-lm reads `rope_parameters` of a `text_config` or of each
+kind of layer. These stay unchanged.
 """
 
 import dataclasses
@@ -25,11 +25,19 @@ from ..errors import InputError, shown
 from ..scaling import SCALINGS
 from ..scaling.factor import FactorScaling
 from ..scaling.none import NoScaling
+from .rope_settings import (
+    MODEL_KEYS,
+    PLAIN,
+    copy_from_parameters,
+    hoist,
+    merged_scaling,
+    set_original_length,
+    split_by_layer,
+)
 
 SHIM = "mlx_clex_model.py"  # the model_file of converted checkpoints
 OURS = "mlx_clex_rope_scaling"  # in place of rope_scaling, where transformers refuses ours
 BASE_ROPE = "mlx_clex_base_rope"  # the rope_scaling that the source brings, under ours
-_PLAIN = "default"  # transformers' name of a rope without scaling
 
 # The largest sizes that any model has, with room to spare, by patterns of the families' keys. What
 # the weight files of one model can hold is the bound of `sizes.py`.
@@ -51,9 +59,8 @@ _REQUIRED = (  # that are whole numbers in every family
 _HEADS = ("head_dim", "num_key_value_heads")  # sizes that have defaults in config classes
 _LONGEST = 1 << 40  # tokens
 _LARGEST_BASE = 1e30  # of rope_theta; float32 holds its frequencies
+_GRANITE = {"full_attention": "attention", "linear_attention": "mamba"}  # names of mlx-lm
 _LENGTH_KEYS = ("max_position_embeddings", "max_sequence_length", "n_positions")
-# Settings of the model that transformers 5 keeps inside rope_parameters.
-_MODEL_KEYS = ("rope_theta", "partial_rotary_factor")
 
 
 def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -78,19 +85,22 @@ def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
             f"config.json holds a {type(config).__name__}, not a JSON object. "
             "Copy the model's own config.json."
         )
-    config = deepcopy(config)
+    config = _copy(config)
     config.pop("auto_map", None)
     if OURS in config:
         config["rope_scaling"] = config.pop(OURS)
         config["model_file"] = SHIM
-    scaling = _merged_scaling(config)
-    _hoist(config, scaling)
+    if not _reads_parameters(config):
+        split_by_layer(config)
+    scaling = merged_scaling(config)
+    hoist(config, scaling)
     _set_base(config)
     _mirror_gpt_neox(config)
-    name = scaling.get("type", _PLAIN)
+    _rename_layers(config)
+    name = scaling.get("type", PLAIN)
     ours = name in SCALINGS and is_ours(config, name)
-    _set_length(config, scaling if ours else {})
-    _set_text_length(config)
+    _set_length(config, scaling, ours=ours)
+    _settle_text(config)
     _check_sizes(config)
     _set_defaults(config)
     if ours:
@@ -101,7 +111,7 @@ def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
             )
         scaling.pop("rope_type", None)  # some files of mlx-lm want this name in theirs
         scaling = SCALINGS[name].from_release(scaling, config)
-    if name in (_PLAIN, NoScaling.name):
+    if name in (PLAIN, NoScaling.name):
         config.pop("rope_scaling", None)
         if config.get("model_file") == SHIM:
             # What remains is mlx-lm's alone.
@@ -109,8 +119,19 @@ def normalise_config(config: dict[str, Any]) -> dict[str, Any]:
             if (base := config.pop(BASE_ROPE, None)) is not None:
                 config["rope_scaling"] = base
     else:
+        if not ours:
+            set_original_length(scaling, config)
         config["rope_scaling"] = scaling
     return config
+
+
+def _copy(value: Any) -> Any:
+    """Return a deep copy, with the infinities of transformers 5, {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity"):
+            return float(value["__float__"])
+        return {key: _copy(inner) for key, inner in value.items()}
+    return [_copy(inner) for inner in value] if isinstance(value, list) else deepcopy(value)
 
 
 def base_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -134,52 +155,22 @@ def is_ours(config: Mapping[str, Any], name: str) -> bool:
     return not SCALINGS[name].in_transformers or config.get("model_file") == SHIM
 
 
-def _merged_scaling(config: dict[str, Any]) -> dict[str, Any]:
-    """Remove `rope_scaling` and transformers 5's `rope_parameters`; return them as one dict."""
-    merged: dict[str, Any] = {}
-    for key in ("rope_parameters", "rope_scaling"):
-        value = config.get(key)
-        if value is None:
-            config.pop(key, None)
-            continue
-        if not isinstance(value, dict):
-            raise InputError(
-                f"config.json has {key} = {shown(value)}. It must be null or an object such as "
-                '{"type": "clex", "max_factor": 16}.'
-            )
-        if key == "rope_parameters" and any(isinstance(v, dict) for v in value.values()):
-            continue  # one entry for each layer type; the family's own code reads them
-        config.pop(key)
-        value = dict(value)
-        alias = value.get("rope_type")
-        merged.update(value, type=value.get("type") or alias or merged.get("type"))
-    name = merged.pop("type", None)
-    if name is not None and not isinstance(name, str):
-        raise InputError(f"rope_scaling.type must be a name, got {shown(name)}.")
-    if name is None and set(merged) - {*_MODEL_KEYS, "rope_type"}:
-        raise InputError(
-            f"config.json has rope_scaling {shown(merged)} without a type. "
-            f'Add "type", one of: {", ".join(SCALINGS)}.'
-        )
-    return {"type": name, **merged} if name else merged
-
-
-def _hoist(config: dict[str, Any], scaling: dict[str, Any]) -> None:
-    """Move settings of the model from rope_scaling to the top level."""
-    for key in _MODEL_KEYS:
-        if key in scaling:
-            config[key] = scaling.pop(key)
-
-
 def _mirror_gpt_neox(config: dict[str, Any]) -> None:
     """Give gpt_neox settings both names: mlx-lm's class reads only the old ones."""
     if config.get("model_type") != "gpt_neox":
         return
-    for ours, theirs in zip(_MODEL_KEYS, ("rotary_emb_base", "rotary_pct"), strict=True):
+    for ours, theirs in zip(MODEL_KEYS, ("rotary_emb_base", "rotary_pct"), strict=True):
         default = (_default("gpt_neox", "rope_parameters") or {}).get(ours)
         value = config.get(ours, config.get(theirs, default))
         if value is not None:
             config[ours] = config[theirs] = value
+
+
+def _rename_layers(config: dict[str, Any]) -> None:
+    """Give the kinds of Granite 4's layers the names of mlx-lm; transformers 5 has others."""
+    kinds = config.get("layer_types")
+    if config.get("model_type") == "granitemoehybrid" and isinstance(kinds, list):
+        config["layer_types"] = [_GRANITE.get(kind, kind) for kind in kinds]
 
 
 def _set_base(config: dict[str, Any]) -> None:
@@ -301,20 +292,38 @@ def set_tied(config: dict[str, Any], *, has_head: bool, same: bool) -> None:
         config.setdefault("tie_word_embeddings", not has_head)
 
 
-def _set_text_length(config: dict[str, Any]) -> None:
-    """Write out the length of a text_config, which may hold only what differs from defaults."""
+def _settle_text(config: dict[str, Any]) -> None:
+    """Settle the ropes of a text_config, and write out its length.
+
+    It may hold only what differs from defaults.
+    """
     text = config.get("text_config")
-    if isinstance(text, dict) and "max_position_embeddings" not in text:
+    if not isinstance(text, dict):
+        return
+    if "max_position_embeddings" not in text:
         length = _default(str(text.get("model_type")), "max_position_embeddings")
         if length is not None:
             text["max_position_embeddings"] = length
+    if "model_type" in text and not _reads_parameters(text):
+        copy_from_parameters(text)
+        if isinstance(text.get("rope_scaling"), dict):
+            set_original_length(text["rope_scaling"], text)
 
 
-def _set_length(config: dict[str, Any], scaling: dict[str, Any]) -> None:
-    # In an entry of ours it is the length that the top level has anyway.
-    original = scaling.pop("original_max_position_embeddings", None)
+def _reads_parameters(settings: Mapping[str, Any]) -> bool:
+    """Return whether mlx-lm's class reads transformers 5's rope_parameters."""
+    return "rope_parameters" in _fields(str(settings.get("model_type")))
+
+
+def _set_length(config: dict[str, Any], scaling: dict[str, Any], *, ours: bool) -> None:
     found = [config[key] for key in _LENGTH_KEYS if config.get(key) is not None]
-    length = original if original is not None else (found[0] if found else None)
+    length = found[0] if found else None
+    if ours:
+        # The length that the top level has anyway.
+        original = scaling.pop("original_max_position_embeddings", None)
+        length = length if original is None else original
+    elif scaling.get("type") == "linear":  # Vicuna: trained at max_sequence_length
+        length = max((n for n in found if isinstance(n, int | float)), default=length)
     if length is None:
         return
     whole = isinstance(length, int | float) and not isinstance(length, bool)

@@ -21,7 +21,7 @@ from .sizes import Held
 # Suffixes of files that mlx-lm, transformers or mlx_clex open, and of those that are parsed whole.
 _PARSED = (".json", ".jinja", ".model", ".tiktoken")
 _OPENED = (*_PARSED, ".txt", ".safetensors", ".bin", ".gguf", ".py")
-_TEMPLATES = "additional_chat_templates"  # a folder that transformers reads
+TEMPLATES = "additional_chat_templates"  # a folder that transformers reads
 _PACKED = ("awq", "gptq")  # whose weights are called qweight
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -70,7 +70,7 @@ def files_of(folder: Path) -> list[Path]:
     files = []
     if not folder.is_dir():
         raise InputError(f"{folder} is neither a folder nor a regular file. Copy it again.")
-    entries = [*folder.iterdir(), *(folder / _TEMPLATES).glob("*")]
+    entries = [*folder.iterdir(), *(folder / TEMPLATES).glob("*")]
     for file in sorted(entry for entry in entries if not entry.name.startswith(".")):
         check_link(file, folder)
         regular = file.is_file()

@@ -52,6 +52,8 @@ def original_length(config: Mapping[str, Any]) -> int | None:
     length = entry.get("original_max_position_embeddings")
     length = length or config.get("original_max_position_embeddings")
     whole, factor = config.get("max_position_embeddings"), entry.get("factor")
+    if length is None and _type(entry) == "dynamic":
+        return whole  # where the rope begins to change
     if length is None and whole and isinstance(factor, int | float) and factor >= 1:
         return int(whole / factor)
     return length
@@ -88,8 +90,9 @@ def dropped_rope(config: Mapping[str, Any]) -> str | None:
         return None
     return (
         f"--own-rope drop replaces the model's rope ({_type(entry)}) by a plain rope trained at "
-        f"{length:,} tokens. Short texts change, and training is needed."
-    )
+        f"{length:,} tokens. "
+        + ("" if _type(entry) == "dynamic" else "Short texts change, and training is needed.")
+    ).strip()
 
 
 def check_trained_length(config: Mapping[str, Any], length: int | None) -> None:

@@ -106,10 +106,11 @@ def test_rope_scaling_wins_over_plain_rope_parameters():
 
 
 def test_settings_per_layer_type_stay_untouched():
-    """Gemma configs have one entry for each layer type, which must not be merged."""
+    """Some classes read one entry for each layer type, which must not be merged."""
     per_layer = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
 
-    assert normalise_config({"rope_parameters": per_layer}) == {"rope_parameters": per_layer}
+    config = {"model_type": "mellum", "rope_parameters": per_layer}
+    assert normalise_config(config)["rope_parameters"] == per_layer
 
 
 def test_gpt_neox_names_and_ours_agree():
@@ -227,3 +228,61 @@ def test_a_base_that_float32_cannot_hold_is_refused(base):
     """A whole number of 400 digits ended in an OverflowError."""
     with pytest.raises(InputError, match=r"rope_theta = .* above 1 and below 1e"):
         normalise_config({"rope_theta": base})
+
+
+@pytest.mark.parametrize("where", ["top", "text_config"])
+@pytest.mark.parametrize("inside", [None, 1024])
+def test_yarn_without_the_length_before_stretching_takes_transformers_own(where, inside):
+    """mlx-lm took 4,096 tokens without a word; transformers takes the model's length."""
+    entry = {"rope_type": "yarn", "factor": 4.0}
+    if inside:
+        entry["original_max_position_embeddings"] = inside
+    text = {"model_type": "llama", "max_position_embeddings": 32768, "rope_scaling": entry}
+    config = text if where == "top" else {"model_type": "mistral3", "text_config": text}
+
+    normal = normalise_config(config)
+
+    normal = normal if where == "top" else normal["text_config"]
+    assert normal["rope_scaling"]["original_max_position_embeddings"] == (inside or 32768)
+    assert normalise_config(config) == normalise_config(normalise_config(config))
+
+
+def test_names_of_early_checkpoints():
+    """Phi-3's first configs say su, and Vicuna's longer length has a key of its own."""
+    su = {"type": "su", "short_factor": [1.0], "long_factor": [2.0]}
+    phi = {"model_type": "phi3", "original_max_position_embeddings": 4096, "rope_scaling": su}
+    vicuna = {
+        **{"model_type": "llama", "max_position_embeddings": 4096, "max_sequence_length": 16384},
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    }
+
+    assert normalise_config(phi)["rope_scaling"] == {
+        **su, "type": "longrope", "original_max_position_embeddings": 4096,
+    }  # fmt: skip
+    assert normalise_config(vicuna)["max_position_embeddings"] == 16384
+    assert original_length(normalise_config(vicuna)) == 4096
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("mistral", {"rope_theta": 1e9}),
+        ("ministral3", {}),  # its class reads rope_parameters
+    ],
+)
+def test_rope_parameters_of_a_text_config_reach_mlx_lms_class(family, expected):
+    """Mistral Small 3 lost its base of 1e9 when transformers 5 had saved its config."""
+    text = {"model_type": family, "rope_parameters": {"rope_theta": 1e9, "rope_type": "default"}}
+
+    normal = normalise_config({"model_type": "mistral3", "text_config": text})["text_config"]
+
+    added = {"max_position_embeddings"}
+    assert {k: v for k, v in normal.items() if k not in added and k not in text} == expected
+    assert normal["rope_parameters"] == text["rope_parameters"]
+
+
+def test_infinities_of_transformers_5_are_numbers():
+    """Granite 4 has a limit without an end; JSON has no word for it."""
+    given = {"model_type": "granitemoehybrid", "time_step_limit": [0.0, {"__float__": "Infinity"}]}
+
+    assert normalise_config(given)["time_step_limit"] == [0.0, float("inf")]

@@ -279,6 +279,7 @@ OPTIONS = {
         ["-q", "--q-bits", "9"],
         "does not accept these quantisation options",
     ),
+    "a mode without -q": (["--q-mode", "mxfp4"], "--q-mode need -q"),
     "settings without --scaling": (["--max-factor", "8"], "--max-factor needs --scaling"),
     "settings of another method": (
         ["--scaling", "yarn", "--max-factor", "8"],

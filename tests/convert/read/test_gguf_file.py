@@ -148,6 +148,36 @@ def test_a_gguf_file_becomes_a_model_with_its_tokenizer(tiny, tmp_path):
     assert tokenizer.chat_template == TEMPLATE
 
 
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({"tokens": ["a", "b", "c"], "token_type": [1, 3, 3]}, 1),
+        ({"eot_token_id": 2}, [1, 2]),
+        ({"eot_token_id": 1, "eom_token_id": 0}, [1, 0]),
+        ({"tokens": ["a", "b", "<end_of_turn>"], "token_type": [1, 3, 3]}, [1, 2]),
+        ({"tokens": ["a", "b", "<end_of_turn>"], "token_type": [1, 3, 1]}, 1),
+    ],
+)
+def test_the_end_of_a_turn_ends_an_answer(metadata, expected):
+    """Gemma's files end a text with another token than a turn, and answers did not stop."""
+    named = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+
+    assert gguf_file._ends({"tokenizer.ggml.eos_token_id": 1, **named}) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_floats_keep_their_type(dtype, tmp_path):
+    """float32 lost 13 bits, and bfloat16 its small numbers."""
+    scaling = {"type": "linear", "factor": 1.0}
+    for_llama = {"dtype": dtype, "freeze": 1.0, "freeze_for": "llama.cpp"}
+    convert("bundled:base", tmp_path / "file", scaling=scaling, **for_llama)
+
+    convert(tmp_path / "file" / "model.gguf", tmp_path / "out")
+
+    weights: Any = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    assert {array.dtype for array in weights.values()} == {getattr(mx, dtype)}
+
+
 def test_a_sentencepiece_vocabulary_keeps_its_ids(tmp_path):
     """A .gguf file has pieces and scores, but no merges and no normaliser."""
     model = sentencepiece.SentencePieceProcessor(

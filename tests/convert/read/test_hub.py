@@ -16,6 +16,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_clex import bundled
+from mlx_clex.loading import CONVERSION
 
 from ...conftest import GOLDEN
 from ...hub_server import COMMIT, Hub, running
@@ -112,6 +113,8 @@ def repo(hub, tmp_path):
     """Return a new repository with a golden checkpoint and third-party code."""
     folder = tmp_path / "served"
     shutil.copytree(GOLDEN / "clex_llama_gqa_log_scale", folder)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     (folder / "modeling_llama.py").write_text("raise SystemExit('ran')")
     (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "b.bin"}}')
     (folder / "pytorch_model.bin").write_bytes(b"stale")
@@ -134,6 +137,8 @@ def test_only_what_is_needed_is_downloaded(hub, convert, repo, tmp_path):
     assert not fetched & {"modeling_llama.py", "pytorch_model.bin", "golden.safetensors"}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["rope_scaling"]["log_scale"] is True
+    template = tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja"
+    assert template.read_text() == "tools"
     assert f"base_model: {repo}" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -241,7 +246,7 @@ def test_load_converts_a_hub_id_once_a_commit(convert, repo, tmp_path):
         assert status == 0, printed
 
     (folder,) = (tmp_path / "cache").iterdir()
-    assert folder.name.endswith(f"{COMMIT[:12]}-1")
+    assert folder.name.endswith(f"{COMMIT[:12]}-{CONVERSION}")
 
 
 def test_a_model_of_mlx_lm_loads_without_a_network(hub, convert, tmp_path):
@@ -276,7 +281,7 @@ def test_a_gguf_file_on_the_hub_loads_once(hub, convert, tmp_path):
         hub.down = name == "another"
         status, printed = convert("load", "someone/tiny-GGUF", tmp_path / name)
         assert status == 0, printed
-        assert (tmp_path / name / f"someone--tiny-GGUF@{COMMIT[:12]}-1").is_dir()
+        assert (tmp_path / name / f"someone--tiny-GGUF@{COMMIT[:12]}-{CONVERSION}").is_dir()
     status, printed = convert("find", "someone/tiny-GGUF")
     hub.down = False
     assert status == 0, printed

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from mlx_clex.convert import convert
+from transformers import AutoTokenizer
 
 import mlx_clex
 from mlx_clex.checkpoint.released_templates import template_for
 
 from ...checkpoints import copy_golden
-from ...conftest import GOLDEN, GOLDEN_NAMES
+from ...conftest import GOLDEN, GOLDEN_NAMES, stock_folder
 
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)
@@ -114,3 +115,32 @@ def test_a_template_of_the_tokenizer_is_kept(tmp_path):
     assert "chat_template" not in config
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "theirs"
     assert template_for("DAMO-NLP-SG/CLEX-7B-16K") is None
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_tokens_that_transformers_5_added_keep_their_ids(special, tmp_path):
+    """It writes them into tokenizer.json alone, which was made anew from tokenizer.model."""
+    source = stock_folder(tmp_path, GOLDEN / "clex_llama", vocab_size=520)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>"], special_tokens=special)
+    tokenizer.save_pretrained(source)
+
+    convert(source, tmp_path / "out")
+
+    ids = mlx_clex.load(tmp_path / "out")[1].encode("<tool_call>user</tool_call> and")
+    assert ids == mlx_clex.load(source)[1].encode("<tool_call>user</tool_call> and")
+    assert {512, 513} <= set(ids)
+
+
+def test_templates_with_a_name_are_copied(tmp_path):
+    """transformers 5 keeps the template for tools in a folder of its own."""
+    source = stock_folder(tmp_path, GOLDEN / "clex_llama", vocab_size=512)
+    (source / "chat_template.jinja").write_text("plain")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools[0].type }}")
+
+    convert(source, tmp_path / "out")
+
+    tokenizer = mlx_clex.load(tmp_path / "out")[1]
+    messages, tools = [{"role": "user", "content": "hi"}], [{"type": "function"}]
+    assert tokenizer.apply_chat_template(messages, tools=tools, tokenize=False) == "function"
