@@ -72,7 +72,7 @@ LESSONS = BASE | {
 }
 # Training at four times the trained length extrapolates further than at the trained length.
 _TUNING = TRAINING | {
-    **{"iters": 1000, "learning_rate": 1e-3},
+    **{"iters": 1000, "learning_rate": 2e-3},
     **{"max_seq_length": 4 * TRAINED_LENGTH, "batch_size": 8},
 }
 # After that. Longer sequences make the end of the reach better (docs/benchmarks.md).

@@ -21,7 +21,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ FULL = Size(
 _CLEX = {"scaling": "clex", "max_factor": TARGET, "sampling": "skips"}
 _GENE = {"scaling": "gene", "factor": TARGET}
 _GENE_PARAM = {"scaling": "gene-param", "factor": TARGET}
+_YARN_T = {"scaling": "yarn-t", "factor": TARGET}
 _RELEASED = {"release_recipe": True}
 # Options of mlx_clex.lora. Methods with a fixed scale are trained at that scale; dynamic is
 # trained at the scale of the training length, with the factor that equals untrained CLEX.
@@ -108,7 +109,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "clex, log gain": _CLEX | {"log_gain": True},
     "gene": _GENE | _RELEASED,
     "yarn": {"scaling": "yarn", "factor": TARGET},
-    "yarn-t": {"scaling": "yarn-t", "factor": TARGET},
+    "yarn-t": _YARN_T | {"sampling": "skips"},
     "linear": {"scaling": "linear", "factor": TARGET},
     "ntk": {"scaling": "ntk", "factor": TARGET},
     "dynamic": {"scaling": "dynamic", "factor": 2},
@@ -116,6 +117,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gene, skips": _GENE | {"sampling": "skips"},
     "gene-param, skips": _GENE_PARAM | {"sampling": "skips"},
     "clex, log gain, cream": _CLEX | {"log_gain": True, "sampling": "cream"},
+    "yarn-t, cream": _YARN_T | {"sampling": "cream"},
     "clex, network trained": _CLEX | {"scaling_learning_rate": 1e-5},
     "clex, no plain steps": _CLEX | {"plain_share": 0},
     "clex, half plain steps": _CLEX | {"plain_share": 0.5},
@@ -299,13 +301,19 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, choices=SEEDS, help="Only runs with this seed.")
     parser.add_argument(
+        "--learning-rate", type=float, help="In rows of 4 x L0. Each needs an --output of its own."
+    )
+    parser.add_argument(
         "--table", action="store_true", help="Print finished runs; train and measure nothing."
     )
     args = parser.parse_args()
     size = FULL if args.full else SMALL
     name = f"extrapolation-{args.rope_theta:g}{'-full' if args.full else ''}"
     folder = args.output or Path("build") / name
-    stages = [USUAL, LONGER] if args.longer_rows else [USUAL]
+    usual = USUAL
+    if args.learning_rate:
+        usual = replace(USUAL, pace=args.learning_rate / size.learning_rate)
+    stages = [usual, LONGER] if args.longer_rows else [usual]
     runs = [
         Run(method, seed)
         for seed in SEEDS

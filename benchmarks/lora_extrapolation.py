@@ -45,8 +45,8 @@ TRAINING = {
     "val_batches": 1,
     "save_every": 20,
 }
-_SKIPS = {"sampling": "skips", "scale_draw": "uniform"}  # the default of CLEX
-_CLEX = {"scaling": "clex", "max_factor": REACH}
+_SKIPS = {"sampling": "skips", "scale_draw": "uniform"}
+_CLEX = {"scaling": "clex", "max_factor": REACH} | _SKIPS
 METHODS: dict[str, dict[str, Any]] = {
     "none": {"scaling": "none"},
     "clex": _CLEX,

@@ -35,7 +35,7 @@ from ..errors import InputError
 from .base import Scaling
 from .config import option
 from .ode import Rhs, solve, solve_with_error
-from .procedure import PLAIN_SHARE, RELEASE, SKIPS, UNIFORM, Procedure
+from .procedure import CREAM, PLAIN_SHARE, RELEASE, UNIFORM, Procedure
 
 # Published weights were trained with this base in ln n(t), whatever the model's
 # rope_theta is (Mixtral: 1e6).
@@ -151,8 +151,8 @@ class Clex(Scaling):
 
     @property
     def procedure(self) -> Procedure:
-        """Skips, which measured better than the paper's procedure (docs/benchmarks.md)."""
-        return Procedure(scale_draw=UNIFORM, sampling=SKIPS, plain_share=PLAIN_SHARE)
+        """After CREAM, which measured better than the paper's procedure (docs/benchmarks.md)."""
+        return Procedure(scale_draw=UNIFORM, sampling=CREAM, plain_share=PLAIN_SHARE)
 
     @classmethod
     def from_release(cls, entry: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from .config import option
 from .factor import FactorReach
-from .procedure import PLAIN_SHARE, SKIPS, UNIFORM, Procedure
+from .procedure import CREAM, PLAIN_SHARE, UNIFORM, Procedure
 from .yarn import YarnRange, interpolated, yarn_entry
 
 
@@ -33,7 +33,7 @@ class YarnT(FactorReach):
     name: ClassVar[str] = "yarn-t"
     Config: ClassVar[type] = YarnTConfig
     released_procedure: ClassVar[Procedure] = Procedure(
-        scale_draw=UNIFORM, sampling=SKIPS, plain_share=PLAIN_SHARE
+        scale_draw=UNIFORM, sampling=CREAM, plain_share=PLAIN_SHARE
     )
 
     def scale_at(self, length: int) -> float:

@@ -24,7 +24,7 @@ from .option_fields import option, options_of
 from .setup import FINE_TUNE_TYPES, OPTIMIZERS
 
 DEFAULT_LENGTH = 2048  # tokens of a sequence, as mlx_lm.lora
-PAYING_LENGTH = 4  # longest default with skips / trained length; longer sequences gain little
+PAYING_LENGTH = 4  # longest default with jumps / trained length; longer sequences gain little
 SINGLE, TWO_STAGE = "single", "two-stage"  # recipes
 
 _TASK = "task"

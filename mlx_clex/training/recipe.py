@@ -1,9 +1,10 @@
 """Recipes: one command that does several runs, each a set of options.
 
 `two-stage` is for scalings with a network, such as CLEX. Stage 1 trains the model's weights on
-skips and leaves the network as it is. Stage 2 trains the network alone, on real long rows: each
-is cut into pieces of a drawn length, and an update has the mean gradient of several. It ends
-with the network of the best validation at long lengths, which may be the untrained one.
+positions with jumps and leaves the network as it is. Stage 2 trains the network alone, on real
+long rows: each is cut into pieces of a drawn length, and an update has the mean gradient of
+several. It ends with the network of the best validation at long lengths, which may be the untrained
+one.
 
 Not covered: a run itself (`prepare.py`, `loop.py`).
 """

@@ -294,7 +294,7 @@ def test_methods_with_one_scale_are_never_drawn(name):
 def test_defaults_and_the_papers_own():
     """--release-recipe must give CLEX's scattered positions."""
     clex = make().scaling
-    assert clex.procedure.sampling == "skips"
+    assert clex.procedure.sampling == "cream"
     assert clex.released_procedure.sampling == "release"
     gene = make("gene", draw="gene", sampling="contiguous").scaling
     assert gene.procedure == gene.released_procedure

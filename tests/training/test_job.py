@@ -54,7 +54,7 @@ def test_a_run_tells_its_plan_and_what_it_made(base, texts, tmp_path, capsys):
     assert told["model"] == f"{base}: clex, trained length 32 tokens, reach 256 tokens"
     assert told["trained"].startswith("lora of all 2 layers: ")
     assert told["scale"].startswith("uniform, at most 8: ")
-    assert told["positions"].startswith("skips: ")
+    assert told["positions"].startswith("cream: ")
     assert told["plain steps"] == "25% of the steps, in rows of at most 32 tokens"
     assert "(valid), " in told["held out"]
     assert told["tokens"].startswith("128 an iteration (2 x 64), 384 in all, ")
