@@ -74,6 +74,19 @@ def complete(server, **options):
     return server.client.completions.create(**options)
 
 
+def text_after(tokenizer, ids, parts):
+    """The text of an answer that continues a prompt, with the space that it may begin with."""
+    detokenizer = tokenizer.detokenizer
+    for token in ids if len(ids) > 1 else ():  # not BOS alone
+        detokenizer.add_token(token)
+    begin = len(detokenizer.text)
+    for part in parts:
+        if part.finish_reason != "stop":
+            detokenizer.add_token(part.token)
+    detokenizer.finalize()
+    return detokenizer.text[begin:]
+
+
 def answers_of(model, adapters=None):
     """A function from a prompt to what a model answers when nothing was served before."""
     loaded, tokenizer = load(model, adapter_path=adapters)
@@ -82,6 +95,6 @@ def answers_of(model, adapters=None):
         ids = tokenizer.encode(prompt)
         cache = make_prompt_cache(loaded, len(ids))
         parts = stream_generate(loaded, tokenizer, ids, max_tokens=max_tokens, prompt_cache=cache)
-        return "".join(part.text for part in parts)
+        return text_after(tokenizer, ids, parts)
 
     return answer

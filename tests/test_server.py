@@ -192,6 +192,21 @@ def test_every_kind_of_prompt(server, alone, model):
     assert complete(server, prompt="").choices[0].text == alone("")
 
 
+def test_a_completion_begins_with_its_space(server, model):
+    """Prompt and answer together are what the model wrote; a message has no space before it."""
+    tokenizer = load(model)[1]
+    word = tokenizer.encode("A the")[-1]
+    options = {"logit_bias": {str(word): 1000}, "max_tokens": 1}
+    for prompt in ("A", tokenizer.encode("A")):
+        choices = complete(server, prompt=prompt, n=2, **options).choices
+        assert [choice.text for choice in choices] == [" the"] * 2
+        stream = complete(server, prompt=prompt, stream=True, **options)
+        assert "".join(event.choices[0].text for event in stream) == " the"
+    ask = server.client.chat.completions.create
+    done = ask(model="default_model", temperature=0, **chat() | options)
+    assert done.choices[0].message.content == "the"
+
+
 def test_answers_with_a_seed_differ_and_come_again(server):
     """n answers with one seed were n times the same."""
     options = {"prompt": SENTENCE, "temperature": 2, "max_tokens": 12}

@@ -292,7 +292,8 @@ class PlanningResponseGenerator(stock.ResponseGenerator):
         # later must not have moved the scale. So none is to come.
         fixed = self.cli_args.kv_bits or self.model_provider.draft_model is not None
         self.prompt_cache.room = args.max_tokens if fixed else 0
-        self._answer = AnswerText(tokenizer, args.stop_words, tokenized[3])
+        continued = () if request.request_type == "chat" else prompt
+        self._answer = AnswerText(tokenizer, args.stop_words, tokenized[3], continued)
         return tokenized
 
     def _check_memory(self, length: int) -> None:

@@ -6,8 +6,16 @@ from typing import Any
 
 import pytest
 from mlx_lm.server import Response
-from mlx_lm.tokenizer_utils import SPMStreamingDetokenizer, TokenizerWrapper
-from transformers import AutoTokenizer
+from mlx_lm.tokenizer_utils import (
+    BPEStreamingDetokenizer,
+    NaiveStreamingDetokenizer,
+    SPMStreamingDetokenizer,
+    TokenizerWrapper,
+)
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlx_clex import bundled
 from mlx_clex.errors import RunError
@@ -146,13 +154,81 @@ def test_tokens_without_a_text_end_no_answer():
         tokenizer.detokenizer.add_token(size + 5)
     _fill_detokenizer(tokenizer, size + 10)
     ids = inner.encode("the king", add_special_tokens=False)
-    texts = []
-    for tokens in (ids, [ids[0], size + 5, *ids[1:]]):
-        answer = AnswerText(tokenizer, [], "normal")
-        assert not any(answer.advance(token) for token in tokens)
-        parts = [part for _ in tokens for part in answer.take()] + answer.finish()
-        texts.append("".join(text for _, text in parts))
+    texts = [
+        joined(AnswerText(tokenizer, [], "normal"), tokens)
+        for tokens in (ids, [ids[0], size + 5, *ids[1:]])
+    ]
     assert texts[0] == texts[1] != ""
+
+
+def byte_level():
+    """A BPE tokenizer of bytes, as in GPT-2."""
+    letters = sorted(ByteLevel.alphabet())
+    inner = Tokenizer(BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    inner.pre_tokenizer, inner.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+def sentence_piece():
+    """A tokenizer of letters and bytes that puts a space before each text, as in LLaMA."""
+    words = [*(f"<0x{i:02X}>" for i in range(256)), *"\u2581\nInsixdayhetkg"]
+    vocab = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    inner = Tokenizer(BPE(vocab=vocab, merges=[], byte_fallback=True))
+    replace = normalizers.Replace(" ", "\u2581")
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), replace])
+    inner.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+@pytest.mark.parametrize(
+    ("make", "detokenizer"),
+    [
+        (sentence_piece, SPMStreamingDetokenizer),
+        (sentence_piece, NaiveStreamingDetokenizer),
+        (byte_level, BPEStreamingDetokenizer),
+        (byte_level, NaiveStreamingDetokenizer),
+    ],
+)
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("In six", " days  he"),
+        ("In six ", "days"),
+        ("In six\n", " days"),
+        ("the king", "s \u00e4 \U0001f600"),
+    ],
+)
+def test_a_completion_keeps_the_space_that_it_begins_with(prompt, expected, make, detokenizer):
+    """mlx-lm's detokenizers trim it, so "In six" and its answer together said "In sixdays"."""
+    tokenizer = TokenizerWrapper(make(), detokenizer)
+    ids = tokenizer.encode(prompt)
+    after = tokenizer.encode(prompt + expected)[len(ids) :]
+    assert joined(AnswerText(tokenizer, [], "normal", ids), after) == expected
+    if detokenizer is not NaiveStreamingDetokenizer:
+        message = joined(AnswerText(tokenizer, [], "normal"), after)
+        assert message == expected.removeprefix(" ")
+
+
+@pytest.mark.parametrize("detokenizer", [BPEStreamingDetokenizer, NaiveStreamingDetokenizer])
+def test_a_character_that_the_prompt_began_is_shown_whole(detokenizer):
+    """Its last bytes alone are no text."""
+    tokenizer = TokenizerWrapper(byte_level(), detokenizer)
+    ids = tokenizer.encode("ab\U0001f600c")
+    assert joined(AnswerText(tokenizer, [], "normal", ids[:4]), ids[4:]) == "\U0001f600c"
+
+
+def joined(answer, tokens):
+    """The text of an answer of these tokens."""
+    assert not any(answer.advance(token) for token in tokens)
+    parts = [part for _ in tokens for part in answer.take()] + answer.finish()
+    return "".join(text for _, text in parts)
 
 
 def test_a_text_is_measured_before_it_is_tokenised():
