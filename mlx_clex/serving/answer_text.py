@@ -44,7 +44,9 @@ class AnswerText:
         self._held = ""  # end of the prompt's text that the detokenizer has not given out
         if any(token not in (tokenizer.bos_token_id, tokenizer.eos_token_id) for token in prompt):
             self._begin_after(prompt[-_BEFORE:])
-        self._state = make_text_state_machine(tokenizer).make_state(state)
+        # A text that continues a prompt is given as the model wrote it, marks of calls included.
+        machine = TextStateMachine() if prompt else make_text_state_machine(tokenizer)
+        self._state = machine.make_state(state)
         self._stops = StopStrings(stop)
         self._parts: deque[Parts] = deque()  # for each token that was not taken yet
 

@@ -3,6 +3,8 @@
 Not covered: how they are sent (`http.py`).
 """
 
+import json
+import logging
 import time
 import uuid
 from typing import Any
@@ -34,17 +36,15 @@ class Choice:
         self.finish_reason: str | None = None
         self._answer: AnswerText = context.text_sm
         self._wants_logprobs = request.logprobs
-        self._format_calls = stock.ToolCallFormatter(
-            context.tool_parser, request.tools, request.stream
-        )
+        self._request = request
         self._call: str | None = None  # text of a tool call that has not ended yet
-        self._called = False
+        self._called = 0  # tool calls so far
         self._clear()
 
     def _clear(self) -> None:
         self.text = ""
         self.reasoning = ""
-        self._calls: list[str] = []
+        self._calls: list[dict[str, Any]] = []
         self._logprobs: list[dict[str, Any]] = []
 
     def add(self, response: stock.Response) -> None:
@@ -70,10 +70,40 @@ class Choice:
                 self.text += text
 
     def _end_call(self) -> None:
+        """Add the tool call that ended; as text, if it cannot be read."""
         if self._call:
-            self._calls.append(self._call)
-            self._called = True
+            try:
+                self._calls += self._format(self._call)
+            except Exception as error:
+                # A model writes whatever it likes, and mlx-lm's parsers raise whatever they like.
+                logging.warning("A tool call cannot be read: %s: %s", type(error).__name__, error)
+                self.text += self._call
         self._call = None
+
+    def _format(self, text: str) -> list[dict[str, Any]]:
+        """Return OpenAI's tool calls of a text; some parsers find several in one."""
+        parsed = self.context.tool_parser(text, self._request.tools)
+        calls = []
+        for call in parsed if isinstance(parsed, list) else [parsed]:
+            if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+                raise ValueError(f"no object with a name: {call!r}")
+            arguments = next(
+                (call[key] for key in ("arguments", "parameters") if call.get(key) is not None), {}
+            )
+            name = {"name": call["name"]}
+            calls.append(
+                {
+                    "function": name | {"arguments": json.dumps(arguments, ensure_ascii=False)},
+                    "type": "function",
+                    "id": call.get("id") or str(uuid.uuid4()),
+                }
+            )
+        if not calls:
+            raise ValueError("it is empty")
+        if self._request.stream:
+            calls = [call | {"index": self._called + i} for i, call in enumerate(calls)]
+        self._called += len(calls)
+        return calls
 
     def _logprob(self, response: stock.Response) -> dict[str, Any]:
         token = self._answer.tokenizer.convert_ids_to_tokens(response.token)
@@ -103,7 +133,7 @@ class Choice:
             if self.reasoning:
                 message["reasoning"] = self.reasoning
             if self._calls:
-                message["tool_calls"] = self._format_calls(self._calls)
+                message["tool_calls"] = self._calls
             choice["delta" if request.stream else "message"] = message
         else:
             choice["text"] = self.text

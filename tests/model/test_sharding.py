@@ -27,6 +27,7 @@ from mlx_clex.errors import InputError
 
 from .. import run_generate
 from ..conftest import GOLDEN
+from ..served import text_after
 
 LAUNCH = shutil.which("mlx.launch", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 3
@@ -213,7 +214,7 @@ def answers_of(folder):
         ids = tokenizer.encode(prompt)
         cache = make_prompt_cache(model, len(ids))
         parts = stream_generate(model, tokenizer, ids, max_tokens=12, prompt_cache=cache)
-        return "".join(part.text for part in parts)
+        return text_after(tokenizer, ids, parts)
 
     return answer
 

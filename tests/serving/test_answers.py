@@ -32,10 +32,10 @@ class Text:
         return []
 
 
-def choices_of(parts, stream, finish="stop", **response):
+def choices_of(parts, stream, finish="stop", parser=parse, **response):
     """OpenAI's choices, as they would be sent."""
     request = SimpleNamespace(chat=True, stream=stream, tools=TOOLS, logprobs=bool(response))
-    context = SimpleNamespace(tool_parser=parse, text_sm=Text(*parts))
+    context = SimpleNamespace(tool_parser=parser, text_sm=Text(*parts))
     choice = Choice(0, context, request)
     sent = []
     for i in range(len(parts)):
@@ -80,12 +80,45 @@ def test_a_stream_with_reasoning_and_tool_calls():
     assert [choice["finish_reason"] for choice in sent][-1] == "tool_calls"
 
 
-def test_a_tool_call_that_is_cut_off_is_left_out():
-    """Its text is no JSON; the reason is the length."""
-    (choice,) = choices_of([[("normal", "a")], [("tool", '{"x":')]], stream=False, finish="length")
-    assert choice["finish_reason"] == "length"
-    assert not choice["message"].get("tool_calls")
-    assert choice["message"]["content"] == "a"
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("text", "finish"),
+    [('{"x":', "length"), ('{"x": 1', "stop"), ("[]", "stop"), ('["f"]', "stop"), ('"f"', "stop")],
+)
+def test_a_tool_call_that_cannot_be_read_is_text(text, finish, stream):
+    """The whole answer was lost with HTTP 500, or it ended for calls that it did not have."""
+    parts = [[("normal", "a ")], [("tool", text)], [("normal", " b")]]
+    sent = choices_of(parts, stream, finish, parser=lambda text, tools: json.loads(text))
+    messages = [choice["delta" if stream else "message"] for choice in sent]
+    assert not any("tool_calls" in message for message in messages)
+    assert "".join(message.get("content", "") for message in messages) == f"a {text} b"
+    assert sent[-1]["finish_reason"] == finish
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ('{"name": "f"}', "{}"),
+        ('{"name": "f", "arguments": null}', "{}"),
+        ('{"name": "f", "parameters": {"x": "ä"}}', '{"x": "ä"}'),
+    ],
+)
+def test_a_tool_call_without_arguments(text, arguments):
+    """The whole answer was lost with HTTP 500."""
+    parts = [[("normal", "a")], [("tool", text)], [("tool", "")]]
+    (choice,) = choices_of(parts, stream=False, parser=lambda text, tools: json.loads(text))
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"] == {"name": "f", "arguments": arguments}
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("a", "tool_calls")
+
+
+def test_a_call_that_can_be_read_stands_beside_one_that_cannot():
+    """Both were lost."""
+    parts = [[("tool", "{")], [("normal", "")], [("tool", '{"x": 1}')]]
+    (choice,) = choices_of(parts, stream=False)
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"]["arguments"] == '{"x": 1}'
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("{", "tool_calls")
 
 
 @pytest.mark.parametrize("value", [-math.inf, math.nan])

@@ -224,6 +224,15 @@ def test_a_character_that_the_prompt_began_is_shown_whole(detokenizer):
     assert joined(AnswerText(tokenizer, [], "normal", ids[:4]), ids[4:]) == "\U0001f600c"
 
 
+def test_a_completion_keeps_reasoning_and_tool_calls():
+    """They were left out of the text, and completions have no other place for them."""
+    marks = {"tool_call_start": "<call>", "tool_call_end": "</call>"}
+    tokenizer = TokenizerWrapper(byte_level(), BPEStreamingDetokenizer, **marks)
+    tokens = tokenizer.encode(" a<call>b</call>c")
+    assert joined(AnswerText(tokenizer, [], "normal", tokens), tokens) == " a<call>b</call>c"
+    assert joined(AnswerText(tokenizer, [], "normal"), tokens) == "abc"
+
+
 def joined(answer, tokens):
     """The text of an answer of these tokens."""
     assert not any(answer.advance(token) for token in tokens)
