@@ -95,7 +95,7 @@ class Choice:
                 {
                     "function": name | {"arguments": json.dumps(arguments, ensure_ascii=False)},
                     "type": "function",
-                    "id": call.get("id") or str(uuid.uuid4()),
+                    "id": str(call.get("id") or uuid.uuid4()),
                 }
             )
         if not calls:

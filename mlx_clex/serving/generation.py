@@ -6,6 +6,7 @@ Not covered: other models, adapters and draft models over several processes.
 import _thread
 import gc
 import logging
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, Queue
@@ -140,9 +141,21 @@ class Ticket:
 class Jobs:
     """The jobs of one request, handed to the generation thread."""
 
-    def __init__(self, generator: "PlanningResponseGenerator", jobs: Sequence[Any]) -> None:
-        """`jobs`: pairs of mlx-lm's request and generation arguments."""
+    def __init__(
+        self,
+        generator: "PlanningResponseGenerator",
+        jobs: Sequence[Any],
+        watch: Callable[[], None] | None = None,
+    ) -> None:
+        """Hand jobs over.
+
+        Args:
+            generator: the thread.
+            jobs: pairs of mlx-lm's request and generation arguments.
+            watch: called once a second while items are awaited; what it raises ends that.
+        """
         self._generator = generator
+        self._watch, self._watched = watch, time.monotonic()
         self._queue: Queue[tuple[int, Any]] = Queue()
         self._jobs = [(Ticket(index, self._queue), *job) for index, job in enumerate(jobs)]
         for job in self._jobs:
@@ -169,6 +182,9 @@ class Jobs:
 
     def _next(self) -> tuple[int, Any]:
         while True:
+            if self._watch is not None and time.monotonic() - self._watched >= 1:
+                self._watched = time.monotonic()
+                self._watch()
             try:
                 index, item = self._queue.get(timeout=1)
             except Empty:

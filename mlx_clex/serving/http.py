@@ -95,6 +95,7 @@ class Handler(BaseHTTPRequestHandler):
         self.requestline, self.request_version, self.command = "", "HTTP/1.0", ""
         self._unread = True  # something of the request may not have been read
         self._streaming = False
+        self._allowed = False  # the origin may read the answer
 
     def handle(self) -> None:
         """Answer the request, whatever happens."""
@@ -129,6 +130,7 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, handle: Any) -> None:
         try:
             self.server.access.check_origin(self.headers, self.connection.getsockname()[0])
+            self._allowed = True
             handle()
         except (SlowClientError, BrokenPipeError, ConnectionError, TimeoutError):
             raise
@@ -195,7 +197,9 @@ class Handler(BaseHTTPRequestHandler):
         )
         if not generator.generation_available():
             raise RunError("Generation has ended.")
-        jobs = Jobs(generator, request.jobs)
+        # A stream notices where it writes.
+        watch = None if request.stream else self._check_client
+        jobs = Jobs(generator, request.jobs, watch)
         answer = Answer(request, self.server.fingerprint)
         try:
             if request.stream:
@@ -206,6 +210,16 @@ class Handler(BaseHTTPRequestHandler):
             self._send(200, answer.whole())
         finally:
             jobs.stop()
+
+    def _check_client(self) -> None:
+        """Raise ConnectionAbortedError if the client hung up."""
+        self.connection.setblocking(False)
+        try:
+            data = self.connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return  # It waits.
+        if not data:
+            raise ConnectionAbortedError
 
     def _read_body(self) -> bytes:
         length = self.headers.get("Content-Length")
@@ -263,7 +277,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         if status == 401:
             self.send_header("WWW-Authenticate", "Bearer")
-        if status < 400:
+        if self._allowed:
             self._send_origin()
         self.end_headers()
         self.wfile.write(data)

@@ -59,6 +59,23 @@ def test_only_pages_of_this_machine_may_ask(origin, allowed, server):
 
 
 @pytest.mark.parametrize(
+    ("asked", "status"),
+    [
+        ({"body": b'{"prompt": "x", "max_tokens": 0}'}, 400),
+        ({"path": "/v1/nothing"}, 404),
+        ({"Content_Type": "text/plain"}, 415),
+        ({"body": b'{"prompt": "!"}'}, 500),
+    ],
+)
+def test_a_page_may_read_why_it_was_refused(asked, status, server):
+    """Browsers hid the error from the page, which saw a failed connection."""
+    answer = ask(server, Origin="http://localhost:3000", **asked)
+    refused(answer, status)
+    assert answer[1]["Access-Control-Allow-Origin"] == "http://localhost:3000"
+    assert answer[1]["Vary"] == "Origin"
+
+
+@pytest.mark.parametrize(
     ("host", "allowed"),
     [
         ("localhost:8080", True),

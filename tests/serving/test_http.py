@@ -6,11 +6,12 @@ import time
 
 import openai
 import pytest
+from mlx_lm.server import GenerationContext
 
 from mlx_clex.serving.http import Handler, _welcome
 from mlx_clex.serving.requests import BODY_LIMIT, Served
 
-from .fake_server import ask, refused, send, serving
+from .fake_server import Text, ask, refused, send, serving
 
 
 @pytest.fixture
@@ -217,6 +218,30 @@ def test_a_stream_begins_with_the_first_answer(server):
         (1, "c"),
         (1, "d"),
     ]
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_client_that_hangs_up_ends_its_answer(started, server):
+    """Without a stream nobody noticed, and the answer was generated to its end."""
+    tickets = []
+
+    def put(job):
+        tickets.append(job[0])
+        if started:
+            job[0].put(GenerationContext(False, False, None, Text("ab"), "normal", [1]))
+            job[0].put((1, 3))
+
+    server.generator.put = put
+    body = b'{"prompt": "ab", "n": 2}'
+    head = b"POST /v1/completions HTTP/1.1\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(server.server_address[:2], timeout=20) as connection:
+        connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        time.sleep(1.5)
+        assert [ticket.stopped for ticket in tickets] == [False, False], "the client waits"
+    end = time.monotonic() + 10
+    while not all(ticket.stopped for ticket in tickets) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert all(ticket.stopped for ticket in tickets)
 
 
 def test_the_first_line_says_where_and_how_to_ask(server):
