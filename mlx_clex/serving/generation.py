@@ -120,16 +120,23 @@ class Ticket:
     def __init__(self, index: int, queue: Queue) -> None:
         """`queue`: of the request, which gets (index, what was put)."""
         self.context: stock.GenerationContext | None = None
-        self.stopped = False
+        self.stopped = self.alone = False  # alone: served outside of a batch
         self._index, self._queue = index, queue
 
     def put(self, item: Any) -> None:
-        """Take the context, then tokens, progress, an error, or None at the end."""
+        """Take the context, then tokens, progress, an error, or None at the end.
+
+        Raises:
+            RunError: it was stopped while its prompt is read outside of a batch.
+        """
         if isinstance(item, stock.GenerationContext):
             self.context = item
             if self.stopped:
                 item.stop()
         self._queue.put((self._index, item))
+        # mlx-lm sees that a job was stopped at its first token, which may be minutes away.
+        if self.alone and self.stopped and isinstance(item, tuple):
+            raise RunError("The request was stopped.")
 
     def stop(self) -> None:
         """End generation; nothing more is wanted."""
@@ -212,6 +219,7 @@ class PlanningResponseGenerator(stock.ResponseGenerator):
     def __init__(self, provider: ScaledModelProvider, prompt_cache: PlannedPromptCache) -> None:
         self.failure: Exception | None = None
         self._under_way: weakref.WeakSet[Ticket] = weakref.WeakSet()
+        self._alone: Ticket | None = None  # the job that is served outside of a batch
         self._answer: AnswerText | None = None  # of the job that is being admitted
         super().__init__(provider, prompt_cache)
 
@@ -258,8 +266,21 @@ class PlanningResponseGenerator(stock.ResponseGenerator):
         if self._is_distributed and self.generation_available():
             self.requests.put((Queue(), None, None))
             self.join()
-        else:
-            super().stop_and_join()
+            return
+        self._stop = True
+        if (ticket := self._alone) is not None:
+            ticket.put(RunError("The server ended."))
+            ticket.stop()
+        super().stop_and_join()
+
+    def _serve_single(self, request: Any, stream: Any) -> None:
+        ticket = request[0]
+        if isinstance(ticket, Ticket) and not self._is_distributed:
+            ticket.alone, self._alone = True, ticket
+            if self._stop:
+                ticket.stop()
+        super()._serve_single(request, stream)
+        self._alone = None
 
     def can_stop(self, args: Any) -> bool:
         """Whether a job can end before its last token."""

@@ -1,11 +1,14 @@
 """The thread that generates survives what its requests do, and divides an answer's text."""
 
+import threading
+import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
-from mlx_lm.server import Response
+from mlx_lm.server import GenerationContext, Response, ResponseGenerator
 from mlx_lm.tokenizer_utils import (
     BPEStreamingDetokenizer,
     NaiveStreamingDetokenizer,
@@ -52,6 +55,50 @@ def test_a_request_that_breaks_generation_fails_alone():
         assert generator.runs == 2
     finally:
         generator.stop_and_join()
+
+
+@pytest.mark.parametrize("reading", [False, True])
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_request_served_alone_can_be_ended(ended, reading, monkeypatch):
+    """Ctrl-C waited for its last token, and a client that hung up for its whole prompt."""
+    running = threading.Event()
+
+    def serve_single(self, request, stream):
+        ticket = request[0]
+        context = GenerationContext(False, False, None, None, "normal", [1])
+        try:
+            ticket.put(context)
+            while not context._should_stop or reading:
+                ticket.put((1, 2) if reading else Response("a", 1, -1.0, None, ()))
+                running.set()
+                assert time.monotonic() < end, "it is not stopped"
+            ticket.put(None)
+        except RunError as error:
+            ticket.put(error)
+
+    class Generator(PlanningResponseGenerator):
+        def _generate(self):
+            while not self._stop:
+                if (request := self._next_request(timeout=0.05)) is not None:
+                    self._serve_single(request, None)
+
+    monkeypatch.setattr(ResponseGenerator, "_serve_single", serve_single)
+    provider = SimpleNamespace(model=object())
+    generator = Generator(provider, PlannedPromptCache(provider, 1))
+    end = time.monotonic() + 5
+    jobs = Jobs(generator, [(object(), None)])
+    running.wait(5)
+    if ended:
+        generator.stop_and_join()
+        with pytest.raises(RunError, match="The server ended"):
+            list(jobs)
+    else:
+        monkeypatch.setattr(generator, "can_stop", lambda args: True)
+        jobs.stop()
+        with pytest.raises(RunError, match="was stopped") if reading else nullcontext():
+            list(jobs)
+        generator.stop_and_join()
+    assert time.monotonic() < end
 
 
 class Letters:
