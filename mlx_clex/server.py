@@ -22,7 +22,7 @@ from functools import partial
 import mlx.core as mx
 
 from .commands.memory_check import MemoryCheck, add_force
-from .commands.options import add_shared, check_cache_options
+from .commands.options import add_shared, check_cache_options, check_least
 from .commands.run_command import command
 from .diagnosis.machine import parse_size
 from .errors import InputError
@@ -173,6 +173,9 @@ def run(args: argparse.Namespace) -> None:
     if args.model is None and not args.allow_model:
         raise InputError("Nothing is to be served: give --model, or --allow-model.")
     check_cache_options(args)
+    for name in ("prompt_concurrency", "decode_concurrency", "prefill_step_size"):
+        check_least(args, name, 1)
+    check_least(args, "prompt_cache_size", 0)
     if not isinstance(args.chat_template_args, dict):
         raise InputError("--chat-template-args must be a JSON object.")
     served = Served(

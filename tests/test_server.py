@@ -377,6 +377,11 @@ def test_what_may_not_be_kept_is_read_again(options, wide):
         (("--temp", "-1"), ["temperature", "0..100"]),
         (("--kv-bits", "7"), ["--kv-bits", "7"]),
         (("--chat-template-args", "5"), ["--chat-template-args", "object"]),
+        (("--prompt-concurrency", "-1"), ["--prompt-concurrency", "at least 1, got -1"]),
+        (("--prompt-concurrency", "0"), ["--prompt-concurrency", "at least 1, got 0"]),
+        (("--decode-concurrency", "0"), ["--decode-concurrency", "at least 1, got 0"]),
+        (("--prefill-step-size", "0"), ["--prefill-step-size", "at least 1, got 0"]),
+        (("--prompt-cache-size", "-1"), ["--prompt-cache-size", "at least 0, got -1"]),
     ],
 )
 def test_options_that_cannot_be_used_are_one_line(options, words, monkeypatch, capsys):
@@ -414,9 +419,13 @@ def error_of(process):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(("--model", "/nowhere/at/all"), ["/nowhere/at/all"]), (("--scale", "99"), ["1..8"])],
+    [
+        (("--model", "/nowhere/at/all"), ["/nowhere/at/all"]),
+        (("--scale", "99"), ["1..8"]),
+        (("--top-k", "4000"), ["--top-k must be within 0..", "got 4000"]),
+    ],
 )
-def test_a_server_without_its_model_says_so_in_one_line(options, words, model):
+def test_a_server_that_cannot_use_its_model_says_so_in_one_line(options, words, model):
     """And exits with status 2, instead of listening without a model."""
     line = error_of(started(model, *options))
     assert all(word in line for word in words), line

@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx_lm.server as stock
 
 from ..errors import InputError, RunError
+from ..model.stock import config_value
 from .access import Access
 from .answers import Answer, error_object
 from .fields import RequestError
@@ -349,6 +350,7 @@ def serve(port: int, provider: ScaledModelProvider, access: Access, served: Serv
                 raise InputError(f"The model does not load: {generator.failure}")
             time.sleep(0.05)
         if first:
+            _check_top_k(provider)
             with Server(generator, access, served, port) as server:
                 print(_welcome(server), flush=True)
                 server.serve_forever()
@@ -363,6 +365,16 @@ def serve(port: int, provider: ScaledModelProvider, access: Access, served: Serv
             generator.stop_and_join()
     if generator.failure is not None:
         raise RunError(f"The processes are out of step: {generator.failure}")
+
+
+def _check_top_k(provider: ScaledModelProvider) -> None:
+    """Refuse a --top-k that every request without a top_k would fail with."""
+    vocabulary = None if provider.model is None else config_value(provider.model, "vocab_size")
+    if vocabulary is not None and provider.cli_args.top_k >= vocabulary:
+        raise InputError(
+            f"--top-k must be within 0..{vocabulary - 1}, as the model has {vocabulary} tokens; "
+            f"got {provider.cli_args.top_k}."
+        )
 
 
 def _welcome(server: Server) -> str:
