@@ -7,6 +7,7 @@ Not covered: images, and `--max-kv-size`, which would drop the start of a long t
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from functools import partial
@@ -22,6 +23,7 @@ from .bundled import DEFAULT, OPENING, PREFIX
 from .checkpoint.fingerprint import fingerprint
 from .checkpoint.folder import check_hub_id
 from .checkpoint.prompt_cache import is_ours, load_cache, metadata_of, quantised
+from .checkpoint.tokenizer import end_token
 from .commands.memory_check import MemoryCheck, add_force
 from .commands.options import (
     add_shared,
@@ -37,6 +39,7 @@ from .loading import load, resolve
 from .model.plans import plan_at, plan_of, planned_caches, single_caches
 from .model.scaled_model import make_prompt_cache, scaled
 from .model.sharding import one_voice, shared_seed
+from .model.stock import config_value
 from .serving.prompt import (
     cap_max_tokens,
     encode_prompt,
@@ -117,7 +120,7 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
         before_reading=check.at_load(partial(check.reading, args.max_tokens, **limits)),
     )
     for token in args.extra_eos_token:
-        tokenizer.add_eos_token(token)
+        tokenizer.add_eos_token(str(_end_token(tokenizer, token, model)))
     draft = _load_draft(args, tokenizer) if args.draft_model is not None else None
 
     saved = _saved_cache(args, model, Path(source)) if args.prompt_cache_file else None
@@ -191,6 +194,14 @@ def _saved_tokenizer_config(args: argparse.Namespace) -> dict[str, str]:
             raise ValueError("its tokenizer_config is no JSON object")
     end = given.get("eos_token")
     return {"eos_token": end} if isinstance(end, str) else {}  # a stranger's file gives no more
+
+
+def _end_token(tokenizer: Any, given: str, model: nn.Module) -> int:
+    """Return the id that --extra-eos-token gives; as in mlx-lm, a number is an id."""
+    with contextlib.suppress(ValueError):
+        number = int(given)
+        given = next((name for name, i in tokenizer.get_vocab().items() if i == number), given)
+    return end_token(tokenizer, given, config_value(model, "vocab_size"))
 
 
 def _default_model(args: argparse.Namespace) -> str:

@@ -325,6 +325,7 @@ def test_the_suffix_may_be_left_out(cli, folders, tmp_path):
         (("--prompt", "A", "--prompt-cache-file", "/nowhere/c"), ["/nowhere"]),
         (("--prompt", "A", "--model", "/nowhere"), ["/nowhere"]),
         (("--prompt-file", "/nowhere"), ["--prompt-file"]),
+        (("--prompt", "A", "--eos-token", "STOP"), ["'STOP'", "512", "cache_prompt --eos-token"]),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_file(cli, folders, tmp_path, args, words):
@@ -462,6 +463,18 @@ def test_the_answer_ends_where_the_cache_says(cli, folders, tmp_path):
     status, cut, err = cli(generate, *ask)
     assert status == 0, err
     assert len(text_of(cut)) < len(text_of(whole))
+
+
+def test_a_file_with_an_end_token_of_no_model_is_refused(cli, folders, tmp_path):
+    """The tokenizer got a token beyond the embedding, and MLX read past it."""
+    folder, file = folders("stock"), tmp_path / "c.safetensors"
+    write = ("--model", folder, "--prompt", DOCUMENT, "--prompt-cache-file", file)
+    assert cli(cache_prompt, *write)[0] == 0
+    caches, metadata = load_prompt_cache(str(file), return_metadata=True)
+    metadata["tokenizer_config"] = json.dumps({"eos_token": "STOP"})
+    save_prompt_cache(str(file), caches, metadata)
+    status, _, err = cli(generate, "--prompt-cache-file", file, "--prompt", QUERY)
+    assert (status, "'STOP' is no token of this model" in err) == (2, True), err
 
 
 def test_a_system_prompt_comes_too_late(cli, folders, tmp_path):

@@ -16,7 +16,7 @@ from mlx_lm.generate import setup_arg_parser, stream_generate
 from mlx_lm.models.cache import make_prompt_cache as stock_make_prompt_cache
 from mlx_lm.models.cache import save_prompt_cache
 
-from mlx_clex import generate, load, make_prompt_cache
+from mlx_clex import bundled, generate, load, make_prompt_cache
 from mlx_clex.serving import prompt
 
 from .conftest import GOLDEN, GOLDEN_NAMES, stock_folder
@@ -253,6 +253,9 @@ def test_kv_bits_needs_an_end(cli, converted):
         (("--adapter-path", "/nowhere"), ["/nowhere", "adapter_config.json"]),
         (("--prompt-cache-file", "/nowhere"), ["There is no file", "/nowhere"]),
         (("--model", "/nowhere/model"), ["/nowhere/model", "no folder or file"]),
+        (("--extra-eos-token", "foo"), ["'foo'", "vocab_size (512)", "--extra-eos-token"]),
+        (("--extra-eos-token", "512"), ["'512'", "vocab_size (512)"]),
+        (("--extra-eos-token", "-1"), ["'-1'", "vocab_size (512)"]),
     ],
     ids=" ".join,
 )
@@ -264,6 +267,19 @@ def test_bad_input_is_one_line_and_status_two(cli, model, args, words):
     assert out == ""
     assert len(err.strip().splitlines()) == 1, err
     assert all(word in err for word in words), err
+
+
+def test_an_end_token_ends_the_answer(cli):
+    """It is given as a token or as its id."""
+    options = ("--model", "bundled:base", "-m", "20", "--temp", "0")
+    whole = text_of(cli(*options)[1])
+    tokenizer = load(bundled.MODELS["base"])[1]
+    ids = tokenizer.encode(whole, add_special_tokens=False)
+    end = ids[len(ids) // 2]
+    for given in (tokenizer.convert_ids_to_tokens(end), end):
+        status, out, err = cli(*options, "--extra-eos-token", given)
+        assert status == 0, err
+        assert len(text_of(out)) < len(whole)
 
 
 @pytest.mark.parametrize("name", GOLDEN_NAMES)

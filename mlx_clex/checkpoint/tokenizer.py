@@ -33,7 +33,8 @@ def open_tokenizer(
         name: what messages call the folder; None: its path.
 
     Raises:
-        InputError: it does not load, or has tokens beyond the model's vocabulary.
+        InputError: it does not load, has tokens beyond the model's vocabulary, or the end token
+            of the options is none of its tokens.
     """
     name = name or str(folder)
     vocabulary = config.get("vocab_size")
@@ -41,6 +42,7 @@ def open_tokenizer(
     # It warns of our rope_scaling types, and of what is refused or ignored here with a line.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     options = dict(options or {})
+    given = options.pop("eos_token", None)  # transformers adds a token that is not there
     with reading(f"{name} has no tokenizer that loads"):
         if config.get("model_type") not in CONFIG_MAPPING:
             # transformers reads nothing but the rope of a family that it does not know.
@@ -69,7 +71,33 @@ def open_tokenizer(
             f"{name} has a tokenizer with ids up to {highest}, but its model's vocab_size is "
             f"{vocabulary}: it is another model's tokenizer."
         )
+    if given is not None:
+        end = end_token(tokenizer, str(given), vocabulary)
+        tokenizer._tokenizer.eos_token = str(given)
+        tokenizer.eos_token_ids = [*(ends or []), end]
     return tokenizer
+
+
+def end_token(tokenizer: Any, text: str, vocabulary: int | None) -> int:
+    """Return the id of a token that is to end texts.
+
+    Args:
+        tokenizer: mlx-lm's wrapper.
+        text: the token, as the tokenizer's vocabulary writes it.
+        vocabulary: vocab_size of the model, or None.
+
+    Raises:
+        InputError: the tokenizer has no such token, or the model does not.
+    """
+    found = tokenizer.get_vocab().get(text)
+    if found is None or not 0 <= found < (vocabulary or math.inf):
+        below = "" if vocabulary is None else f", with an id below vocab_size ({vocabulary})"
+        raise InputError(
+            f"The end token {text!r} is no token of this model. An end token must be one token of "
+            f"its tokenizer{below}. Give another to --extra-eos-token, or to cache_prompt "
+            "--eos-token."
+        )
+    return int(found)
 
 
 def _growth(normalizer: Mapping[str, Any]) -> int:
