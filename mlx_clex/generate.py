@@ -128,6 +128,8 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
     prompt = encode_prompt(args, tokenizer, continues=continues, limit=limit)
     read = max((getattr(c, "offset", 0) for c in single_caches(saved or [])), default=0)
     max_tokens = cap_max_tokens(model, read + len(prompt), args.max_tokens)
+    if draft is not None:
+        max_tokens = cap_max_tokens(draft, len(prompt), max_tokens, draft=True)
     if draft is not None and max_tokens == -1:
         raise InputError(
             "--draft-model drafts no more tokens than are left, which --max-tokens -1 leaves open. "

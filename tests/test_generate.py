@@ -368,6 +368,17 @@ def test_a_draft_model_needs_an_end(cli, model):
     assert "Give --max-tokens a number" in err
 
 
+def test_a_draft_model_of_a_shorter_reach_is_named(cli):
+    """The message said that the model had this reach."""
+    options = ("--model", "bundled:gene", "--draft-model", "bundled:clex", "--temp", "0", "-m", "9")
+    status, _, err = cli(*options, "--prompt", "the king " * 1100)
+    assert status == 2
+    assert "draft model cannot read the prompt: it has 2202 tokens, and this model reaches" in err
+    status, _, err = cli(*options, "--prompt", "the king " * 1020)
+    assert status == 0, err
+    assert "at most 6 tokens: the draft model reaches 2048" in err
+
+
 def test_sampling_is_repeatable_with_a_seed(cli, model):
     """The same seed, the same text."""
     options = ("--model", model, "--temp", "1.0", "-m", "20", "--seed", "3")

@@ -36,7 +36,7 @@ class ScaledModelProvider(stock.ModelProvider):
 
     scale: float | None = None
     loads = 0  # how often a model was loaded
-    reach: int | None = None  # of the model that the server was started with, tokens
+    first_limit: int | None = None  # of what the server was started with, tokens; see `limit`
     longest_token = 1  # bytes of text, at most, that one token stands for
     # Raises InputError where so many tokens of the loaded model do not fit this machine.
     check_length: Callable[[int], None] = staticmethod(lambda length: None)
@@ -46,9 +46,18 @@ class ScaledModelProvider(stock.ModelProvider):
         self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None
     ) -> tuple[nn.Module, Any]:
         """Load exactly these, unless they are loaded; mlx-lm's names for defaults are resolved
-        where a request is checked."""
+        where a request is checked.
+
+        Raises:
+            RequestError: they do not load, HTTP 404.
+        """
         if self.model_key != (model_path, adapter_path, draft_model_path):
-            self._load(model_path, adapter_path, draft_model_path)
+            try:
+                self._load(model_path, adapter_path, draft_model_path)
+            except InputError as error:
+                raise RequestError(
+                    str(error), param="model", code="model_not_found", status=404
+                ) from error
         return self.model, self.tokenizer
 
     def load_default(self) -> None:
@@ -91,7 +100,7 @@ class ScaledModelProvider(stock.ModelProvider):
         self.longest_token = longest_token(tokenizer)
         self.model, self.tokenizer, self.draft_model = model, tokenizer, draft
         if (model_path, adapter_path) == (self.cli_args.model, self.cli_args.adapter_path):
-            self.reach = scaled(model).reach
+            self.first_limit = self.limit
         self.loads += 1
         self.model_key = (model_path, adapter_path, draft_model_path)
 
@@ -99,6 +108,19 @@ class ScaledModelProvider(stock.ModelProvider):
     def models(self) -> list[nn.Module]:
         """The models whose caches make up one prompt cache."""
         return [model for model in (self.model, self.draft_model) if model is not None]
+
+    @property
+    def limit(self) -> int | None:
+        """The longest sequence that all loaded models accept, in tokens; None: any length."""
+        limits = [scaled(model).limit for model in self.models]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def limited(self) -> str:
+        """Whose limit `limit` is, as messages begin."""
+        if self.model is None or scaled(self.model).limit == self.limit:
+            return "This model's"
+        return f"The draft model {self.model_key[2]}'s"
 
 
 def _fill_detokenizer(tokenizer: Any, vocabulary: int) -> None:
@@ -176,7 +198,6 @@ class Jobs:
 
         Raises:
             RequestError: a job cannot be answered.
-            InputError: the model does not load.
             RunError: generation failed.
         """
         running = len(self._jobs)
@@ -302,9 +323,9 @@ class PlanningResponseGenerator(stock.ResponseGenerator):
             ) from error
 
     def _admit(self, tokenizer: Any, request: Any, args: Any) -> Any:
-        model = self.model_provider.model
-        reach = scaled(model).limit
-        tokenizer = _Bounded(tokenizer, reach, self.model_provider.longest_token)
+        provider = self.model_provider
+        model, reach = provider.model, provider.limit
+        tokenizer = _Bounded(tokenizer, reach, provider.longest_token, provider.limited)
         if isinstance(request.prompt, list):
             tokenized: Any = (request.prompt, [request.prompt], ["assistant"], "normal", None)
         else:
@@ -320,14 +341,14 @@ class PlanningResponseGenerator(stock.ResponseGenerator):
         if reach is not None:
             room = reach - len(prompt)
             if room < 1:
-                raise _too_long(reach, f"the prompt has {len(prompt)}")
+                raise _too_long(reach, f"the prompt has {len(prompt)}", provider.limited)
             args.max_tokens = min(args.max_tokens, room)
         self._check_memory(len(prompt) + args.max_tokens)
         check_tokens(model, tokenizer, prompt, args)
         _try_sampling(model, tokenizer, args)
         # Quantised keys lose precision at every move; and drafted tokens that are refused
         # later must not have moved the scale. So none is to come.
-        fixed = self.cli_args.kv_bits or self.model_provider.draft_model is not None
+        fixed = self.cli_args.kv_bits or provider.draft_model is not None
         self.prompt_cache.room = args.max_tokens if fixed else 0
         continued = () if request.request_type == "chat" else prompt
         self._answer = AnswerText(tokenizer, args.stop_words, tokenized[3], continued)
@@ -352,10 +373,19 @@ class _Bounded(TextTokenizer):
     Tokenising 60 MB took five minutes and 10 GB.
     """
 
-    def __init__(self, tokenizer: Any, reach: int | None, longest: int) -> None:
-        """`reach`: tokens of a prompt; `longest`: bytes that a token stands for, at most."""
+    def __init__(
+        self, tokenizer: Any, reach: int | None, longest: int, whose: str = "This model's"
+    ) -> None:
+        """Take a limit.
+
+        Args:
+            tokenizer: mlx-lm's wrapper.
+            reach: tokens of a prompt; None: any number.
+            longest: bytes that a token stands for, at most.
+            whose: the reach is, as messages begin.
+        """
         super().__init__(tokenizer)
-        self._reach, self._longest = reach, longest
+        self._reach, self._longest, self._whose = reach, longest, whose
 
     def __len__(self) -> int:
         return len(self._inner)
@@ -377,12 +407,13 @@ class _Bounded(TextTokenizer):
             raise _too_long(
                 self._reach,
                 f"the prompt has {size} bytes, and no token stands for more than {self._longest}",
+                self._whose,
             )
 
 
-def _too_long(reach: int, found: str) -> RequestError:
+def _too_long(reach: int, found: str, whose: str) -> RequestError:
     return RequestError(
-        f"This model's maximum context length is {reach} tokens, the generated ones included; "
+        f"{whose} maximum context length is {reach} tokens, the generated ones included; "
         f"{found}. Shorten it.",
         param="prompt",
         code="context_length_exceeded",

@@ -138,9 +138,7 @@ class Handler(BaseHTTPRequestHandler):
         except RequestError as error:
             self._refuse(error)
         except InputError as error:
-            self._refuse(
-                RequestError(str(error), param="model", code="model_not_found", status=404)
-            )
+            self._refuse(RequestError(str(error)))
         except Exception as error:
             if not isinstance(error, RunError):
                 logging.exception("A request failed")
@@ -169,8 +167,8 @@ class Handler(BaseHTTPRequestHandler):
     def _models(self) -> list[dict[str, Any]]:
         """The models that a request may name; the first has its context limit."""
         served = self.server.served
-        reach = self.server.generator.model_provider.reach
-        limits = {served.model: reach} if served.model else {}
+        limit = self.server.generator.model_provider.first_limit
+        limits = {served.model: limit} if served.model else {}
         names = dict.fromkeys([*limits, *served.models])
         return [
             {"id": name, "object": "model", "created": self.server.started, "owned_by": "mlx_clex"}

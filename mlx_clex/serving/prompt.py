@@ -72,21 +72,26 @@ def encode_prompt(
     return tokens
 
 
-def cap_max_tokens(model: nn.Module, prompt_length: int, max_tokens: int) -> int:
+def cap_max_tokens(
+    model: nn.Module, prompt_length: int, max_tokens: int, *, draft: bool = False
+) -> int:
     """Return the number of tokens that can be generated without crossing a hard reach.
 
     Args:
         model: from `load`.
         prompt_length: of the text before them, tokens.
         max_tokens: how many are wanted, -1 for no limit.
+        draft: it is the draft model.
 
     Raises:
         InputError: the prompt leaves no room for a single one.
     """
-    room = scaled(model).room_after(prompt_length, "The prompt")
+    what = "The draft model cannot read the prompt: it" if draft else "The prompt"
+    room = scaled(model).room_after(prompt_length, what)
     if room is None or 0 < max_tokens <= room:
         return max_tokens
-    say(f"Generating at most {room} tokens: the model reaches {prompt_length + room}.")
+    name = "the draft model" if draft else "the model"
+    say(f"Generating at most {room} tokens: {name} reaches {prompt_length + room}.")
     return room
 
 

@@ -34,7 +34,7 @@ class Generator:
     """Answers in the thread that asks: each prompt letter by letter; some words are special."""
 
     cli_args = DEFAULTS
-    model_provider = SimpleNamespace(reach=256)
+    model_provider = SimpleNamespace(first_limit=256)
 
     def __init__(self):
         self.requests = self
@@ -49,7 +49,7 @@ class Generator:
     def put(self, job):
         ticket, request, _ = job
         prompt = request.prompt
-        errors = {"refused": RequestError("no", param="prompt"), "gone": InputError("not there")}
+        errors = {"refused": RequestError("no", param="prompt"), "unfit": InputError("too long")}
         if prompt in errors:
             ticket.put(errors[prompt])
             return

@@ -1,5 +1,7 @@
 """The thread that generates survives what its requests do, and divides an answer's text."""
 
+import argparse
+import json
 import threading
 import time
 from collections.abc import Mapping
@@ -22,16 +24,19 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mlx_clex import bundled
 from mlx_clex.errors import RunError
+from mlx_clex.server import add_arguments
 from mlx_clex.serving.answer_text import AnswerText
 from mlx_clex.serving.answers import Choice
 from mlx_clex.serving.fields import RequestError
 from mlx_clex.serving.generation import (
     Jobs,
     PlanningResponseGenerator,
+    ScaledModelProvider,
     _Bounded,
     _fill_detokenizer,
 )
 from mlx_clex.serving.prompt_caches import PlannedPromptCache
+from mlx_clex.serving.requests import Served, read_request
 
 
 def test_a_request_that_breaks_generation_fails_alone():
@@ -99,6 +104,56 @@ def test_a_request_served_alone_can_be_ended(ended, reading, monkeypatch):
             list(jobs)
         generator.stop_and_join()
     assert time.monotonic() < end
+
+
+@pytest.fixture
+def loaded():
+    """Return a function from models to the generator that loads them, and its served names."""
+    made = []
+
+    def start(*options):
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        args = parser.parse_args(options)
+        provider = ScaledModelProvider(args)
+        made.append(PlanningResponseGenerator(provider, PlannedPromptCache(provider, 1)))
+        return made[-1], Served(args.model, None, args.draft_model, args.allow_model, [])
+
+    yield start
+    for generator in made:
+        generator.stop_and_join()
+
+
+def ask(generator, served, **fields):
+    """Return what the jobs of a completion request yield."""
+    body = json.dumps({"prompt": "the king", "max_tokens": 2, **fields}).encode()
+    request = read_request(body, chat=False, served=served, defaults=generator.cli_args)
+    return list(Jobs(generator, request.jobs))
+
+
+def test_a_draft_model_of_a_shorter_reach_sets_the_limit(loaded):
+    """A prompt past it was HTTP 404: model not found."""
+    generator, served = loaded("--model", "bundled:gene", "--draft-model", "bundled:clex")
+    with pytest.raises(RequestError, match="draft model bundled:clex's maximum .* 2048") as error:
+        ask(generator, served, prompt=[5] * 2048)
+    assert (error.value.status, error.value.code) == (400, "context_length_exceeded")
+    assert generator.model_provider.first_limit == 2048
+
+
+def test_a_soft_reach_is_no_limit(loaded):
+    """/v1/models told 2,048 tokens of a model that answered prompts of 3,786."""
+    generator, served = loaded("--model", "bundled:gene")
+    ask(generator, served)
+    assert generator.model_provider.first_limit is None
+
+
+def test_a_model_that_does_not_load_is_not_found(loaded):
+    """The request gets HTTP 404, and the server goes on."""
+    generator, served = loaded("--model", "bundled:base", "--allow-model", "/nowhere")
+    with pytest.raises(RequestError, match="/nowhere") as error:
+        ask(generator, served, model="/nowhere")
+    assert (error.value.status, error.value.code) == (404, "model_not_found")
+    assert ask(generator, served)
 
 
 class Letters:
