@@ -7,6 +7,7 @@ Not covered: the estimate itself (`diagnosis/memory.py`).
 
 import argparse
 import contextlib
+import math
 from collections.abc import Callable
 
 import mlx.nn as nn
@@ -46,7 +47,7 @@ class MemoryCheck:
         self._warned = False
         self._sizes: Sizes | None = None
 
-    def at_load(self, check: Callable[[], None]) -> Callable[[nn.Module], None]:
+    def at_load(self, check: Callable[[], object]) -> Callable[[nn.Module], None]:
         """Return what `load` calls before it reads the weights: it measures, then checks."""
 
         def before_reading(model: nn.Module) -> None:
@@ -58,7 +59,7 @@ class MemoryCheck:
 
         return before_reading
 
-    def __call__(self, run: Reading | Training, what: str, *, state: bool = False) -> None:
+    def __call__(self, run: Reading | Training, what: str, *, state: bool = False) -> float:
         """Check a run.
 
         Args:
@@ -66,21 +67,26 @@ class MemoryCheck:
             what: subject of the message, such as "Reading 5,000 tokens".
             state: say what it needs where it fits, too.
 
+        Returns:
+            Bytes that MLX can use beside the run, negative where it is tight; infinite where the
+            sizes of the model are not known.
+
         Raises:
             InputError: it needs more than 1.3 times the memory, and is not forced.
         """
         if self._sizes is None:
-            return
+            return math.inf
         machine, sizes = self._machine, self._sizes
         if isinstance(run, Reading):
             sizes = sizes.shared(self._processes)
         asked = Change("", sizes, run)
         needed = peak(asked.parts(machine.back_end))
         found = verdict(needed, machine)
+        left = machine.usable - needed
         if found == "fits" and state:
             say(f"{what} is expected to need {size_text(needed)}.")
         if found == "fits" or (self._warned and found == "tight"):
-            return
+            return left
         hint = advice(changes(sizes, run), machine)
         text = (
             f"{what} is expected to need {size_text(needed)}; MLX can use "
@@ -90,8 +96,9 @@ class MemoryCheck:
             raise InputError(f"{text} --force runs it anyway.")
         self._warned = True
         say(text)
+        return left
 
-    def reading(self, length: int, *, step: int, kv_bits: int | None = None) -> None:
+    def reading(self, length: int, *, step: int, kv_bits: int | None = None) -> float:
         """Check a text that is read and continued up to `length` tokens; see `__call__`."""
         run = Reading(length=max(1, length), step=step, kv_bits=kv_bits)
-        self(run, f"Reading and continuing {run.length:,} tokens")
+        return self(run, f"Reading and continuing {run.length:,} tokens")

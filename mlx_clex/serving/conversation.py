@@ -76,7 +76,7 @@ class Conversation:
         max_tokens: int = 256,
         prefill_step_size: int = 2048,
         sampler: Callable[[mx.array], mx.array] | None = None,
-        check_length: Callable[[int], None] = lambda length: None,
+        check_length: Callable[[int], object] = lambda length: None,
     ) -> None:
         """Start one.
 

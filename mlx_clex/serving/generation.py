@@ -6,6 +6,7 @@ Not covered: other models, adapters and draft models over several processes.
 import _thread
 import gc
 import logging
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -38,8 +39,9 @@ class ScaledModelProvider(stock.ModelProvider):
     loads = 0  # how often a model was loaded
     first_limit: int | None = None  # of what the server was started with, tokens; see `limit`
     longest_token = 1  # bytes of text, at most, that one token stands for
-    # Raises InputError where so many tokens of the loaded model do not fit this machine.
-    check_length: Callable[[int], None] = staticmethod(lambda length: None)
+    # Returns the bytes that MLX can use beside so many tokens of the loaded model; raises
+    # InputError where they do not fit this machine.
+    check_length: Callable[[int], float] = staticmethod(lambda length: math.inf)
     before_reading: Callable[[nn.Module], None] | None = None  # see `load`
 
     def load(
@@ -355,12 +357,17 @@ class PlanningResponseGenerator(stock.ResponseGenerator):
         return tokenized
 
     def _check_memory(self, length: int) -> None:
-        """Refuse a request whose prompt and answer alone do not fit this machine."""
+        """Refuse a request that does not fit this machine; drop kept caches for one that does.
+
+        Several processes must keep the same caches, and their memory may differ: they drop none.
+        """
         try:
-            self.model_provider.check_length(length)
+            left = self.model_provider.check_length(length)
         except InputError as error:
             message = str(error).partition(" --force")[0]
             raise RequestError(message, param="prompt", code="context_length_exceeded") from error
+        if not self._is_distributed and left < math.inf:
+            self.prompt_cache.trim_to(n_bytes=max(0, int(left)))
 
     def _make_state_machine(self, model_key: Any, tokenizer: Any, stop_words: Any) -> Any:
         """Return what ends and divides the text of the job just tokenised: one object for both."""

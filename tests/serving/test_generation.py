@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -116,7 +117,7 @@ def loaded():
         add_arguments(parser)
         args = parser.parse_args(options)
         provider = ScaledModelProvider(args)
-        made.append(PlanningResponseGenerator(provider, PlannedPromptCache(provider, 1)))
+        made.append(PlanningResponseGenerator(provider, PlannedPromptCache(provider, 10)))
         return made[-1], Served(args.model, None, args.draft_model, args.allow_model, [])
 
     yield start
@@ -134,7 +135,7 @@ def ask(generator, served, **fields):
 def test_a_draft_model_of_a_shorter_reach_sets_the_limit(loaded):
     """A prompt past it was HTTP 404: model not found."""
     generator, served = loaded("--model", "bundled:gene", "--draft-model", "bundled:clex")
-    with pytest.raises(RequestError, match="draft model bundled:clex's maximum .* 2048") as error:
+    with pytest.raises(RequestError, match=r"draft model bundled:clex's maximum .* 2048") as error:
         ask(generator, served, prompt=[5] * 2048)
     assert (error.value.status, error.value.code) == (400, "context_length_exceeded")
     assert generator.model_provider.first_limit == 2048
@@ -154,6 +155,22 @@ def test_a_model_that_does_not_load_is_not_found(loaded):
         ask(generator, served, model="/nowhere")
     assert (error.value.status, error.value.code) == (404, "model_not_found")
     assert ask(generator, served)
+
+
+def test_kept_caches_make_room_for_a_request(loaded):
+    """Ten kept prompts filled the memory, while each request alone was found to fit."""
+    generator, served = loaded("--model", "bundled:base")
+    kept = []
+
+    def check_length(length):
+        kept.append(len(generator.prompt_cache))
+        return [math.inf, math.inf, generator.prompt_cache.nbytes - 1, 0][len(kept) - 1]
+
+    generator.model_provider.check_length = check_length
+    for word in ("the", "a", "he", "she"):
+        ask(generator, served, prompt=f"{word} king said")
+    assert kept == [0, 1, 2, 2]
+    assert len(generator.prompt_cache) < 2
 
 
 class Letters:
