@@ -33,7 +33,7 @@ SETTINGS: tuple[Reading | Training, ...] = (
     Reading(length=512, step=256),
     Reading(length=512, step=512),
     Reading(length=1024, step=128),
-    Reading(length=512, step=256, kv_bits=8),
+    Reading(length=512, step=256, kv_bits=8, kv_start=0),
     Training(length=128, learns=True),
     Training(length=256, learns=True),
     Training(length=128, batch=2, rank=32, learns=True),
@@ -73,7 +73,7 @@ def _read(model: Any, run: Reading) -> int:
     mx.reset_peak_memory()
     options: dict[str, Any] = {"prefill_step_size": run.step, "kv_bits": run.kv_bits}
     for _ in generate_step(
-        prompt, model, max_tokens=1, prompt_cache=cache, quantized_kv_start=0, **options
+        prompt, model, max_tokens=1, prompt_cache=cache, quantized_kv_start=run.kv_start, **options
     ):
         pass
     return mx.get_peak_memory()

@@ -24,7 +24,7 @@ from .checkpoint.fingerprint import fingerprint
 from .checkpoint.folder import check_hub_id
 from .checkpoint.prompt_cache import is_ours, load_cache, metadata_of, quantised
 from .checkpoint.tokenizer import end_token
-from .commands.memory_check import MemoryCheck, add_force
+from .commands.memory_check import MemoryCheck, add_force, cache_fields
 from .commands.options import (
     add_shared,
     check_cache_options,
@@ -109,7 +109,7 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
         args.model = _default_model(args)
     source = resolve(args.model)
     check = MemoryCheck(force=args.force, processes=group.size())
-    limits: dict[str, Any] = {"step": args.prefill_step_size, "kv_bits": args.kv_bits}
+    check_length = partial(check.reading, **cache_fields(args))
     model, tokenizer = load(
         source,
         **loading_options(args),
@@ -117,7 +117,7 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
         tokenizer_config=_saved_tokenizer_config(args),
         group=group,
         pipeline=args.pipeline,
-        before_reading=check.at_load(partial(check.reading, args.max_tokens, **limits)),
+        before_reading=check.at_load(partial(check_length, args.max_tokens)),
     )
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(str(_end_token(tokenizer, token, model)))
@@ -135,7 +135,7 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
             "--draft-model drafts no more tokens than are left, which --max-tokens -1 leaves open. "
             "Give --max-tokens a number."
         )
-    check.reading(read + len(prompt) + max(0, max_tokens), **limits)
+    check_length(read + len(prompt) + max(0, max_tokens))
     say_if_past_training(model, read + len(prompt))
     fixed_by = None
     if args.kv_bits is not None or (saved is not None and quantised(saved) is not None):

@@ -21,7 +21,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from .commands.memory_check import MemoryCheck, add_force
+from .commands.memory_check import MemoryCheck, add_force, cache_fields
 from .commands.options import add_shared, check_cache_options, check_least
 from .commands.run_command import command
 from .diagnosis.machine import parse_size
@@ -193,9 +193,7 @@ def run(args: argparse.Namespace) -> None:
     )
     provider = ScaledModelProvider(args)
     check = MemoryCheck(force=args.force, processes=group.size())
-    provider.check_length = partial(
-        check.reading, step=args.prefill_step_size, kv_bits=args.kv_bits
-    )
+    provider.check_length = partial(check.reading, **cache_fields(args))
     provider.before_reading = check.at_load(partial(provider.check_length, args.max_tokens))
     provider.scale = args.scale if isinstance(args.scale, float) else None
     serve(args.port, provider, Access(args.host, args.allowed_origins, key or None), served)

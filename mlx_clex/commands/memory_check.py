@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import mlx.nn as nn
 
@@ -28,6 +29,16 @@ def add_force(parser: argparse.ArgumentParser) -> None:
         help=f"Run even if it is expected to need more than {REFUSED:g} times the memory of this "
         "machine.",
     )
+
+
+def cache_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the fields of `Reading` that the options of a quantised cache give."""
+    return {
+        "step": args.prefill_step_size,
+        "kv_bits": args.kv_bits,
+        "kv_group": args.kv_group_size,
+        "kv_start": args.quantized_kv_start,
+    }
 
 
 class MemoryCheck:
@@ -98,7 +109,12 @@ class MemoryCheck:
         say(text)
         return left
 
-    def reading(self, length: int, *, step: int, kv_bits: int | None = None) -> float:
-        """Check a text that is read and continued up to `length` tokens; see `__call__`."""
-        run = Reading(length=max(1, length), step=step, kv_bits=kv_bits)
+    def reading(self, length: int, **options: Any) -> float:
+        """Check a text that is read and continued up to `length` tokens; see `__call__`.
+
+        Args:
+            length: tokens.
+            options: other fields of `Reading`.
+        """
+        run = Reading(length=max(1, length), **options)
         return self(run, f"Reading and continuing {run.length:,} tokens")

@@ -17,10 +17,12 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
+
 from ..model import parts as passes
 from ..model.chunked_loss import chunk_length
 from .machine import Machine
-from .sizes import Sizes
+from .sizes import GROUP, Sizes
 
 STEP = 2048  # tokens of a prompt read in one pass, mlx-lm's default
 _BLOCK = 256  # tokens by which mlx-lm's caches grow
@@ -41,6 +43,19 @@ class Reading:
     batch: int = 1
     step: int = STEP
     kv_bits: int | None = None
+    kv_group: int = GROUP  # cached values that share a quantisation scale
+    kv_start: int = DEFAULT_QUANTIZED_KV_START  # tokens from which the cache is quantised
+
+    @property
+    def plain(self) -> int:
+        """The greatest length at which the cache is not quantised, tokens.
+
+        The cache is quantised after the first pass that ends at `kv_start` or later.
+        """
+        if self.kv_bits is None:
+            return self.length
+        count = max(1, math.ceil(self.kv_start / self.step))
+        return min(self.length, count * self.step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,19 +91,21 @@ def reading(sizes: Sizes, run: Reading, back_end: str) -> Parts:
     """Return the parts of the peak while a prompt is read."""
     item = sizes.itemsize
 
-    def at(tokens: int, length: int) -> Parts:
+    def at(run: Reading, tokens: int, length: int) -> Parts:
         scores = 0.0
         if not fused(sizes, tokens, back_end):
             scores = tokens * length * (run.batch * sizes.heads * item + _MASK)
         return {
             "weights": sizes.weights,
-            "KV cache": _cache(sizes, replace(run, length=length)),
+            "KV cache": _cache(sizes, run, length),
             "copy of a layer's cache": run.batch * sizes.caches.largest * _grown(length) * item,
             "attention scores": scores,
             "activations": run.batch * tokens * item * _width(sizes, _READ),
         }
 
-    return max((at(*slice_) for slice_ in _slices(sizes, run)), key=peak)
+    plain = replace(run, length=run.plain)  # can need more than all of a quantised text
+    runs = {plain, run}
+    return max((at(one, *part) for one in runs for part in _slices(sizes, one)), key=peak)
 
 
 def _slices(sizes: Sizes, run: Reading) -> Iterator[tuple[int, int]]:
@@ -108,14 +125,14 @@ def decoding(sizes: Sizes, run: Reading, back_end: str) -> Parts:
     """Return the parts of the peak while tokens are generated."""
     item = sizes.itemsize
     scores = 0.0
-    if run.kv_bits or not fused(sizes, 1, back_end):
+    if run.length > run.plain or not fused(sizes, 1, back_end):
         scores = run.batch * run.length * sizes.heads * item
     # Logits, their logarithms, and what the sampler makes of them, in float32.
     logits = 4 * 4 * run.batch * sizes.vocabulary
     return {
         "weights": sizes.weights,
-        "KV cache": _cache(sizes, run),
-        "copy of a layer's cache": _cache(sizes, run) / max(1, sizes.layers),
+        "KV cache": _cache(sizes, run, run.length),
+        "copy of a layer's cache": _cache(sizes, run, run.length) / max(1, sizes.layers),
         "attention scores": scores,
         "activations": logits + run.batch * item * _width(sizes, _READ),
     }
@@ -233,5 +250,6 @@ def _grown(length: int) -> int:
     return math.ceil(length / _BLOCK) * _BLOCK
 
 
-def _cache(sizes: Sizes, run: Reading) -> float:
-    return run.batch * sizes.caches.nbytes(_grown(run.length), sizes.itemsize, run.kv_bits)
+def _cache(sizes: Sizes, run: Reading, length: int) -> float:
+    bits = run.kv_bits if run.length > run.plain else None
+    return run.batch * sizes.caches.nbytes(_grown(length), sizes.itemsize, bits, run.kv_group)

@@ -27,7 +27,7 @@ from ..model.stock import config_value
 from .source import Source, build, lacks
 
 _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "F32": 4, "F16": 2, "BF16": 2}
-_GROUP = 64  # values that share a scale and a bias of 16 bits each, as mlx-lm's default
+GROUP = 64  # values that share a scale and a bias, mlx-lm's default
 _LINEAR = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
 _HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads")
 
@@ -42,9 +42,18 @@ class Caches:
     fixed: int = 0  # in caches of one size, such as recurrent states
     quantisable: bool = True  # --kv-bits can be used
 
-    def nbytes(self, length: int, itemsize: int, kv_bits: int | None = None) -> float:
-        """Return the bytes of these caches after `length` tokens."""
-        value = itemsize if kv_bits is None else kv_bits / 8 + 4 / _GROUP
+    def nbytes(
+        self, length: int, itemsize: int, kv_bits: int | None = None, group: int = GROUP
+    ) -> float:
+        """Return the bytes of these caches after `length` tokens.
+
+        Args:
+            length: tokens.
+            itemsize: bytes of a number that is not quantised.
+            kv_bits: bits of a quantised value, or None: they are not quantised.
+            group: quantised values that share a scale and a bias.
+        """
+        value = itemsize if kv_bits is None else kv_bits / 8 + 2 * itemsize / group
         rest = self.fixed + sum(min(length, kept) * values for kept, values in self.windows)
         return self.growing * length * value + rest * itemsize
 
@@ -105,7 +114,7 @@ def sizes_of(source: Source, q_bits: int | None = None, model: nn.Module | None 
         if source.path is not None and source.path.parent == bundled.FOLDER:
             weights *= 2  # loaded in float32, see `load`
     else:
-        weights = _weight_bytes(model, itemsize, bits, quantisation.get("group_size", _GROUP))
+        weights = _weight_bytes(model, itemsize, bits, quantisation.get("group_size", GROUP))
     return replace(sizes_of_model(model), weights=weights, itemsize=itemsize)
 
 
@@ -175,7 +184,7 @@ def caches_of(model: nn.Module) -> tuple[Caches, int]:
         values = sum(math.prod((*a.shape[:2], a.shape[3])) for a in cached)
         if isinstance(cache, KVCache):
             growing.append(values)
-            quantisable = quantisable and all(a.shape[-1] % _GROUP == 0 for a in cached)
+            quantisable = quantisable and all(a.shape[-1] % GROUP == 0 for a in cached)
             width = max([width, *(a.shape[-1] for a in cached[:1])])
         elif isinstance(cache, RotatingKVCache):
             windows.append((getattr(cache, "max_size", 0), values))
