@@ -67,6 +67,12 @@ def changes(
             if (run.kv_bits or 16) > bits:
                 run = replace(run, kv_bits=bits)
                 found.append(Change(f"{shorter} --kv-bits {bits}".strip(), sizes, run))
+        if run.kv_bits and run.plain * sizes.itemsize > run.length * run.kv_bits / 8:
+            # The text before --quantized-kv-start is most of the cache.
+            earlier = replace(run, kv_start=0)
+            if earlier.plain < run.plain:
+                options = f"{found[-1].options} --quantized-kv-start 0".strip()
+                found.append(Change(options, sizes, earlier))
     else:
         if not run.grad_checkpoint:
             run = replace(run, grad_checkpoint=True)

@@ -49,7 +49,7 @@ def test_a_tight_run_is_warned_of_once(check, capsys):
     assert error.count("\n") == 1
     assert "Reading and continuing 16,384 tokens is expected to need" in error
     assert "MLX can use 16.00 GB of the 24.00 GB here" in error
-    assert "with --prefill-step-size 512 --kv-bits 4" in error
+    assert "with --prefill-step-size 512 --kv-bits 4 --quantized-kv-start 0" in error
 
 
 def test_a_run_of_much_more_than_the_memory_is_refused(check, capsys):
