@@ -10,6 +10,7 @@ Not covered: several machines, and `--max-kv-size`, whose window would drop the 
 import argparse
 import contextlib
 import importlib
+import io
 import signal
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from .serving.conversation import Conversation, Progress, Stopped
 
 COMMANDS = {
     "/load": "FILE: read a text file into the context",
-    "/retry": "answer the last message again (at --temp 0 the answer is the same)",
+    "/retry": "answer the last message again",
     "/system": "TEXT: set the system prompt and start anew",
     "/context": "tokens used, reach, scale and memory",
     "/save": "FILE: write the conversation with its cache",
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> None:
     conversation = load_conversation(args)()
     with contextlib.suppress(ImportError):
         importlib.import_module("readline")  # input() then edits lines and has a history
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is no text ends no chat
     print(f"{args.model}: {conversation.context()}")
     if not conversation.templated:
         print("It has no chat template: it goes on with the text that you type.")
@@ -59,6 +62,8 @@ def run(args: argparse.Namespace) -> None:
         try:
             line = input("\n> ")
             line = _SHORT.get(line, line)
+            if not line.isascii() and any("\ud800" <= letter <= "\udfff" for letter in line):
+                raise InputError("The line is no UTF-8 text. Set the terminal to UTF-8.")
             if line.rstrip() == "/quit":
                 return
             _obey(conversation, line)

@@ -1,7 +1,9 @@
 """The chat in a real terminal, as a user types it."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 
 import mlx.core as mx
@@ -129,6 +131,22 @@ def test_the_short_commands_of_mlx_lm(chat, endless, tmp_path):
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
+
+
+def test_a_line_that_is_no_text_ends_no_conversation():
+    """A terminal of another encoding ended the chat with a traceback."""
+    command = [sys.executable, "-m", "mlx_clex.chat", "--model", "bundled:clex", "-m", "2"]
+    done = subprocess.run(
+        command,
+        input=b"caf\xe9\nthe king\n/quit\n",
+        capture_output=True,
+        check=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+    )
+    out = done.stdout.decode()
+    assert out.count("error: The line is no UTF-8 text.") == 1
+    assert "; 2 tokens, " in out
+    assert done.stderr == b""
 
 
 def test_retry_and_a_new_system_prompt(chat, model, endless):
