@@ -28,6 +28,7 @@ from .commands.memory_check import MemoryCheck, add_force, cache_fields
 from .commands.options import (
     add_shared,
     check_cache_options,
+    check_default_template,
     check_ranges,
     loading_options,
     sampler_at,
@@ -172,6 +173,7 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
 def _check(args: argparse.Namespace) -> None:
     """Refuse options before anything is loaded."""
     check_cache_options(args)
+    check_default_template(args)
     template_options(args)
     if args.image:
         raise InputError("--image is not supported: mlx_clex reads text only.")
@@ -295,7 +297,7 @@ def _plan_on(model: nn.Module, caches: list[Any], expected: int | None) -> None:
     if not planned:
         return
     length = max(planned[0].expected_length, expected or 0)
-    if expected and plan_of(model, caches) != plan_at(model, length):
+    if expected and _other_plan(model, caches, length):
         say(
             f"The saved text was read at the scale of fewer than {length} tokens. Its cached keys "
             "are rotated to the new scale; its cached values are not recomputed. For the answer of "
@@ -303,6 +305,15 @@ def _plan_on(model: nn.Module, caches: list[Any], expected: int | None) -> None:
         )
     for cache in planned:
         cache.expected_length = length
+
+
+def _other_plan(model: nn.Module, caches: list[Any], length: int) -> bool:
+    """Return whether saved keys have another scale or gain than a text of this length."""
+    saved, plan = planned_caches(caches)[0], plan_at(model, length)
+    if saved.expected_length:
+        return plan_of(model, caches) != plan
+    # Read with --scale grow: the scale rose to that of the text read, from that of one token.
+    return not plan_at(model, 1) == plan_at(model, saved.offset) == plan
 
 
 def _stream(

@@ -22,13 +22,14 @@ from functools import partial
 import mlx.core as mx
 
 from .commands.memory_check import MemoryCheck, add_force, cache_fields
-from .commands.options import add_shared, check_cache_options, check_least
+from .commands.options import add_shared, check_cache_options, check_default_template, check_least
 from .commands.run_command import command
 from .diagnosis.machine import parse_size
 from .errors import InputError
 from .serving.access import Access
 from .serving.generation import ScaledModelProvider
 from .serving.http import serve
+from .serving.prompt import check_variables
 from .serving.requests import Served, read_request
 
 
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--use-default-chat-template",
         action="store_true",
-        help="Use transformers' own template where the tokenizer has none.",
+        help="Refused: transformers no longer has default templates.",
     )
     parser.add_argument(
         "--chat-template-args",
@@ -173,11 +174,13 @@ def run(args: argparse.Namespace) -> None:
     if args.model is None and not args.allow_model:
         raise InputError("Nothing is to be served: give --model, or --allow-model.")
     check_cache_options(args)
+    check_default_template(args)
     for name in ("prompt_concurrency", "decode_concurrency", "prefill_step_size"):
         check_least(args, name, 1)
     check_least(args, "prompt_cache_size", 0)
     if not isinstance(args.chat_template_args, dict):
         raise InputError("--chat-template-args must be a JSON object.")
+    check_variables(args.chat_template_args, "--chat-template-args")
     served = Served(
         args.model, args.adapter_path, args.draft_model, args.allow_model, args.allow_adapters
     )

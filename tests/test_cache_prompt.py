@@ -148,6 +148,15 @@ def test_a_query_past_the_plan_is_told(cli, folders, tmp_path):
     assert cli(generate, *cached, "--prompt", SENTENCE, "-m", "1")[2] == ""
 
 
+def test_a_rotation_that_does_not_happen_is_not_told(cli, folders, tmp_path):
+    """A text read with --scale grow at scale 1 and continued at 1 was said to be rotated."""
+    cached = ("--model", folders("clex_llama"), "--prompt-cache-file", tmp_path / "c.safetensors")
+    for text, told in (("A fox", False), (SENTENCE, True)):
+        assert cli(cache_prompt, *cached, "--prompt", text, "--scale", "grow")[0] == 0
+        status, _, err = cli(generate, *cached, "--prompt", "And so", "-m", "1")
+        assert (status, "are rotated" in err) == (0, told)
+
+
 def test_scales_keep_all_their_digits(cli, tmp_path, folders):
     """mlx-lm saves numbers as float32, so keys at scale 2.3 were rotated to 2.3 again."""
     entry = {"type": "gene", "factor": 2.3}

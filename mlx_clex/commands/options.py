@@ -159,6 +159,19 @@ def check_cache_options(args: argparse.Namespace) -> None:
             check_least(args, name, least)
 
 
+def check_default_template(args: argparse.Namespace) -> None:
+    """Refuse mlx-lm's option for templates that transformers no longer has.
+
+    Raises:
+        InputError: the option is given.
+    """
+    if args.use_default_chat_template:
+        raise InputError(
+            "--use-default-chat-template: transformers no longer has default templates. Give the "
+            "model's tokenizer a template (for server: --chat-template), or leave it out."
+        )
+
+
 def check_ranges(args: argparse.Namespace) -> None:
     """Refuse sampling options that are out of range.
 

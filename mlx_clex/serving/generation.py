@@ -85,8 +85,6 @@ class ScaledModelProvider(stock.ModelProvider):
             pipeline=self.cli_args.pipeline,
             before_reading=self.before_reading,
         )
-        if self.cli_args.use_default_chat_template and tokenizer.chat_template is None:
-            tokenizer.chat_template = tokenizer.default_chat_template
         draft = None
         if draft_model_path is not None:
             draft, draft_tokenizer = load(draft_model_path, trust_remote_code=trust)

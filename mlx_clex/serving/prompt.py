@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.nn as nn
@@ -26,6 +27,12 @@ from ..data.text import (
 from ..errors import InputError, reading, say
 from ..model.scaled_model import scaled
 
+# Arguments of `apply_chat_template` that are no variables of the template.
+_RESERVED = frozenset(
+    "add_generation_prompt chat_template continue_final_message conversation max_length messages "
+    "padding return_assistant_tokens_mask return_dict return_tensors sanitize_control_tokens "
+    "tokenize tokenizer_kwargs truncation".split()
+)
 # Tokens of a pass below which a GPU computes fewer tokens a second.
 _SMALLEST_PASS = 256
 
@@ -58,6 +65,16 @@ def encode_prompt(
     if not text.strip():
         raise InputError("The prompt is empty; give a text with --prompt or --prompt-file.")
     templated = not args.ignore_chat_template and tokenizer.has_chat_template
+    for name in () if templated else ("system_prompt", "prefill_response"):
+        if getattr(args, name):
+            why = (
+                "--ignore-chat-template leaves it out"
+                if args.ignore_chat_template
+                else "this model's tokenizer has none"
+            )
+            raise InputError(
+                f"--{name.replace('_', '-')} needs a chat template, and {why}. Leave it out."
+            )
     if templated or continues:
         text = without_bos(tokenizer, text)
     if templated:
@@ -178,11 +195,26 @@ def template_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the variables that --chat-template-config gives to the chat template.
 
     Raises:
-        InputError: it is no JSON object.
+        InputError: it is no JSON object, or has a key that is no variable of a template.
     """
     try:
-        return dict(json.loads(args.chat_template_config or "{}"))
+        variables = dict(json.loads(args.chat_template_config or "{}"))
     except (ValueError, TypeError) as error:
         raise InputError(
             f"--chat-template-config must be a JSON object, got {args.chat_template_config!r}."
         ) from error
+    check_variables(variables, "--chat-template-config")
+    return variables
+
+
+def check_variables(variables: Mapping[str, Any], option: str) -> None:
+    """Refuse variables of a chat template that would replace an argument of its call.
+
+    Raises:
+        InputError: the message names the first one and the option.
+    """
+    for name in sorted(_RESERVED & variables.keys()):
+        raise InputError(
+            f"{option} has {name!r}, which is no variable of a chat template: mlx_clex sets it "
+            "itself. Leave it out."
+        )
