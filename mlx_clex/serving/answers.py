@@ -83,25 +83,27 @@ class Choice:
     def _format(self, text: str) -> list[dict[str, Any]]:
         """Return OpenAI's tool calls of a text; some parsers find several in one."""
         parsed = self.context.tool_parser(text, self._request.tools)
-        calls = []
-        for call in parsed if isinstance(parsed, list) else [parsed]:
-            if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-                raise ValueError(f"no object with a name: {call!r}")
-            arguments = next(
-                (call[key] for key in ("arguments", "parameters") if call.get(key) is not None), {}
-            )
-            name = {"name": call["name"]}
+        found = parsed if isinstance(parsed, list) else [parsed]
+        if not found or not all(
+            isinstance(call, dict) and isinstance(call.get("name"), str) for call in found
+        ):
+            raise ValueError("it is no object with a name")
+        calls: list[dict[str, Any]] = []
+        for call in found:
+            given = (call.get(name) for name in ("arguments", "parameters"))
+            arguments = next((value for value in given if value is not None), {})
             calls.append(
                 {
-                    "function": name | {"arguments": json.dumps(arguments, ensure_ascii=False)},
+                    "function": {
+                        "name": call["name"],
+                        "arguments": json.dumps(arguments, ensure_ascii=False),
+                    },
                     "type": "function",
                     "id": str(call.get("id") or uuid.uuid4()),
                 }
             )
-        if not calls:
-            raise ValueError("it is empty")
-        if self._request.stream:
-            calls = [call | {"index": self._called + i} for i, call in enumerate(calls)]
+            if self._request.stream:
+                calls[-1]["index"] = self._called + len(calls) - 1
         self._called += len(calls)
         return calls
 
