@@ -91,7 +91,7 @@ class Choice:
         calls: list[dict[str, Any]] = []
         for call in found:
             given = (call.get(name) for name in ("arguments", "parameters"))
-            arguments = next((value for value in given if value is not None), {})
+            arguments: Any = next((value for value in given if value is not None), {})
             calls.append(
                 {
                     "function": {
