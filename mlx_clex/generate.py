@@ -110,7 +110,7 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
         args.model = _default_model(args)
     source = resolve(args.model)
     check = MemoryCheck(force=args.force, processes=group.size())
-    check_length = partial(check.reading, **cache_fields(args))
+    fields = cache_fields(args)
     model, tokenizer = load(
         source,
         **loading_options(args),
@@ -118,7 +118,7 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
         tokenizer_config=_saved_tokenizer_config(args),
         group=group,
         pipeline=args.pipeline,
-        before_reading=check.at_load(partial(check_length, args.max_tokens)),
+        before_reading=check.at_load(partial(check.reading, args.max_tokens, **fields)),
     )
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(str(_end_token(tokenizer, token, model)))
@@ -136,7 +136,7 @@ def _run(args: argparse.Namespace, group: mx.distributed.Group) -> None:
             "--draft-model drafts no more tokens than are left, which --max-tokens -1 leaves open. "
             "Give --max-tokens a number."
         )
-    check_length(read + len(prompt) + max(0, max_tokens))
+    check.reading(read + len(prompt) + max(0, max_tokens), **fields)
     say_if_past_training(model, read + len(prompt))
     fixed_by = None
     if args.kv_bits is not None or (saved is not None and quantised(saved) is not None):

@@ -29,9 +29,22 @@ from ..model.scaled_model import scaled
 
 # Arguments of `apply_chat_template` that are no variables of the template.
 _RESERVED = frozenset(
-    "add_generation_prompt chat_template continue_final_message conversation max_length messages "
-    "padding return_assistant_tokens_mask return_dict return_tensors sanitize_control_tokens "
-    "tokenize tokenizer_kwargs truncation".split()
+    (
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+    )
 )
 # Tokens of a pass below which a GPU computes fewer tokens a second.
 _SMALLEST_PASS = 256
