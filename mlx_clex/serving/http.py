@@ -24,7 +24,8 @@ from ..model.stock import config_value
 from .access import Access
 from .answers import Answer, error_object
 from .fields import RequestError
-from .generation import Jobs, PlanningResponseGenerator, ScaledModelProvider
+from .generation import PlanningResponseGenerator, ScaledModelProvider
+from .jobs import Jobs
 from .prompt_caches import PlannedPromptCache
 from .requests import BODY_LIMIT, Request, Served, read_request
 

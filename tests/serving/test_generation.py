@@ -30,12 +30,12 @@ from mlx_clex.serving.answer_text import AnswerText
 from mlx_clex.serving.answers import Choice
 from mlx_clex.serving.fields import RequestError
 from mlx_clex.serving.generation import (
-    Jobs,
     PlanningResponseGenerator,
     ScaledModelProvider,
     _Bounded,
     _fill_detokenizer,
 )
+from mlx_clex.serving.jobs import Jobs
 from mlx_clex.serving.prompt_caches import PlannedPromptCache
 from mlx_clex.serving.requests import Served, read_request
 
