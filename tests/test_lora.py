@@ -37,6 +37,6 @@ def test_the_examples_are_read(file):
     scaling = build_scaling(scaling_from(args), **shape)
     draws = Draws(scaling, scaling.procedure, np.random.default_rng(0))
     draws.check(options.max_seq_length)
-    assert draws.draw(options.max_seq_length).positions.max() < 16 * 4096
+    assert draws.draw(options.max_seq_length).positions.max() < scaling.largest_scale * 4096
     for line in file.read_text().splitlines():
         assert "#" in line, f"{line} has no comment"

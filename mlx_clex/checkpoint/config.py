@@ -60,6 +60,7 @@ _HEADS = ("head_dim", "num_key_value_heads")  # sizes that have defaults in conf
 _LONGEST = 1 << 40  # tokens
 _LARGEST_BASE = 1e30  # of rope_theta; float32 holds its frequencies
 _GRANITE = {"full_attention": "attention", "linear_attention": "mamba"}  # names of mlx-lm
+_AT_LONGEST = ("linear",)  # ropes trained at the longest length of the config, as Vicuna's
 _LENGTH_KEYS = ("max_position_embeddings", "max_sequence_length", "n_positions")
 
 
@@ -322,7 +323,7 @@ def _set_length(config: dict[str, Any], scaling: dict[str, Any], *, ours: bool) 
         # The length that the top level has anyway.
         original = scaling.pop("original_max_position_embeddings", None)
         length = length if original is None else original
-    elif scaling.get("type") == "linear":  # Vicuna: trained at max_sequence_length
+    elif scaling.get("type") in _AT_LONGEST:
         length = max((n for n in found if isinstance(n, int | float)), default=length)
     if length is None:
         return

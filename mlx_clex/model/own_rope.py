@@ -22,6 +22,7 @@ OWN_ROPE_HELP = (
     "training is needed."
 )
 _PLAIN = (None, "default", "mrope", "proportional")  # types of ropes that are not stretched
+_GROWING = ("dynamic",)  # transformers' types that are plain up to the length of the config
 # Some files of mlx-lm read these keys without asking whether there is a rope_scaling.
 _FACTOR_1 = {"type": "default", "factor": 1.0, "short_factor": 1.0, "long_factor": 1.0}
 
@@ -52,7 +53,7 @@ def original_length(config: Mapping[str, Any]) -> int | None:
     length = entry.get("original_max_position_embeddings")
     length = length or config.get("original_max_position_embeddings")
     whole, factor = config.get("max_position_embeddings"), entry.get("factor")
-    if length is None and _type(entry) == "dynamic":
+    if length is None and _type(entry) in _GROWING:
         return whole  # where the rope begins to change
     if length is None and whole and isinstance(factor, int | float) and factor >= 1:
         return int(whole / factor)
@@ -91,7 +92,7 @@ def dropped_rope(config: Mapping[str, Any]) -> str | None:
     return (
         f"--own-rope drop replaces the model's rope ({_type(entry)}) by a plain rope trained at "
         f"{length:,} tokens. "
-        + ("" if _type(entry) == "dynamic" else "Short texts change, and training is needed.")
+        + ("" if _type(entry) in _GROWING else "Short texts change, and training is needed.")
     ).strip()
 
 

@@ -6,14 +6,11 @@ Not covered: what a job is (`requests.py`), and what becomes of it (`generation.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, Queue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx_lm.server as stock
 
 from ..errors import RunError
-
-if TYPE_CHECKING:
-    from .generation import PlanningResponseGenerator
 
 
 class Ticket:
@@ -52,14 +49,14 @@ class Jobs:
 
     def __init__(
         self,
-        generator: "PlanningResponseGenerator",
+        generator: Any,
         jobs: Sequence[Any],
         watch: Callable[[], None] | None = None,
     ) -> None:
         """Hand jobs over.
 
         Args:
-            generator: the thread.
+            generator: the thread, a `PlanningResponseGenerator`.
             jobs: pairs of mlx-lm's request and generation arguments.
             watch: called once a second while items are awaited; what it raises ends that.
         """

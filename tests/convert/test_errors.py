@@ -56,6 +56,17 @@ def tensors(change: Any) -> Any:
     return apply
 
 
+def quantised_with(method: str) -> Any:
+    """Return a change to a config that names a quantisation, and to one packed tensor."""
+    pack = tensors(lambda loaded: loaded.update({Q: mx.zeros(loaded[Q].shape, mx.uint8)}))
+
+    def apply(folder: Path) -> None:
+        config(quantization_config={"quant_method": method})(folder)
+        pack(folder)
+
+    return apply
+
+
 def truncate(name: str) -> Any:
     def apply(folder: Path) -> None:
         data = (folder / name).read_bytes()
@@ -228,7 +239,7 @@ BROKEN = {
     ),
     "quantised by others": (
         "clex_phi",
-        config(quantization_config={"quant_method": "gptq"}),
+        quantised_with("gptq"),
         "quantised with 'gptq'",
     ),
     "a tokenizer.json of noise": ("clex_phi", other_tokenizer(b"noise"), "no tokenizer that loads"),

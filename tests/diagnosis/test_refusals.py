@@ -24,9 +24,9 @@ REFUSED = {
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
         "low_freq_factor",
     ),
-    "longrope without a length": (
+    "longrope without its factors": (
         {"rope_scaling": {"type": "longrope"}},
-        "'original_max_position_embeddings' is missing",
+        "'short_factor' is missing",
     ),
     "yarn without a factor": ({"rope_scaling": {"type": "yarn"}}, "'factor' is missing"),
 }
