@@ -217,7 +217,7 @@ def _caches() -> Iterator[Case]:
     for name, value, status in (
         ("code", '{"trust_remote_code": true}', FINE),  # only the end token is taken
         ("an end token of no text", '{"eos_token": 5}', FINE),
-        ("an unknown end token", '{"eos_token": "nowhere"}', FINE),
+        ("an unknown end token", '{"eos_token": "nowhere"}', REFUSED),
         ("an end token of half a character", '{"eos_token": "\\ud800"}', REFUSED),
         ("a list", "[1]", REFUSED),
         ("deep", deep(20_000), REFUSED),
