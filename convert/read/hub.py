@@ -5,9 +5,8 @@ Interrupted downloads resume, and files stay in the hub's cache.
 Not covered: login (`hf auth login`).
 """
 
+import fnmatch
 from collections.abc import Callable
-from fnmatch import filter as matching
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -54,8 +53,8 @@ def look_up(repo: str, revision: str | None = None) -> Listing:
 
         _, weights = choose_weights(top, read_index, f"The repository {repo}")
         patterns = [*CONFIG_FILES, *TOKENIZER_FILES, *weights, "*.index.json"]
-        wanted = [name for name in top if any(fnmatch(name, pattern) for pattern in patterns)]
-        wanted += matching(sizes, f"{TEMPLATES}/*.jinja")
+        wanted = [n for n in top if any(fnmatch.fnmatch(n, pattern) for pattern in patterns)]
+        wanted += fnmatch.filter(sizes, f"{TEMPLATES}/*.jinja")
         return Listing(info.sha or "", {name: sizes[name] for name in wanted}, None)
 
     try:

@@ -233,7 +233,7 @@ def test_a_base_that_float32_cannot_hold_is_refused(base):
 @pytest.mark.parametrize("where", ["top", "text_config"])
 @pytest.mark.parametrize("inside", [None, 1024])
 def test_yarn_without_the_length_before_stretching_takes_transformers_own(where, inside):
-    """mlx-lm took 4,096 tokens without a word; transformers takes the model's length."""
+    """mlx-lm silently assumes 4,096 tokens; transformers uses max_position_embeddings."""
     entry = {"rope_type": "yarn", "factor": 4.0}
     if inside:
         entry["original_max_position_embeddings"] = inside
