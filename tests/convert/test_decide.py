@@ -36,7 +36,7 @@ def test_the_length_of_a_rope_that_mlx_lm_ignores(own_rope):
 
 @pytest.mark.parametrize("alike", [0, 1, 511])
 def test_a_head_that_differs_somewhere_is_kept(alike, tmp_path):
-    """Only row 0 was compared with the embedding. It is often <unk>, which training leaves equal."""
+    """Only row 0 was compared with the embedding. It is often <unk>, which is never trained."""
     settings = {"vocab_size": 512, "max_position_embeddings": 64, "tie_word_embeddings": True}
     source = stock_folder(tmp_path, GOLDEN / "clex_llama", **settings)
     model = tiny_llama(vocabulary=512)
