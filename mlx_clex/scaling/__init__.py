@@ -66,6 +66,10 @@ def build_scaling(
         InputError: unknown type or key, a value out of range, or weights of another
             shape.
     """
+    if not isinstance(rope_scaling, Mapping):
+        raise InputError(
+            f'rope_scaling must be an entry such as {{"type": "clex"}}, got {rope_scaling!r}.'
+        )
     name = rope_scaling.get("type", rope_scaling.get("rope_type", "none"))
     if name not in SCALINGS:
         raise InputError(

@@ -3,6 +3,7 @@
 Not covered: how they are sent (`http.py`).
 """
 
+import contextlib
 import json
 import logging
 import time
@@ -23,6 +24,15 @@ def error_object(
     """Return the body of an answer that is an error."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _as_json(arguments: Any) -> str:
+    """Return arguments of a tool call as OpenAI's text; some models write that text already."""
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError):
+            json.loads(arguments)
+            return arguments
+    return json.dumps(arguments, ensure_ascii=False)
 
 
 class Choice:
@@ -94,10 +104,7 @@ class Choice:
             arguments: Any = next((value for value in given if value is not None), {})
             calls.append(
                 {
-                    "function": {
-                        "name": call["name"],
-                        "arguments": json.dumps(arguments, ensure_ascii=False),
-                    },
+                    "function": {"name": call["name"], "arguments": _as_json(arguments)},
                     "type": "function",
                     "id": str(call.get("id") or uuid.uuid4()),
                 }

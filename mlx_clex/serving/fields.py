@@ -26,7 +26,7 @@ NUMBERS: dict[str, tuple[type, float, float]] = {
     "frequency_context_size": (int, 0, INT),
     "xtc_probability": (float, 0, 1),
     "xtc_threshold": (float, 0, 0.5),
-    "seed": (int, 0, (1 << 63) - 1),
+    "seed": (int, -1 << 63, (1 << 63) - 1),
     "top_logprobs": (int, 0, 20),
     "n": (int, 1, CHOICES),
 }

@@ -168,7 +168,8 @@ def read_request(data: bytes, *, chat: bool, served: Served, defaults: Any) -> R
             param="n",
         )
     args = _generation_arguments(body, chat, description, defaults)
-    seeds = [None if args.seed is None else (args.seed + i) % (1 << 63) for i in range(n)]
+    fixed = args.seed not in (None, -1)  # -1, as llama.cpp and vLLM have it: another each time
+    seeds = [(args.seed + i) % (1 << 63) if fixed else None for i in range(n)]
     return Request(
         chat=chat,
         stream=stream,

@@ -53,6 +53,13 @@ def test_it_works_in_place_and_keeps_the_class(tokens):
     assert type(attach(tiny_llama(), {"type": "gene"})) is type(model), "one class a family"
 
 
+@pytest.mark.parametrize("entry", ["clex", None, [("type", "clex")]])
+def test_an_entry_that_is_no_mapping_is_refused(entry):
+    """An AttributeError told nothing."""
+    with pytest.raises(InputError, match="entry such as"):
+        attach(tiny_llama(), entry)
+
+
 def test_input_embeddings_stand_in_for_tokens(tokens):
     """The length of the pass comes from the tokens or the embeddings."""
     model = scaled_llama("clex")

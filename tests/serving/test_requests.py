@@ -72,7 +72,7 @@ COMPLETIONS = {
     "top_logprobs true": ({"top_logprobs": True}, "top_logprobs"),
     "too many top_logprobs": ({"top_logprobs": 21}, "top_logprobs"),
     "logprobs a text": ({"logprobs": "yes"}, "logprobs"),
-    "a negative seed": ({"seed": -1}, "seed"),
+    "a seed of 65 bits": ({"seed": -1 - (1 << 63)}, "seed"),
     "stream a number": ({"stream": 1}, "stream"),
     "stream_options a list": ({"stream_options": []}, "stream_options"),
     "include_usage a text": ({"stream_options": {"include_usage": "no"}}, "include_usage"),
@@ -180,6 +180,15 @@ def test_every_kind_of_prompt_of_the_api(prompt, prompts):
     assert [job.prompt for job, _ in request.jobs] == [each for each in prompts for _ in "12"]
     assert [args.seed for _, args in request.jobs] == [5, 6] * len(prompts)
     assert len({id(args) for _, args in request.jobs}) == 2 * len(prompts)
+
+
+@pytest.mark.parametrize(
+    ("seed", "seeds"), [(-1, [None, None]), (-2, [(1 << 63) - 2, (1 << 63) - 1])]
+)
+def test_negative_seeds(seed, seeds):
+    """OpenAI allows them; -1 asks for another answer each time."""
+    request = read({"prompt": "a", "n": 2, "seed": seed})
+    assert [args.seed for _, args in request.jobs] == seeds
 
 
 def test_null_stands_for_the_value_of_the_server():
