@@ -354,7 +354,9 @@ def _stream(
 
 
 def _final_scale(model: Any, caches: list[Any]) -> float:
-    scales = [cache.scale for cache in planned_caches(caches) if cache.scale is not None]
+    """Return the scale after the last pass; the draft model's caches are behind the model's."""
+    own = planned_caches(caches[: len(make_prompt_cache(model))])
+    scales = [cache.scale for cache in own if cache.scale is not None]
     return scales[0] if scales else model.scale_at(1)
 
 

@@ -103,19 +103,13 @@ def run(args: argparse.Namespace) -> None:
     """
     path = args.output or _default_path(args)
     check_path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if args.picture == "frequencies":
-            _frequencies(args, path)
-        elif args.picture == "training":
-            draw_training(_log(args.log), path, _title(args.log))
-        else:
-            kind, _ = _OF_RESULTS[args.picture]
-            draw(_together({file: read_results(file, kind) for file in args.file}), path)
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be written ({error.strerror}): give another --output."
-        ) from error
+    if args.picture == "frequencies":
+        _frequencies(args, path)
+    elif args.picture == "training":
+        draw_training(_log(args.log), path, _title(args.log))
+    else:
+        kind, _ = _OF_RESULTS[args.picture]
+        draw(_together({file: read_results(file, kind) for file in args.file}), path)
     print(f"Wrote {path}.")
 
 

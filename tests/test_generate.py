@@ -373,6 +373,14 @@ def test_a_draft_model_needs_an_end(cli, model):
     assert "Give --max-tokens a number" in err
 
 
+def test_the_scale_is_that_of_the_model_and_not_of_its_draft(cli):
+    """A model of a fixed scale has no cache with a scale; the draft's was told."""
+    options = ("--model", "bundled:clex", "--draft-model", "bundled:gene", "--scale", "3")
+    status, out, err = cli(*options, "--prompt", "And God", "--max-tokens", "8")
+    assert status == 0, err
+    assert "Scale: 3, reach" in out
+
+
 def test_a_draft_model_of_a_shorter_reach_is_named(cli):
     """The message said that the model had this reach."""
     options = ("--model", "bundled:gene", "--draft-model", "bundled:clex", "--temp", "0", "-m", "9")

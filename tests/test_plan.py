@@ -63,9 +63,22 @@ def test_this_machine_and_the_default_context(capsys):
     assert "Reading: 2,048 tokens fit as they are." in said
 
 
+def test_a_length_past_a_soft_reach(capsys):
+    """The table ended at the reach, and the advice said that more fits."""
+    assert run("bundled:gene", "--context", "3000", "--memory", "32GB") == 0
+    said = capsys.readouterr().out
+    assert "     3,000  as asked" in said
+    assert "Reading: 3,000 tokens fit as they are." in said
+    assert run("bundled:gene", "--context", str(10**11), "--memory", "32GB") == 0
+    said = capsys.readouterr().out
+    asked, most = re.findall(r"Reading: ([\d,]+) tokens do not fit; ([\d,]+) do", said)[0]
+    assert int(asked.replace(",", "")) == 10**11
+    assert int(most.replace(",", "")) > 100_000
+
+
 def test_a_picture(model, tmp_path, capsys):
-    """Memory against length, for what was planned and for what needs least."""
-    path = tmp_path / "memory.png"
+    """Memory against length, for what was planned and for what needs least; the folder is made."""
+    path = tmp_path / "new" / "memory.png"
     assert run(model, "--memory", "32GB", "--output", str(path)) == 0
     assert path.stat().st_size > 10_000
     assert "Drew" in capsys.readouterr().out

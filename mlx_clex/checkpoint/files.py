@@ -32,8 +32,11 @@ def expand(name: str | Path, option: str = "") -> Path:
         option: put before the name in an error.
 
     Raises:
-        InputError: it begins with ~NAME, and there is no such user; or no path has its characters.
+        InputError: it begins with ~NAME, and there is no such user; or no path has its characters
+            or its type.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise InputError(f"{option}{name!r} is no path; give a text.")
     if "\0" in str(name):
         raise InputError(f"{option}{str(name)!r} is no path: it has a NUL character.")
     try:

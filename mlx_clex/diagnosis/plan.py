@@ -41,9 +41,12 @@ class Change:
         return max(both, key=peak)
 
     def longest(self, machine: Machine) -> int:
-        """Return the greatest length that fits, in tokens, at most the model's reach."""
-        at_most = self.sizes.reach if isinstance(self.run, Reading) else None
-        limits = {} if at_most is None else {"limit": at_most}
+        """Return the greatest length that fits, in tokens.
+
+        No text longer than the model's reach is looked for, unless one was asked for.
+        """
+        reach = self.sizes.reach if isinstance(self.run, Reading) else None
+        limits = {} if reach is None else {"limit": max(reach, self.run.length)}
         return longest(lambda n: self.parts(machine.back_end, n), machine.usable, **limits)
 
 

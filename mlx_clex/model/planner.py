@@ -5,7 +5,8 @@ Not covered: the pass itself (`scaled_model.py`) and how keys are rotated (`cach
 
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -128,7 +129,7 @@ class Planner:
         return self.scaling.shape.heads or 1
 
     def cached(self, caches: Sequence[Any]) -> int:
-        """Return how many tokens are cached, in the longest row of a batch."""
+        """Return how many tokens are cached; in a batch, with the padding of its rows."""
         if not self.keys:
             return 0
         cache: Any = self.keys[0].cache(caches)
@@ -150,10 +151,20 @@ class Planner:
         self.pick = _picker(self.keys)
 
     def _length_of_constant(self, new_tokens: int, caches: Sequence[Any] | None) -> int:
-        """Return the length for the checks; a batch's offset is an array and is not read."""
-        keys = self.keys
-        offset = getattr(keys[0].cache(caches), "offset", 0) if caches and keys else 0
-        return new_tokens + (offset if isinstance(offset, int) else 0)
+        """Return the length for the checks.
+
+        The lengths of a batch are read only where one may be beyond a hard reach, because that
+        waits for the device.
+        """
+        cache: Any = self.keys[0].cache(caches) if caches and self.keys else None
+        offset: Any = getattr(cache, "offset", 0)
+        if not isinstance(offset, mx.array):
+            return new_tokens + int(offset)
+        if not self.scaling.hard_reach or cache._idx + new_tokens <= (self.scaling.reach or 0):
+            return new_tokens
+        padding = cache._right_padding
+        rows: Any = offset + new_tokens - (0 if padding is None else padding)
+        return int(rows.max().item())
 
     def _check_caches(self, caches: Sequence[Any]) -> None:
         for cache in caches:
@@ -236,3 +247,23 @@ class Planner:
             new.query_gain = gains[0]
         else:
             new.query_gain = mx.array(np.array(gains, np.float32).reshape(-1, 1, 1, 1))
+
+
+@contextmanager
+def given_pass(model: Any, what: Pass) -> Iterator[None]:
+    """Use `what` for every forward pass inside the block, instead of the length of the text.
+
+    Training draws scale and positions, and passes frequencies and positions as arrays, so that
+    gradients reach them and one compiled step serves all values. At the end of the block the pass
+    is removed, so that no array of a traced step remains.
+
+    Args:
+        model: a model from `load` or `attach`.
+        what: the pass; its gains are used unchanged.
+    """
+    planner = model._planner
+    planner.given = what
+    try:
+        yield
+    finally:
+        planner.given = None

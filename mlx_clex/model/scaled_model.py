@@ -8,10 +8,10 @@ Not covered: finding the ropes (`find_ropes.py`). Layers with a sliding window k
 cache.
 """
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import mlx.core as mx
@@ -27,8 +27,8 @@ from .find_ropes import Site, find_sites
 from .own_rope import check_trained_length, length_of, own_rope_settled
 from .parts import FEWEST, read_in_parts
 from .planner import Planner, beyond_reach
-from .rotary import CurrentPass, Pass, Rope
-from .stock import config_of, model_name, stock_caches, stock_class
+from .rotary import CurrentPass, Rope
+from .stock import check_model, config_of, model_name, stock_caches, stock_class
 
 
 def attach(
@@ -61,10 +61,13 @@ def attach(
         InputError: a config, weight or scale cannot be used, or the model has no rope that
             a scaling can replace; the message says what was found.
     """
+    check_model(model)
     if own_rope != "drop":
         check_trained_length(config_of(model), trained_length)
     with own_rope_settled(model, own_rope) as length:
-        scaling, sites = _fit(model, rope_scaling, trained_length or length, weights, scale)
+        if trained_length is not None:
+            length = trained_length
+        scaling, sites = _fit(model, rope_scaling, length, weights, scale)
     current = CurrentPass()
     layers = sorted({site.layer for site in sites})
     for site in sites:
@@ -232,6 +235,7 @@ class UnscaledModel:
 
 def scaled(model: nn.Module) -> ScaledModel | UnscaledModel:
     """Return the model if it has a scaling, else a view with the same interface."""
+    check_model(model)
     return model if isinstance(model, ScaledModel) else UnscaledModel(model)
 
 
@@ -246,29 +250,15 @@ def make_prompt_cache(model: nn.Module, expected_length: int | None = None) -> l
             far sets scale and gain.
 
     Raises:
-        InputError: the expected length is beyond a hard reach.
+        InputError: the expected length is beyond a hard reach, or not a whole number.
     """
+    if expected_length is not None:
+        if not (isinstance(expected_length, Integral) and expected_length >= 0):
+            raise InputError(
+                f"expected_length must be a whole number of at least 0, got {expected_length!r}."
+            )
+        expected_length = int(expected_length)
     return scaled(model).make_cache(expected_length)
-
-
-@contextlib.contextmanager
-def given_pass(model: nn.Module, what: Pass) -> Iterator[None]:
-    """Use `what` for every forward pass inside the block, instead of the length of the text.
-
-    Training draws scale and positions, and passes frequencies and positions as arrays, so that
-    gradients reach them and one compiled step serves all values. At the end of the block the pass
-    is removed, so that no array of a traced step remains.
-
-    Args:
-        model: a model from `load` or `attach`.
-        what: the pass; its gains are used unchanged.
-    """
-    planner = model._planner
-    planner.given = what
-    try:
-        yield
-    finally:
-        planner.given = None
 
 
 def _fit(

@@ -9,7 +9,18 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
+from ..errors import InputError
+
 _WHOLE = "_whole_config"  # attribute with the config.json of a model
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no model, such as both results of `load`."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"A model of mlx-lm is needed, got {type(model).__name__}; load returns the model and "
+            "its tokenizer."
+        )
 
 
 def model_name(model: Any) -> str:

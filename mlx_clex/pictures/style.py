@@ -70,14 +70,26 @@ def look(index: int, *, marker: bool = True) -> dict[str, Any]:
 
 
 def check_path(path: Path) -> None:
-    """Refuse a path that cannot be drawn to, before the work of measuring.
+    """Refuse a path that cannot be drawn to, before the work of measuring; make its folder.
 
     Raises:
-        InputError: another suffix, or matplotlib is missing.
+        InputError: another suffix, a folder that cannot be made, or matplotlib is missing.
     """
     if path.suffix.lower() not in FORMATS:
         raise InputError(f"A picture is a {' or '.join(FORMATS)} file, not {path.name!r}.")
     import_extra("matplotlib.figure", "plot", "A picture")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}): give another --output."
+        ) from error
 
 
 @contextmanager
@@ -91,13 +103,13 @@ def saved(path: Path, title: str, height: float, width: float = WIDTH) -> Iterat
         width: inches.
 
     Raises:
-        InputError: see `check_path`.
+        InputError: see `check_path`; or the file cannot be written.
     """
     check_path(path)
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context(_STYLE), new_file(path) as unfinished:
+    with rc_context(_STYLE), _writing(path), new_file(path) as unfinished:
         figure = Figure(figsize=(width, height))
         lines = textwrap.fill(title, int(_LETTERS * width))
         figure.suptitle(lines, x=0.01, horizontalalignment="left", parse_math=False)

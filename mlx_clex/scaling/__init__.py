@@ -71,7 +71,7 @@ def build_scaling(
             f'rope_scaling must be an entry such as {{"type": "clex"}}, got {rope_scaling!r}.'
         )
     name = rope_scaling.get("type", rope_scaling.get("rope_type", "none"))
-    if name not in SCALINGS:
+    if not isinstance(name, str) or name not in SCALINGS:
         raise InputError(
             f"mlx_clex has no rope_scaling type {name!r}. It has: {', '.join(SCALINGS)}."
         )

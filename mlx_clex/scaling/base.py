@@ -7,9 +7,11 @@ Not covered: rotation, caches, and the length of a pass.
 """
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, Self
 
 import mlx.core as mx
@@ -28,6 +30,10 @@ def plain_inv_freq(dims: int, base: float) -> np.ndarray:
     return base ** -(np.arange(0, dims, 2) / dims)
 
 
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, Integral) and int(value) >= least
+
+
 @dataclass(frozen=True, kw_only=True)
 class RotaryShape:
     """The rotary embedding of the base model, and the heads that share it."""
@@ -42,22 +48,32 @@ class RotaryShape:
     layers: int | None = None  # layers; needed by gene-param
 
     def __post_init__(self) -> None:
-        if self.dims < 4 or self.dims % 2:
+        for name in ("heads", "key_heads", "layers"):
+            if (value := getattr(self, name)) is not None and not _whole(value, 1):
+                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        if not _whole(self.dims, 4) or self.dims % 2:
             raise InputError(
                 f"The rotated dimensions of a head must be even and at least 4, got "
-                f"{self.dims}; check head_dim and partial_rotary_factor in config.json."
+                f"{self.dims!r}; check head_dim and partial_rotary_factor in config.json."
             )
-        if not (self.base > 1 and math.isfinite(self.base)):
-            raise InputError(f"rope_theta must be greater than 1, got {self.base}.")
+        if not (isinstance(self.base, Real) and 1 < self.base <= sys.float_info.max):
+            raise InputError(f"rope_theta must be greater than 1, got {self.base!r}.")
+        if not (0 < self.gain < math.inf):
+            raise InputError(f"The gain of the base rope must be greater than 0, got {self.gain}.")
         if self.inv_freq is not None and len(self.inv_freq) != self.dims // 2:
             raise InputError(
                 f"inv_freq must have one frequency for each of {self.dims // 2} pairs, got "
                 f"{len(self.inv_freq)}."
             )
-        if self.trained_length < 2:
+        for inv_freq in self.inv_freq or ():
+            if not (0 < inv_freq < math.inf):
+                raise InputError(
+                    f"The frequencies in inv_freq must be finite and above 0, got {inv_freq}."
+                )
+        if not _whole(self.trained_length, 2):
             raise InputError(
-                f"The trained length must be at least 2 tokens, got "
-                f"{self.trained_length}; check max_position_embeddings in config.json."
+                f"The trained length must be a whole number of at least 2 tokens, got "
+                f"{self.trained_length!r}; check max_position_embeddings in config.json."
             )
 
 
@@ -202,8 +218,8 @@ class Scaling(nn.Module, ABC):
         Raises:
             InputError: it is out of range; the message has the range.
         """
-        if not (math.isfinite(scale) and scale >= 1):
-            raise InputError(f"The scale must be a finite number of at least 1, got {scale}.")
+        if not (isinstance(scale, Real) and 1 <= scale < math.inf):
+            raise InputError(f"The scale must be a finite number of at least 1, got {scale!r}.")
         return float(scale)
 
     def keep_heads(self, rank: int, size: int) -> None:
@@ -244,7 +260,7 @@ class Scaling(nn.Module, ABC):
                     f"The tensor {name} has shape {tuple(given[name].shape)}, the config "
                     f"asks for {shape}; check rope_scaling and head_dim in config.json."
                 )
-            self[name.removeprefix(PREFIX)] = given[name].astype(mx.float32)
+            self[name.removeprefix(PREFIX)] = mx.array(given[name], mx.float32)
         self.check_weights()
 
     def check_weights(self) -> None:
@@ -297,8 +313,10 @@ class Scaling(nn.Module, ABC):
         """Return the frequencies of `_solve`, float64, (D/2,) or (H, D/2).
 
         Raises:
-            InputError: float32 cannot hold them; the message has the method, scale and pair.
+            InputError: the scale is out of range, or float32 cannot hold them; the message has
+                the method, scale and pair.
         """
+        Scaling.check_scale(self, scale)
         self.use_current_weights()
         try:
             with np.errstate(all="ignore"):

@@ -25,6 +25,7 @@ Not covered: drawing scales and positions for training.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
@@ -172,10 +173,10 @@ class Clex(Scaling):
 
     def check_scale(self, scale: float) -> float:
         """Return `scale`; refuse a number outside 1..max_factor."""
-        if not 1 <= scale <= self.config.max_factor:
+        if not (isinstance(scale, Real) and 1 <= scale <= self.config.max_factor):
             raise InputError(
                 f"The scale of this CLEX model must be within 1..{self.config.max_factor} "
-                f"(its max_factor), got {scale}."
+                f"(its max_factor), got {scale!r}."
             )
         return float(scale)
 
@@ -222,6 +223,7 @@ class Clex(Scaling):
         return mx.exp(y + mx.array(np.log(self._base_inv_freq()), mx.float32) - slope * times[-1])
 
     def _solve(self, scale: float, layer: int) -> np.ndarray:
+        self.check_scale(scale)
         if self._solved.state is None:
             self._solved.state = self._integrate()
         curve: _Curve = self._solved.state
@@ -268,8 +270,9 @@ class Clex(Scaling):
     def _rhs(self) -> Rhs:
         """Return dy/du for NumPy, float64, of one solution or of several in rows."""
         act = _ACTIVATIONS[self.config.act][0]
-        up = np.array(self.up_proj, np.float64)
-        half_down = np.array(self.down_proj, np.float64) / 2
+        # NumPy has no bfloat16, to which `apply` may have cast all tensors of a model.
+        up = np.array(self.up_proj.astype(mx.float32), np.float64)
+        half_down = np.array(self.down_proj.astype(mx.float32), np.float64) / 2
         start, slope = self._line()
         # (y + start - 2 u slope) @ W_up, with all but y @ W_up multiplied out once.
         start_up, slope_up = start @ up, 2 * slope @ up

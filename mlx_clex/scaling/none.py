@@ -37,7 +37,7 @@ class NoScaling(Scaling):
         """Refuse every scale but 1."""
         if scale != 1:
             raise InputError(
-                f"A model without a scaling has no scale to set, got {scale}. Convert it with "
+                f"A model without a scaling has no scale to set, got {scale!r}. Convert it with "
                 "--scaling NAME first."
             )
         return 1.0

@@ -22,8 +22,8 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from ..data.batch import Batch
 from ..model.chunked_loss import chunk_for, loss_for_gradient
 from ..model.finite import check_like
+from ..model.planner import given_pass
 from ..model.rotary import Pass, Rope
-from ..model.scaled_model import given_pass
 from ..scaling import PREFIX, Scaling
 from .draws import Draw
 

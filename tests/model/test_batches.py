@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from mlx_lm.generate import BatchGenerator, generate_step
 
+from mlx_clex.errors import InputError
 from mlx_clex.scaling import SCALINGS
 
 from ..conftest import scaled_llama
@@ -35,6 +36,17 @@ def batched(model, prompts, size):
             rows[response.uid].append(response.token)
     generator.close()
     return list(rows.values())
+
+
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_a_batch_ends_at_a_hard_reach(scale):
+    """At a fixed scale a batch ran past it, because its lengths are on the device."""
+    model = scaled_llama("clex", scale=scale)
+    reach = 20 * 16
+    short, long = prompts_of([reach - COUNT - 100, reach - COUNT])
+    assert [len(tokens) for tokens in batched(model, [short, long], 2)] == [COUNT, COUNT]
+    with pytest.raises(InputError, match=f"{reach + 1} tokens, and this model reaches {reach}"):
+        batched(model, [short, [*long, 1]], 2)
 
 
 @pytest.mark.parametrize(("name", "log_scale"), MODELS)

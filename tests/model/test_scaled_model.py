@@ -6,6 +6,7 @@ import warnings
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
@@ -16,8 +17,8 @@ from mlx_lm.utils import does_model_support_input_embeddings
 from mlx_clex import attach, make_prompt_cache
 from mlx_clex.errors import InputError
 from mlx_clex.model.cache import ScaledKVCache
+from mlx_clex.model.planner import given_pass
 from mlx_clex.model.rotary import Pass, Rope, rotate
-from mlx_clex.model.scaled_model import given_pass
 from mlx_clex.scaling import SCALINGS
 
 from ..conftest import CONFIGS, L0, randomise, scaled_llama, tiny_llama
@@ -53,11 +54,29 @@ def test_it_works_in_place_and_keeps_the_class(tokens):
     assert type(attach(tiny_llama(), {"type": "gene"})) is type(model), "one class a family"
 
 
-@pytest.mark.parametrize("entry", ["clex", None, [("type", "clex")]])
-def test_an_entry_that_is_no_mapping_is_refused(entry):
-    """An AttributeError told nothing."""
-    with pytest.raises(InputError, match="entry such as"):
-        attach(tiny_llama(), entry)
+@pytest.mark.parametrize("length", [0, 1, 16.5, float("nan"), 1e30, "16", [16]])
+def test_a_trained_length_that_is_none_is_refused(length):
+    """0 was taken for None, and fractions gave a reach of half a token."""
+    with pytest.raises(InputError, match="whole number of at least 2 tokens"):
+        attach(tiny_llama(), {"type": "clex"}, trained_length=length)
+    assert attach(tiny_llama(), {"type": "clex"}, trained_length=np.int64(16)).reach == 16 * L0
+
+
+@pytest.mark.parametrize("length", [-1, 5.5, "5"])
+def test_an_expected_length_that_is_none_is_refused(length):
+    """A cache took it, and could not be saved."""
+    with pytest.raises(InputError, match="whole number of at least 0"):
+        make_prompt_cache(tiny_llama(), length)
+    (cache, _) = make_prompt_cache(scaled_llama("clex"), np.int64(40))
+    assert type(cache.expected_length) is int
+
+
+def test_what_is_no_model_is_refused():
+    """`load` returns two things, and both are soon given."""
+    both = (tiny_llama(), None)
+    for call in (make_prompt_cache, lambda model: attach(model, {"type": "clex"})):
+        with pytest.raises(InputError, match="A model of mlx-lm is needed, got tuple"):
+            call(both)
 
 
 def test_input_embeddings_stand_in_for_tokens(tokens):

@@ -178,6 +178,15 @@ def test_new_weights_are_solved_anew():
     assert np.abs(after / before - 1).max() > 1e-3
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_tensors_cast_by_apply_are_solved(dtype):
+    """NumPy has no bfloat16, and MLX's way to cast a model is `apply`."""
+    clex = trained_like(0.3)
+    before = np.array(clex.inv_freq(4.0))
+    clex.apply(lambda tensor: tensor.astype(dtype))
+    assert np.abs(np.array(clex.inv_freq(4.0)) / before - 1).max() < 1e-2
+
+
 def test_compiled_training_solves_any_scale_with_one_trace():
     """A scale drawn at each step must not be a constant of the compiled step."""
     clex = trained_like(0.3)

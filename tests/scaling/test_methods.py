@@ -247,6 +247,9 @@ def test_yarn_t_is_yarn_at_the_scale_of_the_text():
 # What was given, and what the message must name.
 BAD = [
     ({"type": "banana"}, ["banana", "clex", "gene-param"]),
+    ({"type": ["clex"]}, ["['clex']", "gene-param"]),
+    ("clex", ["an entry such as", "'clex'"]),
+    (None, ["an entry such as", "None"]),
     ({"type": "clex", "max_facter": 16}, ["max_facter", "max_factor", "param_factor"]),
     ({"type": "clex", "max_factor": 0}, ["max_factor", "0"]),
     ({"type": "clex", "max_factor": 2.5}, ["max_factor", "whole number", "2.5"]),
@@ -272,6 +275,24 @@ def test_a_bad_entry_is_refused_with_what_to_change(entry, words):
         build_scaling(entry, **SHAPE)
 
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ({"heads": "4"}, "heads must be a whole number of at least 1, got '4'"),
+        ({"layers": 0}, "layers must be a whole number of at least 1, got 0"),
+        ({"gain": 0.0}, "gain of the base rope must be greater than 0, got 0.0"),
+        ({"gain": math.nan}, "got nan"),
+        ({"inv_freq": [0.0] * (DIMS // 2)}, "inv_freq must be finite and above 0, got 0.0"),
+        ({"inv_freq": [math.inf] * (DIMS // 2)}, "above 0, got inf"),
+        ({"base": 10**400}, "rope_theta must be"),
+    ],
+)
+def test_a_rope_that_cannot_be_is_refused(shape, words):
+    """The message blamed the learned tensors, or was MLX's."""
+    with pytest.raises(InputError, match=words):
+        build_scaling({"type": "clex"}, **(SHAPE | shape))
 
 
 @pytest.mark.parametrize("dims", [2, 7, 0])
@@ -308,14 +329,16 @@ def test_weights_that_do_not_fit_are_named(weights, words):
 def test_fixed_scales_are_checked(name):
     """A scale out of range must be refused with the range."""
     scaling = build(name)
-    for bad in (0.5, float("nan"), float("inf"), -1.0):
-        with pytest.raises(InputError, match="scale"):
-            scaling.check_scale(bad)
+    for bad in (0.5, float("nan"), float("inf"), -1.0, 0, "2"):
+        for use in (scaling.check_scale, scaling.inv_freq):
+            with pytest.raises(InputError, match=r"(?i)scale"):
+                use(bad)
     assert scaling.check_scale(1) == 1.0
     if name == "clex":
         assert scaling.check_scale(2.5) == 2.5
-        with pytest.raises(InputError, match=r"1\.\.20"):
-            scaling.check_scale(20.5)
+        for use in (scaling.check_scale, scaling.inv_freq):
+            with pytest.raises(InputError, match=r"1\.\.20"):
+                use(20.5)
 
 
 @pytest.mark.parametrize("name", SCALINGS)

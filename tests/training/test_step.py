@@ -14,7 +14,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_clex import lora
 from mlx_clex.model.chunked_loss import loss_for_gradient, summed_loss, token_losses
-from mlx_clex.model.scaled_model import attach, given_pass
+from mlx_clex.model.planner import given_pass
+from mlx_clex.model.scaled_model import attach
 from mlx_clex.training.draws import Draw
 from mlx_clex.training.step import Batch, TrainingStep, checkpointed_layers
 
