@@ -40,6 +40,13 @@ from .hub_data import (
 from .text import TextTokenizer
 
 SPLITS = ("train", "valid", "test")
+# mlx-lm's settings of the columns, in the order that it looks for them, and their defaults.
+FEATURES = {
+    "prompt_feature": "prompt",
+    "completion_feature": "completion",
+    "text_feature": "text",
+    "chat_feature": "messages",
+}
 _TEXT = (".txt", ".md")
 _HELD_OUT = 0.05  # share of the tokens of plain texts that becomes the validation split
 _PIECE = 1 << 20  # characters that are tokenised in one call
@@ -86,6 +93,7 @@ def load_corpora(
     cache_dir: Path,
     splits: Sequence[str],
     hf_dataset: Entries | None = None,
+    features: Mapping[str, str] | None = None,
 ) -> dict[str, Corpus]:
     """Return the tokens of these splits, tokenised now or by an earlier run.
 
@@ -96,6 +104,8 @@ def load_corpora(
         cache_dir: folder for the token files.
         splits: names from `SPLITS`. The result lacks those that the data does not have.
         hf_dataset: datasets to read instead of `path`, as in mlx-lm's YAML files.
+        features: names of columns by mlx-lm's settings, such as prompt_feature; the others have
+            mlx-lm's names.
 
     Raises:
         InputError: there is no data, or a text cannot be used. The message has the place.
@@ -106,10 +116,11 @@ def load_corpora(
         TurnsApart(tokenizer) if tokenizer.chat_template == GENE else tokenizer
     )
 
+    columns = {"mask_prompt": mask_prompt, **FEATURES, **(features or {})}
     left_out: list[str] = []
 
     def tokenised(name: str, key: str, size: str, texts: Callable[[], Documents]) -> Corpus:
-        target = cache_dir.expanduser() / "tokens" / _cache_key(key, tokenizer, mask_prompt)
+        target = cache_dir.expanduser() / "tokens" / _cache_key(key, tokenizer, columns)
         with locked(target):
             if not target.is_dir():
                 say(f"Tokenising {size}.")
@@ -125,7 +136,7 @@ def load_corpora(
 
     if hf_dataset is not None or is_hub_id(path):
         source = path.as_posix() if hf_dataset is None else hf_dataset
-        data = load_hub_data(source, tokenizer, mask_prompt=mask_prompt, splits=splits)
+        data = load_hub_data(source, tokenizer, columns, splits=splits)
         return {
             split: tokenised(
                 f"{name_of(source)} ({split})",
@@ -142,7 +153,7 @@ def load_corpora(
             "test.jsonl), or with .txt or .md files."
         )
     _tell_not_read(path, found)
-    plain = all(file.suffix in _TEXT for file in found["train"])
+    plain = all(file.suffix in _TEXT for files in found.values() for file in files)
     if mask_prompt and plain:
         raise InputError(
             f"--mask-prompt has no effect on {path}: plain texts have no prompts. Leave it out."
@@ -152,7 +163,7 @@ def load_corpora(
             f"{path} ({split})",
             _state_of(found[split]),
             f"{len(found[split])} file(s), {_megabytes(found[split]):.1f} MB",
-            partial(_documents, found[split], tokenizer, mask_prompt, left_out),
+            partial(_documents, found[split], tokenizer, columns, left_out),
         )
         for split in splits
         if found[split]
@@ -249,13 +260,13 @@ def _write(target: Path, name: str, texts: Documents, left_out: list[str]) -> No
 
 
 def _documents(
-    files: list[Path], tokenizer: Any, mask_prompt: bool, left_out: list[str]
+    files: list[Path], tokenizer: Any, columns: Mapping[str, Any], left_out: list[str]
 ) -> Documents:
     for file in files:
         if file.suffix in _TEXT:
             yield from _plain_text(file, tokenizer)
         else:
-            yield from _json_lines(file, tokenizer, mask_prompt, left_out)
+            yield from _json_lines(file, tokenizer, columns, left_out)
 
 
 def _plain_text(file: Path, tokenizer: Any) -> Documents:
@@ -276,8 +287,10 @@ def _plain_text(file: Path, tokenizer: Any) -> Documents:
         yield [tokenizer.eos_token_id], None
 
 
-def _json_lines(file: Path, tokenizer: Any, mask_prompt: bool, left_out: list[str]) -> Documents:
-    options = SimpleNamespace(mask_prompt=mask_prompt)
+def _json_lines(
+    file: Path, tokenizer: Any, columns: Mapping[str, Any], left_out: list[str]
+) -> Documents:
+    prompt, completion, text, chat = (columns[name] for name in FEATURES)
     dataset: Any = None
     with open_regular(file) as lines:
         for number, line in enumerate(lines, 1):
@@ -288,28 +301,24 @@ def _json_lines(file: Path, tokenizer: Any, mask_prompt: bool, left_out: list[st
                 record = json.loads(line)
             if not isinstance(record, dict):
                 raise InputError(f'{where} is not a JSON object such as {{"text": "..."}}.')
-            if _is_empty(record):
+            pair = {prompt, completion} <= record.keys()
+            content = record.get(text)
+            empty = record.get(chat) == [] or (isinstance(content, str) and not content.strip())
+            if empty and not pair:
                 left_out.append(where)
                 continue
-            if "messages" in record and not tokenizer.has_chat_template:
+            if (pair or chat in record) and not tokenizer.has_chat_template:
                 raise InputError(
                     f"{where} is of a chat, and this model has no chat template. Give rows with "
-                    "text, or a model with a template."
+                    f"{text}, or a model with a template."
                 )
             keys = ", ".join(record)[:80] or "none"
             with reading(
-                f"{where} cannot be used; its keys: {keys}. Allowed: text, or messages, or prompt "
-                "and completion, as in the first line. The error"
+                f"{where} cannot be used; its keys: {keys}. Allowed: {text}, or {chat}, or "
+                f"{prompt} and {completion}, as in the first line. The error"
             ):
-                dataset = dataset or create_dataset([record], tokenizer, options)
-                ids, prompt = checked_ids(*dataset.process(record))
-            yield ids, prompt
-
-
-def _is_empty(record: Mapping[str, Any]) -> bool:
-    text = record.get("text")
-    empty = record.get("messages") == [] or (isinstance(text, str) and not text.strip())
-    return empty and not {"prompt", "completion"} <= record.keys()
+                dataset = dataset or create_dataset([record], tokenizer, SimpleNamespace(**columns))
+                yield checked_ids(*dataset.process(record))
 
 
 def _megabytes(files: list[Path]) -> float:
@@ -322,9 +331,9 @@ def _state_of(files: list[Path]) -> str:
     return "".join(f"{path} {state.st_size} {state.st_mtime_ns}\n" for path, state in states)
 
 
-def _cache_key(source: str, tokenizer: Any, mask_prompt: bool) -> str:
+def _cache_key(source: str, tokenizer: Any, columns: Mapping[str, Any]) -> str:
     """Return digits that change with everything that affects the tokens."""
-    digest = hashlib.sha256(f"{_FORMAT} {mask_prompt} {tokenizer.eos_token_id}\n".encode())
+    digest = hashlib.sha256(f"{_FORMAT} {columns} {tokenizer.eos_token_id}\n".encode())
     digest.update(source.encode())
     inner = getattr(tokenizer, "_tokenizer", tokenizer)
     backend = getattr(inner, "backend_tokenizer", None)

@@ -34,21 +34,21 @@ def is_hub_id(path: Path) -> bool:
 
 
 def load_hub_data(
-    source: str | Entries, tokenizer: Any, *, mask_prompt: bool, splits: Sequence[str]
+    source: str | Entries, tokenizer: Any, columns: Mapping[str, Any], *, splits: Sequence[str]
 ) -> dict[str, Any]:
     """Return mlx-lm's datasets by split, without splits that the source lacks.
 
     Args:
         source: OWNER/NAME, or the value of the YAML key hf_dataset.
         tokenizer: mlx-lm's wrapper.
-        mask_prompt: leave prompts out of the loss.
+        columns: mlx-lm's settings: mask_prompt, and the columns of OWNER/NAME.
         splits: names from train, valid and test.
 
     Raises:
         InputError: the dataset is not found or cannot be used.
     """
     options = Namespace(
-        mask_prompt=mask_prompt,
+        **columns,
         train="train" in splits or "valid" in splits,
         test="test" in splits,
         hf_dataset=None if isinstance(source, str) else _checked(source, splits),

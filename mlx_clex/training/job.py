@@ -74,7 +74,8 @@ class Job:
         reach = "no limit" if scaling.reach is None else f"{scaling.reach:,} tokens"
         share = procedure.plain_share_at(length, scaling.trained_length)
         plain = f"{share:.0%} of the steps, in rows of at most {scaling.trained_length:,} tokens"
-        held_out = training.valid_corpus if training.valid or options.eval_lengths else None
+        held_out = training.valid_corpus
+        measured = "" if training.valid or options.eval_lengths else "; not measured"
         first = training.progress.iteration + 1
         most = "" if procedure.scale_draw == FIXED else f", at most {scaling.largest_scale:g}"
         upto = "" if options.packing == "concat" else "at most "
@@ -89,7 +90,7 @@ class Job:
             "positions": f"{procedure.sampling}: {SAMPLINGS[procedure.sampling]}",
             "plain steps": plain if share else "none",
             "data": _sized(self.corpus),
-            "held out": _sized(held_out) if held_out else "nothing",
+            "held out": f"{_sized(held_out)}{measured}" if held_out else "nothing",
             "steps": f"iterations {first:,} to {options.iters:,}, an update every "
             f"{'iteration' if every == 1 else f'{every:,} iterations'}",
             "tokens": f"{upto}{tokens:,} an iteration ({options.batch_size} x {length:,}), "

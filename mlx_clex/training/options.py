@@ -83,6 +83,10 @@ class TrainingOptions:
         only_yaml=True,
         may_change=True,  # its tokens may not
     )
+    prompt_feature: str = option("prompt", _DATA, "The key of prompts in --data.", only_yaml=True)
+    completion_feature: str = option("completion", _DATA, "That of completions.", only_yaml=True)
+    text_feature: str = option("text", _DATA, "That of plain texts.", only_yaml=True)
+    chat_feature: str = option("messages", _DATA, "That of chats.", only_yaml=True)
     mask_prompt: bool = option(False, _DATA, "Leave prompts out of the loss.")
     packing: str = option(
         "concat",
@@ -372,7 +376,8 @@ class TrainingOptions:
         """The settings that a resumed run must have in common with the run before."""
         # The length of a cosine decides each of its learning rates; the lengths of validation
         # decide what is the best.
-        fixed = {"iters": self.cosine, "eval_lengths": self.keep_best}
+        own_rate = self.lr_schedule and self.scaling_learning_rate  # a share of the highest
+        fixed = {"iters": self.cosine or own_rate, "eval_lengths": self.keep_best}
         return {
             item.name: getattr(self, item.name)
             for item in options_of(TrainingOptions)

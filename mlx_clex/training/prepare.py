@@ -19,7 +19,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from ..checkpoint.adapters import read_adapters
 from ..checkpoint.digest import weights_digest
 from ..checkpoint.files import expand
-from ..data.corpus import Corpus, load_corpora
+from ..data.corpus import FEATURES, Corpus, load_corpora
 from ..errors import InputError, say
 from ..evaluation.perplexity import check_lengths, check_targets
 from ..loading import DEFAULT_CACHE, load, resolve
@@ -162,10 +162,12 @@ def _load_model(
         say_if_dropped(model, options.own_rope)
         attach(model, entry, trained_length=options.trained_length, own_rope=options.own_rope)
     if not isinstance(model, ScaledModel):
-        raise InputError(
-            f"{options.model} was not converted with mlx_clex: give --scaling NAME (clex, gene, "
-            "..., or none for a plain fine-tune)."
-        )
+        if options.train:
+            raise InputError(
+                f"{options.model} was not converted with mlx_clex: give --scaling NAME (clex, "
+                "gene, ..., or none for a plain fine-tune)."
+            )
+        attach(model, {"type": "none"})
     check_family(model)
     return model, tokenizer
 
@@ -180,11 +182,11 @@ def _load_data(options: TrainingOptions, tokenizer: Any) -> dict[str, Corpus]:
         cache_dir=DEFAULT_CACHE,
         splits=parts,
         hf_dataset=options.hf_dataset,
+        features={name: getattr(options, name) for name in FEATURES},
     )
-    for part in parts:
-        if part not in corpora and part != "valid":
-            source = options.data if options.hf_dataset is None else "hf_dataset"
-            raise InputError(f"--data {source} has no {part} part: give {part}.jsonl.")
+    for part in sorted({*parts} - {*corpora, "valid"}, reverse=True):
+        source = options.data if options.hf_dataset is None else "hf_dataset"
+        raise InputError(f"--data {source} has no {part} part: give {part}.jsonl.")
     return corpora
 
 
@@ -385,9 +387,8 @@ def _adapter_config(
     if below:
         _, settings = read_adapters(below)
         kept: tuple[str, ...] = ("fine_tune_type", "num_layers", "lora_parameters")
-        scaled = ("rope_scaling", "trained_length", "own_rope")
         if settings.get("rope_scaling"):
-            kept, entry = kept + scaled, None
+            kept, entry = (*kept, "rope_scaling", "trained_length", "own_rope"), None
         config |= {key: settings.get(key) for key in kept}
     elif options.fine_tune_type == "scaling":
         # For mlx-lm's loader: adapters in no layer.

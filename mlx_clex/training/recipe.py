@@ -37,7 +37,7 @@ def stages(options: TrainingOptions, processes: int = 1) -> list[TrainingOptions
     if options.recipe != TWO_STAGE or not options.train:
         return [options]
     first = Path(options.adapter_path) / _FIRST
-    iters = options.stage_2_iters
+    iters, rate = options.stage_2_iters, options.scaling_learning_rate
     network: dict[str, Any] = {
         "fine_tune_type": "scaling",
         "resume_adapter_file": str(first),
@@ -49,7 +49,7 @@ def stages(options: TrainingOptions, processes: int = 1) -> list[TrainingOptions
         "batch_size": processes,
         "iters": iters,
         "grad_accumulation_steps": max(1, _UPDATE // processes),
-        "learning_rate": _LEARNING_RATE,
+        "learning_rate": _LEARNING_RATE if rate is None else rate,
         "scaling_learning_rate": None,
         "lr_schedule": None,
         "warmup": 0,

@@ -7,7 +7,7 @@ arXiv 2309.12307, which found adapters alone too weak for longer contexts).
 Not covered: the steps of training (`step.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -97,6 +97,7 @@ def choose_trained(
                 f"{', '.join(sorted(_LORA_KEYS))}."
             )
         with reading("lora_parameters cannot be used"):
+            _check_keys(model, last, lora_parameters.get("keys"))
             linear_to_lora_layers(
                 model, len(last), dict(lora_parameters), use_dora=fine_tune_type == "dora"
             )
@@ -112,6 +113,21 @@ def choose_trained(
             "no tensors of its own, or --scaling-learning-rate is 0. Use lora, dora or full."
         )
     return frozenset(after - before)
+
+
+def _check_keys(model: nn.Module, layers: Sequence[nn.Module], keys: Any) -> None:
+    """Refuse names of adapted modules that mlx-lm would not find, in a layer or in the model."""
+    inside = {name for layer in layers for name, module in layer.named_modules() if _linear(module)}
+    known = inside | {name for name, _ in model.named_modules()}
+    if unknown := sorted(set(keys or ()) - known):
+        raise InputError(
+            f"lora_parameters.keys has {', '.join(unknown)}, which no layer has. Names here: "
+            f"{', '.join(sorted(inside))}."
+        )
+
+
+def _linear(module: nn.Module) -> bool:
+    return "weight" in module and module["weight"].ndim >= 2
 
 
 def _unfreeze_norms_and_embeddings(model: nn.Module) -> None:

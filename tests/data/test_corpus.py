@@ -79,6 +79,33 @@ def test_formats_of_mlx_lm_are_read(tmp_path, record, ids, prompt):
     assert isinstance(corpus.tokens, np.memmap)
 
 
+@pytest.mark.parametrize(
+    ("record", "features"),
+    [
+        ({"body": "ab"}, {"text_feature": "body"}),
+        ({"q": "a", "a": "b"}, {"prompt_feature": "q", "completion_feature": "a"}),
+        ({"chat": [{"role": "user", "content": "ab"}]}, {"chat_feature": "chat"}),
+    ],
+)
+def test_columns_of_other_names(hub, tmp_path, record, features):
+    """mlx-lm's settings for a folder and for a data set of the hub; they were refused."""
+    write_jsonl(tmp_path / "train.jsonl", record)
+    hub["owner/name"] = {"train": Table([record], "1")}
+    options = {"mask_prompt": False, "cache_dir": tmp_path / "cache", "splits": ["train"]}
+    for source in (tmp_path, Path("owner/name")):
+        corpus = load_corpora(source, Letters(), **options, features=features)["train"]
+        assert {97, 98} <= set(corpus.tokens.tolist())
+        with pytest.raises(InputError, match="cannot be used"):
+            load_corpora(source, Letters(), **options)
+
+
+def test_a_test_part_alone_may_have_its_prompts_masked(tmp_path):
+    """It was refused as plain texts, which have no prompts."""
+    write_jsonl(tmp_path / "test.jsonl", {"prompt": "a", "completion": "b"})
+    corpus = load_from(tmp_path, tmp_path, mask_prompt=True, splits=["test"])["test"]
+    assert corpus.prompts.tolist() == [5]
+
+
 @pytest.mark.parametrize("mask_prompt", [False, True])
 def test_turns_of_gene_are_tokenised_piece_by_piece(converted, tmp_path, mask_prompt):
     """One rendered text has other tokens than GeNE's data where pieces meet."""

@@ -220,9 +220,11 @@ def targets(folder: Path) -> Iterator[Target]:
         VALUES.map(json.dumps),
     ).map(str.encode)
 
+    columns = {"mask_prompt": False, **corpus.FEATURES}
+
     def lines(data: bytes) -> object:
         file.with_suffix(".jsonl").write_bytes(data)
-        return list(corpus._documents([file.with_suffix(".jsonl")], tokenizer, False, []))
+        return list(corpus._documents([file.with_suffix(".jsonl")], tokenizer, columns, []))
 
     yield Target("jsonl rows", st.one_of(rows, BYTES), lines, 5_000)
 

@@ -1,7 +1,10 @@
 """What a run is refused for before it starts, and what it is prepared with."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import mlx.core as mx
 import pytest
@@ -183,6 +186,35 @@ def test_a_scaling_is_tested_only_without_adapters(converted, tmp_path, capsys):
         assert call([*argv, *more, "--adapter-path", ""]) == 0
         losses.add(capsys.readouterr().out.splitlines()[-1])
     assert len(losses) == 2
+
+
+def test_a_plain_model_is_tested_as_it_is(tmp_path, capsys):
+    """With adapters of mlx-lm there was no way: each message led to the other."""
+    folder = stock_folder(tmp_path, GOLDEN / "clex_llama", vocab_size=512)
+    stock = ["--train", "--iters", "1", "--batch-size", "1", "--num-layers", "1"]
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    for part in ("train", "valid", "test"):
+        (rows / f"{part}.jsonl").write_text(json.dumps({"text": WORDS * 9}) + "\n")
+    own = [sys.executable, "-m", "mlx_lm", "lora", "--model", str(folder), "--data", str(rows)]
+    adapters = tmp_path / "adapters"
+    subprocess.run([*own, *stock, "--adapter-path", str(adapters)], check=True)
+    argv = ["--test", "--model", str(folder), "--data", str(rows), "--batch-size", "1"]
+    argv += ["--max-seq-length", "64"]
+    losses = []
+    for path in (adapters, ""):
+        assert call([*argv, "--adapter-path", str(path)]) == 0
+        losses.append(capsys.readouterr().out.splitlines()[-1])
+        assert "Test loss" in losses[-1]
+
+
+def test_what_is_held_out_and_not_measured_is_told(base, tmp_path, capsys):
+    """The plan said that nothing is."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text(WORDS * 60)
+    more = "--iters 1 --val-batches 0"
+    assert call(argv_for(base, tmp_path / "texts", tmp_path / "a", more)) == 0
+    assert re.search(r"held out: +the last 5 % of .* tokens; not measured", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(("more", "share"), [("", 0.25), ("--plain-share 0", 0)])

@@ -95,6 +95,13 @@ def test_the_test_part_is_that_of_the_command(base, texts, tmp_path, capsys):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize(("more", "rate"), [("", 1e-5), ("--scaling-learning-rate 1e-3", 1e-3)])
+def test_stage_2_has_the_learning_rate_of_the_scaling(more, rate):
+    """A given one was ignored."""
+    first, second = stages(options("--train", *TWO_STAGE.split(), *more.split()))
+    assert (first.scaling_learning_rate, second.learning_rate) == (0, rate)
+
+
 @pytest.mark.parametrize(("processes", "accumulated"), [(1, 4), (2, 2), (3, 1), (8, 1)])
 def test_every_process_has_rows_of_stage_2(processes, accumulated):
     """A row cannot be shared, so stage 2 was refused after stage 1 had trained."""

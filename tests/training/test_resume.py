@@ -62,6 +62,18 @@ def test_more_iterations_bend_a_cosine(base, texts, tmp_path, capsys):
     assert "iters was 2 and is 4" in capsys.readouterr().err
 
 
+def test_more_iterations_of_a_rising_schedule(base, texts, tmp_path, capsys):
+    """The scaling's rate is a share of the highest one within the iterations, which grew."""
+    config = tmp_path / "c.yaml"
+    config.write_text("lr_schedule: {name: linear_schedule, arguments: [0.0, 0.01, 100]}\n")
+    for more, status in (("", 0), ("--scaling-learning-rate 1e-3", 2)):
+        options = f"--iters 2 -c {config} {more}"
+        argv = argv_for(base, texts, tmp_path / f"a{status}", options, "--resume")
+        assert call(argv) == 0
+        assert call([*argv, "--iters", "4"]) == status
+    assert "iters was 2 and is 4" in capsys.readouterr().err
+
+
 def test_a_run_from_adapters_resumes(base, texts, tmp_path, capsys):
     """Its save has what it was started from; the file need not even be there any more."""
     start = str(tmp_path / "a" / "adapters.safetensors")

@@ -46,14 +46,39 @@ def test_every_optimizer_minds_its_learning_rate(name):
     assert tenth == pytest.approx(whole / 10, rel=0.01)
 
 
-def test_unknown_settings_of_adapters_are_refused():
-    """A misspelt `keys` was ignored, and other modules were trained."""
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"kays": ["mlp.up_proj"]}, "lora_parameters has 'kays', which is none of: dropout"),
+        (
+            {"keys": ["q_proj", "v_proj"]},
+            "keys has q_proj, v_proj.* Names here: .*self_attn.q_proj",
+        ),
+        ({"keys": ["self_attn.q_proj", "self_attn.v_porj"]}, "keys has self_attn.v_porj, which"),
+    ],
+)
+def test_unknown_settings_of_adapters_are_refused(more, match):
+    """A misspelt `keys` was ignored, and other modules, or none, were trained."""
     options = {
         "fine_tune_type": "lora",
         "num_layers": 1,
         "scaling": False,
         "norms_and_embeddings": False,
     }
-    parameters = {"rank": 2, "scale": 1.0, "dropout": 0.0, "kays": ["mlp.up_proj"]}
-    with pytest.raises(InputError, match="lora_parameters has 'kays', which is none of: dropout"):
+    parameters = {"rank": 2, "scale": 1.0, "dropout": 0.0, **more}
+    with pytest.raises(InputError, match=match):
         choose_trained(scaled_llama("clex"), lora_parameters=parameters, **options)
+
+
+def test_adapters_of_modules_outside_the_layers():
+    """mlx-lm finds them by their whole name."""
+    choose_trained(
+        model := scaled_llama("clex"),
+        fine_tune_type="lora",
+        num_layers=1,
+        scaling=False,
+        norms_and_embeddings=False,
+        lora_parameters={"rank": 2, "scale": 1.0, "dropout": 0.0, "keys": ["model.embed_tokens"]},
+    )
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    assert {name.rpartition(".")[0] for name in trained} == {"model.embed_tokens"}
