@@ -40,7 +40,7 @@ from .loading import load, resolve
 from .model.plans import plan_at, plan_of, planned_caches, single_caches
 from .model.scaled_model import make_prompt_cache, scaled
 from .model.sharding import one_voice, shared_seed
-from .model.stock import config_value
+from .model.stock import config_value, stock_caches
 from .serving.prompt import (
     cap_max_tokens,
     encode_prompt,
@@ -355,7 +355,7 @@ def _stream(
 
 def _final_scale(model: Any, caches: list[Any]) -> float:
     """Return the scale after the last pass; the draft model's caches are behind the model's."""
-    own = planned_caches(caches[: len(make_prompt_cache(model))])
+    own = planned_caches(caches[: len(stock_caches(model))])
     scales = [cache.scale for cache in own if cache.scale is not None]
     return scales[0] if scales else model.scale_at(1)
 

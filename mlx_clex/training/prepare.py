@@ -184,7 +184,7 @@ def _load_data(options: TrainingOptions, tokenizer: Any) -> dict[str, Corpus]:
         hf_dataset=options.hf_dataset,
         features={name: getattr(options, name) for name in FEATURES},
     )
-    for part in sorted({*parts} - {*corpora, "valid"}, reverse=True):
+    for part in (part for part in parts if part not in (*corpora, "valid")):
         source = options.data if options.hf_dataset is None else "hf_dataset"
         raise InputError(f"--data {source} has no {part} part: give {part}.jsonl.")
     return corpora
