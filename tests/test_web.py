@@ -100,7 +100,12 @@ class Page:
         return self.browser.execute_script(script + "return [b.top, b.bottom]", selector)
 
     def send(self, message):
+        self.until(self.sendable)
         self.find("#message textarea").send_keys(message + "\n")
+
+    def sendable(self):
+        """Whether the button to send is there; before, Enter does nothing."""
+        return bool(self.browser.find_elements("css selector", "#message .submit-button"))
 
     def drop(self, file):
         self.find("#document input[type=file]").send_keys(str(file))
@@ -125,7 +130,7 @@ class Page:
 
 @pytest.fixture(scope="module")
 def browsing(tmp_path_factory):
-    """A function from a golden checkpoint and options to its page, in float32."""
+    """A function from a bundled model, or a golden checkpoint in float32, and options to a page."""
     pytest.importorskip("gradio", reason="the page needs gradio, extra `web`")
     pytest.importorskip("selenium", reason="selenium drives the browser")
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
@@ -135,6 +140,9 @@ def browsing(tmp_path_factory):
     pages = []
 
     def start(name, *options, template=None):
+        if name.startswith("bundled:"):
+            pages.append(Page(name, *options))
+            return pages[-1]
         folder = tmp_path_factory.mktemp("f32") / "m"
         convert(GOLDEN / name, folder, dtype="float32")
         if template is not None:
@@ -244,6 +252,28 @@ def test_the_rate_is_that_of_the_time_gone_by():
     """It was told after the first pass alone, over no time."""
     assert Read(0, 2000, 0.0).bar().startswith("Reading: 0 of 2,000 tokens<")
     assert "1,500 of 2,000 tokens, 300 tokens/s" in Read(1500, 2000, 5.0).bar()
+
+
+def test_what_comes_during_an_answer(browsing, tmp_path):
+    """The second of two documents was never read, "New conversation" waited for the answer to end,
+    and a button stood there that did nothing."""
+    page = browsing("bundled:clex", "--max-tokens", "1500", "--prefill-step-size", "16")
+    page.send("In the beginning")
+    page.until(lambda: not page.sendable())
+    page.until(lambda: len(page.text("#talk")) > 100)
+    page.find("#message textarea").send_keys("And then\n")
+    assert page.find("#message textarea").get_attribute("value") == "And then"
+    page.find("#new").click()
+    page.until(lambda: page.sendable() and "Drop a text file" in page.text("#talk"), seconds=5)
+    assert page.find("#message textarea").get_attribute("value") == "And then"
+
+    (tmp_path / "first.txt").write_text(SENTENCE * 60)
+    (tmp_path / "second.txt").write_text(SENTENCE)
+    page.drop(tmp_path / "first.txt")
+    page.until(lambda: "tokens/s" in page.text("#note"))
+    page.drop(tmp_path / "second.txt")
+    page.until(lambda: "of second.txt" in page.text("#note"))
+    assert "Drop File Here" in page.text("#document")
 
 
 def test_a_picture_in_a_text_is_not_fetched(page, tmp_path):

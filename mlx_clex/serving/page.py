@@ -40,6 +40,8 @@ progress::-webkit-progress-value { background: var(--color-accent) }
 progress::-moz-progress-bar { background: var(--color-accent) }
 """
 
+_SEND = "Send"
+
 # A text may hold a link to a picture; fetching it would tell its owner who reads the text.
 HEAD = (
     "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'self' 'unsafe-inline' "
@@ -163,7 +165,9 @@ def build_page(
             yield from conversation.answer(message.strip(), reading(tell))
 
         said = [*shown(), {"role": "user", "content": message}]
-        yield {**view("Reading ...", busy=True), talk: said, box: ""}
+        # gradio drops a second Enter until the answer has ended, so there is no button to press.
+        sending = gr.update(value="", submit_btn=False)
+        yield {**view("Reading ...", busy=True), talk: said, box: sending}
         text, ended = "", ""
         try:
             for piece in turns.run(turn):
@@ -171,8 +175,7 @@ def build_page(
                     yield {note: piece.bar()}
                     continue
                 text += piece
-                answer = {"role": "assistant", "content": text}
-                yield {talk: [*said, answer], figures: meter(conversation.context()), note: ""}
+                yield {talk: [*said, {"role": "assistant", "content": text}], note: ""}
         except Stopped:
             ended = "Stopped."
         except (InputError, RunError) as error:
@@ -182,7 +185,8 @@ def build_page(
             "length": "Cut at the longest answer.",
             "reach": "Cut at the reach of the model.",
         }
-        yield view(ended or ends.get(conversation.finish or "", ""))
+        sendable = {box: gr.update(submit_btn=_SEND)}  # keeps what was written meanwhile
+        yield {**view(ended or ends.get(conversation.finish or "", "")), **sendable}
 
     def drop(file: str | None, wanted: str) -> Iterator[dict]:
         """Read a document into the context."""
@@ -233,7 +237,7 @@ def build_page(
                         label="Message",
                         elem_id="message",
                         placeholder="Write a message; Enter sends it",
-                        submit_btn="Send",
+                        submit_btn=_SEND,
                         lines=1,
                         max_lines=8,
                         autofocus=True,
@@ -275,7 +279,10 @@ def build_page(
         # a document dropped meanwhile.
         one_by_one = {"concurrency_id": "turns", "concurrency_limit": 1, "show_progress": "hidden"}
         box.submit(send, [box, *settings], [*state, box], **one_by_one)
-        document.upload(drop, [document, system], [*state, document], **one_by_one)
+        # "multiple": a document dropped while another is read is read next.
+        document.upload(
+            drop, [document, system], [*state, document], trigger_mode="multiple", **one_by_one
+        )
         stop.click(conversation.stop.set, queue=False)
-        new.click(reset, None, state, **one_by_one)
+        new.click(conversation.stop.set, queue=False).then(reset, None, state, **one_by_one)
     return page
