@@ -6,7 +6,7 @@
 SmolLM2-135M was trained on 8,192 tokens. The last 8,192 tokens of windows of held-out books are
 scored with 8,192 and 16,384 tokens of context (`mlx_clex.perplexity --protocol same-targets`): by
 the model as it is, with a scaling switched on, and after LoRA with each method in sequences of 512
-tokens, whose positions skip up to 16,384. An interrupted run continues, and finished runs are not
+tokens, whose positions go up to 16,384. An interrupted run continues, and finished runs are not
 repeated.
 
 Not covered: longer sequences, recall, other models.
@@ -51,6 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "none": {"scaling": "none"},
     "clex": _CLEX,
     "clex, log gain": _CLEX | {"log_gain": True},
+    "clex, log gain, cream": _CLEX | {"log_gain": True, "sampling": "cream"},
     "gene": {"scaling": "gene", "factor": REACH} | _SKIPS,
     "yarn": {"scaling": "yarn", "factor": REACH, "sampling": "skips"},  # at one scale
     "yarn-t": {"scaling": "yarn-t", "factor": REACH} | _SKIPS,

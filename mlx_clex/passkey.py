@@ -96,15 +96,21 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    # Find all models before the first is measured, which may take hours.
     models = labels_of(args.model, args.adapter_path)
     for path in models.values():
         resolve(path)
     loader = Loader(**loading_options(args))
+    # Check all models before the first is measured, which may take hours.
+    checked = []
+    for label, path in models.items():
+        candidate = loader.candidate(label, path)
+        checked.append((candidate, _lengths(args, loader.load(path)[0], label)))
     results = open_results(args.output, kind="passkey", settings=_settings(args), keys=_KEYS)
+    for candidate, _ in checked:
+        results.check_model(candidate.label, candidate.model)
     try:
-        for label, path in models.items():
-            _measure(args, results, loader, loader.candidate(label, path))
+        for candidate, lengths in checked:
+            _measure(args, results, loader, candidate, lengths)
     finally:
         picture(results)
 
@@ -138,12 +144,15 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure(
-    args: argparse.Namespace, results: Results, loader: Loader, candidate: Candidate
+    args: argparse.Namespace,
+    results: Results,
+    loader: Loader,
+    candidate: Candidate,
+    lengths: list[int],
 ) -> None:
     """Measure all cells of one model and print its table."""
     model, tokenizer = loader.load(candidate.path)
     label = candidate.label
-    lengths = _lengths(args, model, label)
     depths = sorted({round(float(depth), 4) for depth in args.depths})
     reader = Reader(
         model,
@@ -160,7 +169,6 @@ def _measure(
         "trained_length": candidate.trained_length,
         "model": candidate.model,
     }
-    results.check_model(label, candidate.model)
     # Deepest first: its filler before the fact is a prefix that all other depths share.
     cells = [
         {**row, "length": length, "depth": depth} for length in lengths for depth in depths[::-1]

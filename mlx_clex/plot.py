@@ -78,8 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-scale",
         type=float,
         metavar="NUMBER",
-        help="The largest scale to draw, target length / trained length. Default: the model's "
-        "reach / its trained length, or 16 where it has no reach.",
+        help="The largest scale to draw, target length / trained length. Default: the "
+        "largest that the scaling was set up for (max_factor, factor), or 16 where that is 1.",
     )
     training = add("training", "Loss and perplexity by iteration, from mlx_clex lora.")
     training.add_argument(

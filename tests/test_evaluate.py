@@ -286,7 +286,7 @@ def test_a_prompt_that_is_too_long_loses_its_middle(folders, local, replies, tmp
     half = sizes[0] // 2
     expected = [p if len(p) == sizes[0] else p[:half] + p[-half:] for p in whole]
     assert replies.prompts == expected
-    assert "1 of 2 prompts were longer than" in capsys.readouterr().err
+    assert "1 of 2 new prompts were longer than" in capsys.readouterr().err
 
 
 def test_the_default_max_length_is_a_hard_reach(folders, local, replies, tmp_path):

@@ -335,6 +335,16 @@ def test_every_model_is_looked_for_before_the_first_is_measured(folders, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+def test_every_model_is_checked_before_the_first_is_measured(folders, tmp_path, capsys):
+    """A length beyond the reach of the second was refused after the first had been measured."""
+    argv = ("--model", folders("gene"), folders("clex"), "--lengths", 500, 1025, "--trials", 1)
+    assert call(*argv, "--output", tmp_path / "out") == 2
+    captured = capsys.readouterr()
+    assert "1025 tokens, and this model reaches" in captured.err
+    assert "Task passkey" not in captured.out
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_tasks_than_words_need_a_model(capsys):
     """The bundled models are trained only on the sentences of --task words."""
     assert call("--task", "kv") == 2

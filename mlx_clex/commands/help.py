@@ -49,7 +49,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         if told or flag or action.required or not action.option_strings:
             return text
         empty = default in (None, "", (), [], "{}")
-        return f"{text.rstrip('.')}. Default: {'none' if empty else '%(default)s'}."
+        return f"{text.removesuffix('.')}. Default: {'none' if empty else '%(default)s'}."
 
 
 def group_options(parser: argparse.ArgumentParser) -> None:

@@ -34,3 +34,13 @@ def test_panels_of_several_tasks_name_their_task(tmp_path, figures):
     draw(results("passkey", answers(("words", "kv"))), tmp_path / "a.png")
     titles = [axes.get_title("left") for axes in figures[0].axes[:4]]
     assert titles == ["words: base", "words: clex", "kv: base", "kv: clex"]
+
+
+def test_the_lowest_panel_of_each_column_has_the_lengths(tmp_path, figures):
+    """With three panels in two columns the second had ticks without numbers."""
+    rows = answers(("words", "kv"))[: -len(answers()) // 2]
+    draw(results("passkey", rows), tmp_path / "a.png")
+    shown = [axes for axes in figures[0].axes[:-1] if axes.get_visible()]
+    figures[0].draw_without_rendering()
+    labelled = [bool([t for t in a.get_xticklabels() if t.get_visible()]) for a in shown]
+    assert labelled == [False, True, True]
