@@ -16,8 +16,9 @@ def document(characters: int) -> str:
     """Return a text of about `characters` characters (about 4 a token) with the fact."""
     text = " ".join(pydoc_data.topics.topics["debugger"].split())
     text = (text * (characters // len(text) + 1))[:characters]
-    middle = text.find(". ", characters // 2) + 2
-    return f"{text[:middle]}{FACT}{text[middle:]}"
+    # Behind the first sentence after the middle, or after all where none ends there.
+    before, end, after = text[characters // 2 :].partition(". ")
+    return f"{text[: characters // 2]}{before}{end or ' '}{FACT}{after}"
 
 
 def main() -> None:

@@ -131,6 +131,7 @@ def _expected_length(args: argparse.Namespace, model: nn.Module, length: int) ->
             f"--expected-length {args.expected_length} is less than the {length} tokens of the "
             "text. Give the length of text and query together."
         )
+    scaled(model).check_length(args.expected_length or 0, "The text of --expected-length")
     return args.expected_length or length
 
 

@@ -61,10 +61,10 @@ def run(args: argparse.Namespace) -> None:
     while True:
         try:
             line = input("\n> ")
-            line = _SHORT.get(line, line)
+            line = _SHORT.get(line.rstrip(), line)
             if not line.isascii() and any("\ud800" <= letter <= "\udfff" for letter in line):
                 raise InputError("The line is no UTF-8 text. Set the terminal to UTF-8.")
-            if line.rstrip() == "/quit":
+            if line.split()[:1] == ["/quit"] and line.startswith("/"):
                 return
             _obey(conversation, line)
         except EOFError:
@@ -115,8 +115,9 @@ def _obey(conversation: Conversation, line: str) -> None:
     elif command == "/context":
         print(conversation.context())
     elif command == "/load":
+        text = read_text(file)  # Ctrl-C ends it: a pipe without a writer has no end
         with _interruptible(conversation), _bar() as progress:
-            count = conversation.read(read_text(file), progress)
+            count = conversation.read(text, progress)
         print(f"Read {count} tokens: {conversation.context()}")
     elif command == "/save":
         path = conversation.save(file)

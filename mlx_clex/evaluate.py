@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME",
         help="Tasks, groups or tags of lm-evaluation-harness: longbench, longbench2, ruler, "
-        "infinitebench, niah_single_1 and others. Default: none, for --effective-length of --output.",
+        "infinitebench, niah_single_1 and others. Default: none, for --effective-length of "
+        "--output.",
     )
     parser.add_argument(
         "--include-path",
@@ -227,8 +228,8 @@ def _evaluate(args: argparse.Namespace) -> Results:
         _print_table(rows, first=name == args.tasks[0])
     if lm.cut:
         say(
-            f"{lm.cut} of {lm.prompts} new prompts were longer than {max_length} tokens (--max-length) "
-            "and lost their middle."
+            f"{lm.cut} of {lm.prompts} new prompts were longer than {max_length} tokens "
+            "(--max-length) and lost their middle."
         )
     return results
 

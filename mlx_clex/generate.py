@@ -48,6 +48,7 @@ from .serving.prompt import (
     say_if_past_training,
     template_options,
 )
+from .serving.saved_conversation import is_conversation
 
 _LONG_PROMPT = 256  # tokens, above which a bar shows how much is read
 
@@ -272,6 +273,11 @@ def _saved_cache(args: argparse.Namespace, model: nn.Module, folder: Path) -> li
     """Return the caches of --prompt-cache-file; refuse those of another model."""
     here = fingerprint(model, folder, args.adapter_path)
     caches, metadata = load_cache(args.prompt_cache_file, model, here)
+    if is_conversation(metadata):
+        raise InputError(
+            f"--prompt-cache-file {args.prompt_cache_file} is a conversation of `mlx_clex chat`: "
+            "go on with it there, with /restore."
+        )
     if not is_ours(metadata):
         say(
             f"{args.prompt_cache_file} does not name its model and scaling, so they are not "

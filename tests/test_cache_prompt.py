@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -15,9 +16,11 @@ from mlx_lm.cache_prompt import setup_arg_parser as stock_parser
 from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
 
 from mlx_clex import cache_prompt, generate, load, make_prompt_cache
+from mlx_clex.checkpoint.fingerprint import fingerprint
 from mlx_clex.checkpoint.prompt_cache import load_cache
 from mlx_clex.errors import InputError
 from mlx_clex.model.cache import ScaledKVCache, ScaledQuantizedKVCache
+from mlx_clex.serving.conversation import Conversation
 
 from .conftest import GOLDEN, random_adapters, stock_folder
 
@@ -315,6 +318,22 @@ def test_the_suffix_may_be_left_out(cli, folders, tmp_path):
     assert cli(cache_prompt, *cached, "--prompt-file", tmp_path / "text.txt")[0] == 0
     assert cli(generate, *cached, "-m", "1")[0] == 0
     assert [file.name for file in tmp_path.glob("*c*")] == ["c.safetensors"]
+    # A text of that name was taken for the cache, and told to be corrupt.
+    (tmp_path / "c").write_text(DOCUMENT)
+    assert cli(generate, *cached, "-m", "1")[0] == 0
+
+
+def test_a_conversation_is_no_cached_text(cli, folders, tmp_path):
+    """The prompt was read as the rest of the last answer."""
+    folder = folders("clex_llama")
+    model, tokenizer = load(folder)
+    identity = fingerprint(model, Path(folder))
+    conversation = Conversation(model, tokenizer, identity=identity, max_tokens=2)
+    list(conversation.answer("A cat."))
+    file = conversation.save(tmp_path / "talk")
+    status, _, err = cli(generate, "--model", folder, "--prompt-cache-file", file, "-m", "1")
+    assert status == 2
+    assert "is a conversation of `mlx_clex chat`: go on with it there, with /restore." in err
 
 
 @pytest.mark.parametrize(
@@ -323,7 +342,10 @@ def test_the_suffix_may_be_left_out(cli, folders, tmp_path):
         ((), ["--prompt", "--prompt-file"]),
         (("--prompt", ""), ["empty"]),
         (("--prompt", DOCUMENT, "--expected-length", "20"), ["--expected-length 20", "text"]),
-        (("--prompt", DOCUMENT, "--expected-length", "300"), ["300 tokens", "256"]),
+        (
+            ("--prompt", DOCUMENT, "--expected-length", "300"),
+            ["of --expected-length", "256"],
+        ),
         (("--prompt", DOCUMENT * 9), ["reach", "256"]),
         (("--prompt", DOCUMENT * 999), ["bytes", "reaches 256 tokens"]),
         (("--prompt", "A", "--expected-length", "9", "--scale", "2"), ["--scale prompt"]),

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import mlx.core as mx
 import pytest
@@ -127,7 +128,7 @@ def test_the_short_commands_of_mlx_lm(chat, endless, tmp_path):
     assert "The context is empty." in say(child, "r")
     assert tokens_of(say(child, "/context")) == 0
     assert tokens_of(say(child, " r")) > 5
-    child.sendline("q")
+    child.sendline("q ")
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
@@ -215,6 +216,18 @@ def test_ctrl_c_stops_reading(chat, endless, tmp_path):
     child.send(CTRL_C)
     assert "Stopped; the conversation is as it was before." in prompt(child)
     assert tokens_of(say(child, "/context")) == 0
+
+
+def test_ctrl_c_ends_waiting_for_a_pipe(chat, endless, tmp_path):
+    """Nothing but a kill ended it, and the conversation with it."""
+    os.mkfifo(tmp_path / "pipe")
+    child = chat(endless)
+    child.sendline("/load pipe")
+    time.sleep(1)
+    child.send(CTRL_C)
+    assert "Nothing to stop" in prompt(child)
+    child.sendline("/quit now")
+    child.expect(pexpect.EOF)
 
 
 def test_a_hard_reach_is_one_line_and_the_chat_goes_on(chat, model, tmp_path):

@@ -166,11 +166,11 @@ def metadata_of(name: str | Path) -> dict[str, str]:
 
 
 def _existing(name: str | Path) -> Path:
-    path = expand(name)
-    file = path if path.is_file() else file_for(name)
-    if not file.is_file():
+    # The name it was written under comes first: a text may have the name without the suffix.
+    file, path = file_for(name), expand(name)
+    if not (file.is_file() or path.is_file()):
         raise InputError(f"There is no file {file}.")
-    return file
+    return file if file.is_file() else path
 
 
 def is_ours(metadata: Mapping[str, str]) -> bool:

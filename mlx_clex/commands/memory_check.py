@@ -18,6 +18,7 @@ from ..diagnosis.memory import REFUSED, Reading, Training, peak, verdict
 from ..diagnosis.plan import Change, advice, changes
 from ..diagnosis.sizes import Sizes, sizes_of_model
 from ..errors import InputError, say
+from ..model.scaled_model import scaled
 
 
 def add_force(parser: argparse.ArgumentParser) -> None:
@@ -57,12 +58,13 @@ class MemoryCheck:
         self._machine = machine or this_machine()
         self._warned = False
         self._sizes: Sizes | None = None
+        self._limit: int | None = None  # tokens that the model accepts
 
     def at_load(self, check: Callable[[], object]) -> Callable[[nn.Module], None]:
         """Return what `load` calls before it reads the weights: it measures, then checks."""
 
         def before_reading(model: nn.Module) -> None:
-            self._sizes = None
+            self._sizes, self._limit = None, scaled(model).limit
             # A config that lacks a size is no reason not to load.
             with contextlib.suppress(InputError):
                 self._sizes = sizes_of_model(model)
@@ -113,8 +115,9 @@ class MemoryCheck:
         """Check a text that is read and continued up to `length` tokens; see `__call__`.
 
         Args:
-            length: tokens.
+            length: tokens; those beyond what the model accepts are not counted, as they end a
+                text or are refused.
             options: other fields of `Reading`.
         """
-        run = Reading(length=max(1, length), **options)
+        run = Reading(length=max(1, min(length, self._limit or length)), **options)
         return self(run, f"Reading and continuing {run.length:,} tokens")

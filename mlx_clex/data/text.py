@@ -6,11 +6,14 @@ Not covered: the options that texts come from (`serving/prompt.py`).
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import expand, open_regular
 from ..errors import InputError
+
+_HEAD = 64  # characters of a text, more than a token has
 
 
 def read_text(file: str | Path, option: str = "") -> str:
@@ -51,7 +54,14 @@ def normalise_text(text: str) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def encode_text(tokenizer: Any, text: str, *, begins: bool, limit: int | None = None) -> list[int]:
+def encode_text(
+    tokenizer: Any,
+    text: str,
+    *,
+    begins: bool,
+    behind: str | None = None,
+    limit: int | None = None,
+) -> list[int]:
     """Return the tokens of a text.
 
     Args:
@@ -60,6 +70,9 @@ def encode_text(tokenizer: Any, text: str, *, begins: bool, limit: int | None = 
         begins: the text is bare and begins a sequence, so the tokenizer adds its special
             tokens. False for a rendered chat template, which has its own, and for text
             that follows other tokens.
+        behind: the text of the tokens that it follows, as far as it is known, at least its last
+            token or character. Tokenizers such as Llama-2's begin a text with a space; without
+            `behind`, so does this one.
         limit: of the model, in tokens. A text that must have more is refused at once: tokenising
             60 MB takes minutes and gigabytes.
 
@@ -76,12 +89,23 @@ def encode_text(tokenizer: Any, text: str, *, begins: bool, limit: int | None = 
             f"The text has {size} bytes, and this model reaches {limit} tokens of at most "
             f"{longest_token(tokenizer)} bytes each. Shorten the text."
         )
+    if behind is not None:
+        return _behind(tokenizer, behind, text)
     bare = without_bos(tokenizer, text) if begins else text
     # Not verbose: its warning names max_position_embeddings, which a scaling exceeds.
     tokens = list(tokenizer.encode(bare, add_special_tokens=begins, verbose=False))
     if bare != text and tokens[:1] != [tokenizer.bos_token_id]:
         tokens.insert(0, tokenizer.bos_token_id)  # asked for, of a tokenizer that adds none
     return tokens
+
+
+def _behind(tokenizer: Any, before: str, text: str) -> list[int]:
+    """Return the tokens of a text that stands behind another one, without its own."""
+    encode = partial(tokenizer.encode, add_special_tokens=False, verbose=False)
+    known = encode(before)
+    # Where the two texts share a token, the text is tokenised by itself.
+    apart = encode(before + text[:_HEAD])[: len(known)] == known
+    return encode(before + text)[len(known) :] if apart else encode(text)
 
 
 def longest_token(tokenizer: Any) -> int:

@@ -32,9 +32,9 @@ def draw_passkey(results: Results, path: Path) -> None:
     across_all, down_all = 1.6 + across * (width + 0.2), max(2.5, 0.9 + down * (height + 0.4))
     with saved(path, _title(results), down_all, max(4.0, across_all)) as figure:
         grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-        for axes, above in zip(grid.flat[len(panels) :], grid.flat[len(panels) - across :]):
-            axes.set_visible(False)
-            above.tick_params(labelbottom=True)  # the lowest of its column now
+        for unused in range(len(panels), grid.size):
+            grid.flat[unused].set_visible(False)
+            grid.flat[unused - across].tick_params(labelbottom=True)  # the lowest of its column
         one_task = len({task for task, _ in panels}) == 1
         for axes, ((task, label), rows) in zip(grid.flat, panels.items(), strict=False):
             image = _heat_map(axes, rows, lengths, depths)

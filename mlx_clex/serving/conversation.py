@@ -318,18 +318,20 @@ class Conversation:
 
     def _encode(self, before: str, text: str, after: str = "") -> tuple[list[int], int]:
         """Return the tokens to read, and how many of the context's they stand behind."""
-        keep = len(self.tokens)
+        keep, behind = len(self.tokens), "\n" if self.tokens else None
         if self._ended:
             end = self.tokenizer.decode(self.tokens[-1:])
             if before.lstrip().startswith(end):
-                before = before.lstrip()[len(end) :]
+                before, behind = before.lstrip()[len(end) :], end
             else:
                 keep -= 1  # this template has another way to end an answer
         begins = not self.tokens and not self.templated
         if not begins:
             text = without_bos(self.tokenizer, text)
         limit = scaled(self.model).limit
-        new = encode_text(self.tokenizer, before + text + after, begins=begins, limit=limit)
+        new = encode_text(
+            self.tokenizer, before + text + after, begins=begins, behind=behind, limit=limit
+        )
         if not new:
             raise InputError("The message is empty.")
         return new, keep

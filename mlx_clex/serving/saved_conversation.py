@@ -25,6 +25,11 @@ _ENTRY = "conversation"  # in the file's metadata
 _ROLES = ("user", "assistant")  # in turns
 
 
+def is_conversation(metadata: Mapping[str, str]) -> bool:
+    """Return whether a cache file's metadata are those of a conversation."""
+    return _ENTRY in metadata
+
+
 def write_conversation(
     file: str | Path, caches: Sequence[Any], identity: Fingerprint, state: Mapping[str, Any]
 ) -> Path:

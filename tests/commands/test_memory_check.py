@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_clex import bundled
+from mlx_clex import bundled, load
 from mlx_clex.commands.memory_check import MemoryCheck
 from mlx_clex.diagnosis.machine import described
 from mlx_clex.diagnosis.memory import Training
@@ -59,6 +59,16 @@ def test_a_run_of_much_more_than_the_memory_is_refused(check, capsys):
         check(32e9)(run, "Training on 16,384 tokens")
     check(32e9, force=True)(run, "Training on 16,384 tokens")
     assert "is expected to need" in capsys.readouterr().err
+
+
+def test_what_no_text_can_use_is_not_counted(capsys):
+    """--max-tokens above CLEX's reach was refused, for memory that no answer could need."""
+    check = MemoryCheck(force=False, machine=described(8e9, "metal"))
+    load("bundled:clex", before_reading=check.at_load(lambda: None))
+    assert check.reading(10**9, step=512) > 0
+    load("bundled:gene", before_reading=check.at_load(lambda: None))
+    with pytest.raises(InputError, match="1,000,000,000 tokens"):
+        check.reading(10**9, step=512)
 
 
 def test_a_model_without_sizes_loads():

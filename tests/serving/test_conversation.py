@@ -81,6 +81,25 @@ def test_a_document_begins_the_next_message(templated):
     assert text == squeezed(wanted)
 
 
+@pytest.mark.parametrize("ends", [True, False], ids=["ended", "cut"])
+def test_a_message_behind_a_document_has_the_tokens_of_both_at_once(templated, ends):
+    """The tokenizer began each piece with a space that nobody wrote."""
+    model, tokenizer = load(templated)
+    conversation = Conversation(model, tokenizer, sampler=saying(tokenizer, "fox"))
+    conversation.max_tokens = 100 if ends else 1
+    conversation.read("First.\n  Line")
+    conversation.read("Second.")
+    answer_of(conversation, "Who jumps?")
+    first = "<s>user\nFirst.\n  Line\n\nSecond.\n\nWho jumps?</s>\n<s>assistant\n"
+    wanted = tokenizer.encode(first, add_special_tokens=False)
+    assert conversation.tokens[: len(wanted)] == wanted
+    answered = len(conversation.tokens)
+    answer_of(conversation, "Why?")
+    both = first + "</s>\n<s>user\nWhy?</s>\n<s>assistant\n"
+    wanted = tokenizer.encode(both, add_special_tokens=False)[len(wanted) + ends :]
+    assert conversation.tokens[answered : answered + len(wanted)] == wanted
+
+
 def squeezed(text):
     """Without white space, which sentencepiece adds at the beginning of each piece."""
     return "".join(text.split())
