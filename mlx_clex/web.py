@@ -8,8 +8,10 @@ Not covered: more than one user.
 
 import argparse
 import os
+import signal
 import socket
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +49,14 @@ def run(args: argparse.Namespace) -> None:
     # Read by gradio when it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the documents must not stay
+        signal.signal(ending, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="mlx_clex-") as dropped:
+        os.environ["GRADIO_TEMP_DIR"] = dropped
+        _serve(args)
+
+
+def _serve(args: argparse.Namespace) -> None:
     gr = import_extra("gradio", "web", "The page")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

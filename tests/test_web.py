@@ -107,8 +107,12 @@ class Page:
         """Whether the button to send is there; before, Enter does nothing."""
         return bool(self.browser.find_elements("css selector", "#message .submit-button"))
 
-    def drop(self, file):
-        self.find("#document input[type=file]").send_keys(str(file))
+    def drop(self, *files):
+        self.find("#document input[type=file]").send_keys("\n".join(map(str, files)))
+
+    def written(self):
+        """What stands in the box for messages."""
+        return self.find("#message textarea").get_attribute("value")
 
     def requests(self):
         """The hosts that the browser asked for anything."""
@@ -254,18 +258,18 @@ def test_the_rate_is_that_of_the_time_gone_by():
     assert "1,500 of 2,000 tokens, 300 tokens/s" in Read(1500, 2000, 5.0).bar()
 
 
-def test_what_comes_during_an_answer(browsing, tmp_path):
+def test_what_comes_during_an_answer(slow, tmp_path):
     """The second of two documents was never read, "New conversation" waited for the answer to end,
     and a button stood there that did nothing."""
-    page = browsing("bundled:clex", "--max-tokens", "1500", "--prefill-step-size", "16")
+    page = slow
     page.send("In the beginning")
     page.until(lambda: not page.sendable())
     page.until(lambda: len(page.text("#talk")) > 100)
     page.find("#message textarea").send_keys("And then\n")
-    assert page.find("#message textarea").get_attribute("value") == "And then"
+    assert page.written() == "And then"
     page.find("#new").click()
     page.until(lambda: page.sendable() and "Drop a text file" in page.text("#talk"), seconds=5)
-    assert page.find("#message textarea").get_attribute("value") == "And then"
+    assert page.written() == "And then"
 
     (tmp_path / "first.txt").write_text(SENTENCE * 60)
     (tmp_path / "second.txt").write_text(SENTENCE)
@@ -274,6 +278,84 @@ def test_what_comes_during_an_answer(browsing, tmp_path):
     page.drop(tmp_path / "second.txt")
     page.until(lambda: "of second.txt" in page.text("#note"))
     assert "Drop File Here" in page.text("#document")
+
+
+@pytest.fixture(scope="module")
+def slow(browsing):
+    """The page over bundled:clex, which reaches 2,048 tokens, reading in small steps."""
+    return browsing("bundled:clex", "--max-tokens", "1500", "--prefill-step-size", "4")
+
+
+@pytest.fixture
+def fresh(slow, tmp_path):
+    """The same, with an empty conversation and box, and two documents."""
+    slow.find("#new").click()
+    slow.until(lambda: slow.tokens() == 0 and slow.sendable())
+    slow.browser.refresh()
+    slow.until(lambda: slow.tokens() == 0)
+    (tmp_path / "first.txt").write_text(SENTENCE * 60)
+    (tmp_path / "second.txt").write_text(SENTENCE)
+    return slow
+
+
+def test_a_message_that_is_refused_comes_back(fresh):
+    """It was nowhere any more."""
+    long = SENTENCE * 150
+    script = "const b = document.querySelector('#message textarea'); b.value = arguments[0];"
+    script += "b.dispatchEvent(new Event('input', {bubbles: true}));"
+    fresh.browser.execute_script(script, long)
+    fresh.send("")
+    fresh.until(lambda: "this model reaches 2048" in fresh.text("#note"))
+    fresh.until(lambda: fresh.written() == long)
+
+
+def test_a_question_waits_for_its_document(fresh, tmp_path):
+    """Without the document it was answered all the same, and the reason was hidden."""
+    fresh.drop(tmp_path / "first.txt")
+    fresh.until(lambda: "tokens/s" in fresh.text("#note"))
+    fresh.send("Who jumps?")
+    fresh.find("#stop").click()
+    fresh.until(lambda: "The document was not read." in fresh.text("#note"))
+    assert fresh.tokens() == 0
+    assert fresh.written() == "Who jumps?"
+
+
+def test_a_new_conversation_drops_what_waits(fresh, tmp_path):
+    """A document that waited was read first, and thrown away then."""
+    fresh.drop(tmp_path / "first.txt")
+    fresh.until(lambda: "tokens/s" in fresh.text("#note"))
+    fresh.drop(tmp_path / "second.txt")
+    time.sleep(0.5)
+    fresh.find("#new").click()
+    fresh.until(lambda: fresh.text("#note") == "" and fresh.tokens() == 0)
+    time.sleep(1)
+    assert (fresh.text("#note"), fresh.tokens()) == ("", 0)
+
+
+def test_documents_dropped_together_are_all_read(fresh, tmp_path):
+    """The second was left out without a word; a document that fails ends the rest."""
+    fresh.drop(tmp_path / "first.txt", tmp_path / "second.txt")
+    fresh.until(lambda: "of first.txt. Read 24 tokens of second.txt." in fresh.text("#note"))
+    (tmp_path / "odd.txt").write_bytes(b"\xff\xfe\x00")
+    fresh.drop(tmp_path / "odd.txt", tmp_path / "second.txt")
+    fresh.until(lambda: "Not read: second.txt." in fresh.text("#note"))
+    assert fresh.text("#note").startswith("odd.txt is no UTF-8 text")
+
+
+def test_settings_are_those_in_use_after_a_reload(endless):
+    """The page showed the system prompt of its start, and the next conversation had that."""
+    page = endless
+    page.find("#new").click()
+    page.until(lambda: page.tokens() == 0 and page.find("#system textarea").is_enabled())
+    for selector, value in (("#system textarea", "Be kind."), ("#most input", "7\t")):
+        page.find(selector).clear()
+        page.find(selector).send_keys(value)
+    page.send("A cat.")
+    page.until(lambda: page.tokens() > 7)
+    page.browser.refresh()
+    page.until(lambda: page.tokens() > 7)
+    page.until(lambda: page.find("#system textarea").get_attribute("value") == "Be kind.")
+    assert page.find("#most input").get_attribute("value") == "7"
 
 
 def test_a_picture_in_a_text_is_not_fetched(page, tmp_path):
@@ -338,21 +420,32 @@ def test_the_page_asks_for_nothing_elsewhere(page):
     assert page.requests() <= {"127.0.0.1"}
 
 
-def test_ctrl_c_ends_an_answer_and_the_page():
-    """The thread with the model ends after the pass under way, before the interpreter does."""
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_an_answer_and_the_page(ending, tmp_path, monkeypatch):
+    """The thread with the model ends after the pass under way, before the interpreter does.
+
+    Documents that were dropped stayed behind.
+    """
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "fox.txt").write_text(SENTENCE)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "kept"))
     gradio_client = pytest.importorskip("gradio_client", reason="the page needs gradio")
     process, address = start(GOLDEN / "gene_llama", "--max-tokens", 100_000, stderr=subprocess.PIPE)
     client = gradio_client.Client(address, verbose=False)
+    document = gradio_client.handle_file(tmp_path / "fox.txt")
+    assert "of fox.txt" in str(client.predict([document], api_name="/drop"))
+    assert list((tmp_path / "kept").rglob("fox.txt"))
     job = client.submit("A cat.", api_name="/send")
     end = time.monotonic() + 60
     while len(job.outputs()) < 3:
         assert time.monotonic() < end, "no answer"
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(ending)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
     assert "terminate" not in errors
+    assert not list((tmp_path / "kept").rglob("fox.txt"))
 
 
 def test_what_is_asked_for_meanwhile_waits(tmp_path):
@@ -366,7 +459,7 @@ def test_what_is_asked_for_meanwhile_waits(tmp_path):
         while len(answer.outputs()) < 3:
             assert not answer.done()
             time.sleep(0.05)
-        dropped = client.submit(gradio_client.handle_file(tmp_path / "fox.txt"), api_name="/drop")
+        dropped = client.submit([gradio_client.handle_file(tmp_path / "fox.txt")], api_name="/drop")
         time.sleep(2)
         assert dropped.outputs() == []
         client.predict(api_name="/set")  # the button to stop

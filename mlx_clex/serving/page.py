@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..data.text import read_text
+from ..data.text import decode_text
 from ..errors import InputError, RunError
 from .conversation import Context, Conversation, Stopped
 from .turns import Tell, Turns
@@ -42,6 +42,11 @@ progress::-moz-progress-bar { background: var(--color-accent) }
 
 _SEND = "Send"
 
+# Puts the time of a click, in seconds, into the last input. Clock and server are of one machine.
+_STAMP = "(...values) => [...values.slice(0, -1), Date.now() / 1000]"
+# A refused message goes back into the box, before what was written meanwhile.
+_GIVE_BACK = "(box, refused) => refused && box ? refused + '\\n' + box : refused || box"
+
 # A text may hold a link to a picture; fetching it would tell its owner who reads the text.
 HEAD = (
     "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'self' 'unsafe-inline' "
@@ -64,6 +69,14 @@ class Read:
             f"Reading: {self.done:,} of {self.total:,} tokens{rate}"
             f'<progress value="{self.done}" max="{self.total}"></progress>'
         )
+
+
+@dataclass
+class _Since:
+    """When things happened, in seconds; what was asked for before them is not done."""
+
+    begun: float = 0.0  # "New conversation" was pressed
+    failed: float = 0.0  # a document was not read: messages behind it wait
 
 
 def reading(tell: Tell) -> Callable[[int, int], None]:
@@ -102,8 +115,11 @@ def welcome(conversation: Conversation) -> str:
 
 
 def _excerpt(text: str) -> str:
-    """Return the two ends of a long text: a page that shows a whole book is slow."""
-    return text if len(text) <= 1000 else f"{text[:300]}\n\n[...]\n\n{text[-300:]}"
+    """Return the two ends of a long text: a page that shows a whole book is slow.
+
+    The end may be a question about it, so more of it is shown.
+    """
+    return text if len(text) <= 4000 else f"{text[:300]}\n\n[...]\n\n{text[-3000:]}"
 
 
 def build_page(
@@ -124,6 +140,7 @@ def build_page(
     import gradio as gr
 
     conversation = turns.conversation
+    since, last_heat = _Since(), temperature
 
     def shown() -> list[dict[str, str]]:
         return [
@@ -144,31 +161,45 @@ def build_page(
             system: gr.update(interactive=not (busy or conversation.tokens)),
         }
 
+    def opened() -> dict[Any, Any]:
+        """Show the conversation and its settings in a page that was loaded again."""
+        prompt = conversation.system_prompt or ""
+        begun = {system: gr.update(value=prompt, interactive=not conversation.tokens)}
+        return {**view(), **begun, heat: last_heat, most: conversation.max_tokens}
+
     def take(wanted: str) -> None:
         """Start with this system prompt if nothing has been read yet."""
         if not conversation.tokens and conversation.templated:
             conversation.begin(wanted.strip())
 
-    def send(message: str, wanted: str, heat: float, most: float) -> Iterator[dict]:
-        """Stream the answer to a message."""
-        if not message.strip():
+    def send(
+        message: str, wanted: str, warmth: float, longest: float, asked: float | None
+    ) -> Iterator[dict]:
+        """Stream the answer to a message, sent at the time `asked`."""
+        nonlocal last_heat
+        asked = asked or time.time()
+        if not message.strip() or asked < since.begun:
             yield view()
             return
-        if most is None or (most < 1 and most != -1):
+        if asked < since.failed:
+            yield view("The document was not read. Send the message again to ask without it.")
+            return
+        if longest is None or (longest < 1 and longest != -1):
             yield view("The longest answer must be at least 1 token, or -1 for no limit.")
             return
 
         def turn(tell: Tell) -> Iterator[str]:
             take(wanted)
-            conversation.sampler = sampler_at(heat)
-            conversation.max_tokens = int(most)
+            conversation.sampler = sampler_at(warmth)
+            conversation.max_tokens = int(longest)
             yield from conversation.answer(message.strip(), reading(tell))
 
         said = [*shown(), {"role": "user", "content": message}]
         # gradio drops a second Enter until the answer has ended, so there is no button to press.
         sending = gr.update(value="", submit_btn=False)
         yield {**view("Reading ...", busy=True), talk: said, box: sending}
-        text, ended = "", ""
+        last_heat = warmth
+        text, ended, back = "", "", ""
         try:
             for piece in turns.run(turn):
                 if isinstance(piece, Read):
@@ -176,40 +207,51 @@ def build_page(
                     continue
                 text += piece
                 yield {talk: [*said, {"role": "assistant", "content": text}], note: ""}
-        except Stopped:
-            ended = "Stopped."
-        except (InputError, RunError) as error:
-            ended = str(error)
+        except (Stopped, InputError, RunError) as error:  # nothing of the turn is kept
+            ended, back = str(error) or "Stopped.", message
         ends = {
             "stopped": "Stopped.",
             "length": "Cut at the longest answer.",
             "reach": "Cut at the reach of the model.",
         }
         sendable = {box: gr.update(submit_btn=_SEND)}  # keeps what was written meanwhile
-        yield {**view(ended or ends.get(conversation.finish or "", "")), **sendable}
+        ended = ended or ends.get(conversation.finish or "", "")
+        yield {**view(ended), **sendable, refused: back}
 
-    def drop(file: str | None, wanted: str) -> Iterator[dict]:
-        """Read a document into the context."""
-        if file is None:
+    def drop(files: list[str] | None, wanted: str, asked: float | None) -> Iterator[dict]:
+        """Read documents into the context, dropped at the time `asked`."""
+        asked = asked or time.time()
+        if not files or asked < since.begun:
+            yield {**view(), document: None}
             return
-        name = Path(file).name
+        told: list[str] = []  # of each document
 
-        def turn(tell: Tell) -> Iterator[str]:
+        def turn(tell: Tell) -> Iterator[Any]:
             take(wanted)
-            count = conversation.read(read_text(file), reading(tell))
-            yield f"Read {count:,} tokens of {name}."
+            for number, file in enumerate(map(Path, files)):
+                left = [Path(other).name for other in files[number + 1 :]]
+                try:
+                    text = decode_text(file.read_bytes(), file.name)
+                    count = conversation.read(text, reading(tell))
+                except (Stopped, InputError, RunError) as error:
+                    since.failed = time.time()
+                    told.append(str(error) or "Stopped.")
+                    told.extend([f"Not read: {', '.join(left)}."] if left else [])
+                    return
+                told.append(f"Read {count:,} tokens of {file.name}.")
+                yield None
 
-        yield {**view(f"Reading {name} ...", busy=True), document: None}
-        try:
-            for told in turns.run(turn):
-                ended = told
-                if isinstance(told, Read):
-                    yield {note: told.bar()}
-        except Stopped:
-            ended = "Stopped."
-        except (InputError, RunError) as error:
-            ended = str(error)
-        yield view(ended)
+        names = ", ".join(Path(file).name for file in files)
+        yield {**view(f"Reading {names} ...", busy=True), document: None}
+        for read in turns.run(turn):
+            if isinstance(read, Read):
+                yield {note: read.bar()}
+        yield view(" ".join(told))
+
+    def end() -> None:
+        """End what runs; what waits behind it ends when its time comes."""
+        since.begun = time.time()
+        conversation.stop.set()
 
     def reset() -> dict[Any, Any]:
         """Start anew."""
@@ -244,7 +286,12 @@ def build_page(
                     )
                     stop = gr.Button("Stop", elem_id="stop", interactive=False)
             with gr.Column(elem_id="right"):
-                document = gr.File(label="Drop a document", elem_id="document", height=150)
+                document = gr.File(
+                    label="Drop a document",
+                    elem_id="document",
+                    height=150,
+                    file_count="multiple",
+                )
                 figures = gr.HTML(elem_id="meter")
                 system = gr.Textbox(
                     conversation.system_prompt or "",
@@ -272,17 +319,24 @@ def build_page(
                     elem_id="most",
                 )
                 new = gr.Button("New conversation", elem_id="new")
+        asked_at, refused = gr.Number(0, visible=False), gr.Textbox(visible=False)
         state = [talk, figures, note, stop, system]
-        page.load(view, None, state, show_progress="hidden")
-        settings = [system, heat, most]
+        page.load(opened, None, [*state, heat, most], show_progress="hidden")
+        inputs = [box, system, heat, most, asked_at]
         # One group: what ends first must also be shown first, or an answer's end hides the note of
         # a document dropped meanwhile.
         one_by_one = {"concurrency_id": "turns", "concurrency_limit": 1, "show_progress": "hidden"}
-        box.submit(send, [box, *settings], [*state, box], **one_by_one)
+        sent = box.submit(send, inputs, [*state, box, refused], js=_STAMP, **one_by_one)
+        sent.then(None, [box, refused], box, js=_GIVE_BACK, queue=False)
         # "multiple": a document dropped while another is read is read next.
         document.upload(
-            drop, [document, system], [*state, document], trigger_mode="multiple", **one_by_one
+            drop,
+            [document, system, asked_at],
+            [*state, document],
+            trigger_mode="multiple",
+            js=_STAMP,
+            **one_by_one,
         )
         stop.click(conversation.stop.set, queue=False)
-        new.click(conversation.stop.set, queue=False).then(reset, None, state, **one_by_one)
+        new.click(end, queue=False).then(reset, None, state, **one_by_one)
     return page
