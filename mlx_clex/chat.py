@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
             line = _SHORT.get(line.rstrip(), line)
             if not line.isascii() and any("\ud800" <= letter <= "\udfff" for letter in line):
                 raise InputError("The line is no UTF-8 text. Set the terminal to UTF-8.")
-            if line.split()[:1] == ["/quit"] and line.startswith("/"):
+            if line.partition(" ")[0].rstrip() == "/quit":
                 return
             _obey(conversation, line)
         except EOFError:

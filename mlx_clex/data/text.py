@@ -13,8 +13,6 @@ from typing import Any
 from ..checkpoint.files import expand, open_regular
 from ..errors import InputError
 
-_HEAD = 64  # characters of a text, more than a token has
-
 
 def read_text(file: str | Path, option: str = "") -> str:
     """Return the text of a UTF-8 file; see `normalise_text`.
@@ -102,10 +100,9 @@ def encode_text(
 def _behind(tokenizer: Any, before: str, text: str) -> list[int]:
     """Return the tokens of a text that stands behind another one, without its own."""
     encode = partial(tokenizer.encode, add_special_tokens=False, verbose=False)
-    known = encode(before)
-    # Where the two texts share a token, the text is tokenised by itself.
-    apart = encode(before + text[:_HEAD])[: len(known)] == known
-    return encode(before + text)[len(known) :] if apart else encode(text)
+    known, both = encode(before), encode(before + text)
+    # Where the two share a token, the text is tokenised by itself.
+    return both[len(known) :] if both[: len(known)] == known else encode(text)
 
 
 def longest_token(tokenizer: Any) -> int:

@@ -10,6 +10,7 @@ from mlx_lm.generate import setup_arg_parser
 from mlx_lm.utils import load_tokenizer
 
 from mlx_clex import cache_prompt
+from mlx_clex.bundled import FOLDER
 from mlx_clex.data.corpus import load_corpora
 from mlx_clex.data.text import TextTokenizer, encode_text, read_text
 from mlx_clex.errors import InputError
@@ -137,3 +138,13 @@ def test_half_of_a_surrogate_pair_is_one_line(tokenizer):
     """A prompt or a row with it ended in a TypeError of tokenizers, which did not say so."""
     with pytest.raises(InputError, match=r"half of a surrogate pair, '\\ud800'"):
         encode_text(tokenizer, "a \ud800", begins=True)
+
+
+@pytest.mark.parametrize("before", ["\n", "</s>"])
+@pytest.mark.parametrize("text", ["What?", "\nWhat?", " What?", "</s>\nWhat?"])
+def test_a_text_behind_another_has_no_space_of_its_own(tokenizer, before, text):
+    """The golden tokenizer puts one before each text; that of the bundled models joins lines."""
+    for each in (tokenizer, load_tokenizer(FOLDER / "base")):
+        known = each.encode(before, add_special_tokens=False)
+        tokens = known + encode_text(each, text, begins=False, behind=before)
+        assert each.decode(tokens).lstrip(" ") == before + text
