@@ -97,6 +97,7 @@ FULL = Size(
 )  # fmt: skip
 
 _CLEX = {"scaling": "clex", "max_factor": TARGET, "sampling": "skips"}
+_CREAM = _CLEX | {"sampling": "cream"}
 _GENE = {"scaling": "gene", "factor": TARGET}
 _GENE_PARAM = {"scaling": "gene-param", "factor": TARGET}
 _YARN_T = {"scaling": "yarn-t", "factor": TARGET}
@@ -116,13 +117,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "gene-param": _GENE_PARAM | _RELEASED,
     "gene, skips": _GENE | {"sampling": "skips"},
     "gene-param, skips": _GENE_PARAM | {"sampling": "skips"},
-    "clex, log gain, cream": _CLEX | {"log_gain": True, "sampling": "cream"},
+    "clex, cream": _CREAM,
+    "clex, log gain, cream": _CREAM | {"log_gain": True},
     "yarn-t, cream": _YARN_T | {"sampling": "cream"},
     "clex, network trained": _CLEX | {"scaling_learning_rate": 1e-5},
     "clex, no plain steps": _CLEX | {"plain_share": 0},
     "clex, half plain steps": _CLEX | {"plain_share": 0.5},
     "clex, reach of 64 x": _CLEX | {"max_factor": 2 * TARGET},
-    "clex, two-stage": _CLEX | {"recipe": "two-stage"},
+    "clex, cream, two-stage": _CREAM | {"recipe": "two-stage"},
+    "clex, log gain, cream, two-stage": _CREAM | {"log_gain": True, "recipe": "two-stage"},
 }
 # Compared without --only.
 FIELD = ("none", "clex", "clex, log gain", "clex, log gain, cream", "gene", "yarn", "yarn-t")

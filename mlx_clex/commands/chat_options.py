@@ -54,7 +54,7 @@ def load_conversation(args: argparse.Namespace) -> Callable[[], Conversation]:
     """
     mx.random.seed(args.seed)
     folder = resolve(args.model)
-    check = MemoryCheck(force=args.force)
+    check = MemoryCheck(force=args.force, kv_bits=False)
     check_length = partial(check.reading, step=args.prefill_step_size)
     before_reading = check.at_load(partial(check_length, max(1, args.max_tokens)))
     model, tokenizer = load(folder, **loading_options(args), before_reading=before_reading)

@@ -45,16 +45,24 @@ def cache_fields(args: argparse.Namespace) -> dict[str, Any]:
 class MemoryCheck:
     """Checks runs of the model that was loaded last on this machine, and warns once."""
 
-    def __init__(self, *, force: bool, processes: int = 1, machine: Machine | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        force: bool,
+        processes: int = 1,
+        kv_bits: bool = True,
+        machine: Machine | None = None,
+    ) -> None:
         """Check nothing yet.
 
         Args:
             force: warn where a run would be refused.
             processes: how many share a model that is read.
+            kv_bits: the command has this option, so it may be advised.
             machine: None: this one.
         """
         self._force = force
-        self._processes = processes
+        self._processes, self._kv_bits = processes, kv_bits
         self._machine = machine or this_machine()
         self._warned = False
         self._sizes: Sizes | None = None
@@ -100,7 +108,12 @@ class MemoryCheck:
             say(f"{what} is expected to need {size_text(needed)}.")
         if found == "fits" or (self._warned and found == "tight"):
             return left
-        hint = advice(changes(sizes, run), machine)
+        advised = [
+            change
+            for change in changes(sizes, run)
+            if self._kv_bits or "--kv-bits" not in change.options
+        ]
+        hint = advice(advised, machine)
         text = (
             f"{what} is expected to need {size_text(needed)}; MLX can use "
             f"{size_text(machine.usable)} of the {size_text(machine.memory)} here. {hint}"

@@ -52,6 +52,13 @@ def test_a_tight_run_is_warned_of_once(check, capsys):
     assert "with --prefill-step-size 512 --kv-bits 4 --quantized-kv-start 0" in error
 
 
+def test_only_options_that_a_command_has_are_advised(check, capsys):
+    """chat and web were told of --kv-bits, which they do not have."""
+    check(24e9, kv_bits=False).reading(16384, step=2048)
+    error = capsys.readouterr().err
+    assert error.endswith("16,384 tokens do not fit; 4,352 do with --prefill-step-size 512.\n")
+
+
 def test_a_run_of_much_more_than_the_memory_is_refused(check, capsys):
     """On a Mac it could end in a kernel panic; --force runs it anyway."""
     run = Training(length=16384)
