@@ -327,7 +327,7 @@ def build_page(
         # a document dropped meanwhile.
         one_by_one = {"concurrency_id": "turns", "concurrency_limit": 1, "show_progress": "hidden"}
         sent = box.submit(send, inputs, [*state, box, refused], js=_STAMP, **one_by_one)
-        sent.then(None, [box, refused], box, js=_GIVE_BACK, queue=False)
+        sent.then(None, [box, refused], box, js=_GIVE_BACK, queue=False, show_progress="hidden")
         # "multiple": a document dropped while another is read is read next.
         document.upload(
             drop,
