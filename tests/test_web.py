@@ -265,9 +265,9 @@ def test_what_comes_during_an_answer(slow, tmp_path):
     page = slow
     page.send("In the beginning")
     page.until(lambda: not page.sendable())
-    page.until(lambda: "In the beginning" in page.text("#talk") and len(page.text("#talk")) > 100)
     page.find("#message textarea").send_keys("And then\n")
     assert page.written() == "And then"
+    page.until(lambda: "In the beginning" in page.text("#talk") and len(page.text("#talk")) > 100)
     page.find("#new").click()
     page.until(lambda: page.sendable() and "Drop a text file" in page.text("#talk"), seconds=10)
     assert page.written() == "And then"
