@@ -342,7 +342,7 @@ def test_a_new_conversation_drops_what_waits(fresh, tmp_path):
 
 
 def test_documents_dropped_together_are_all_read(fresh, tmp_path):
-    """The second was left out without a word; a document that fails ends the rest."""
+    """Only the first was read, and the page did not say so. After a failure it names the rest."""
     fresh.drop(tmp_path / "first.txt", tmp_path / "second.txt")
     fresh.until(lambda: "of first.txt. Read 24 tokens of second.txt." in fresh.text("#note"))
     (tmp_path / "odd.txt").write_bytes(b"\xff\xfe\x00")

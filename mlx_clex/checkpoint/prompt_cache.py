@@ -167,10 +167,10 @@ def metadata_of(name: str | Path) -> dict[str, str]:
 
 def _existing(name: str | Path) -> Path:
     # The name it was written under comes first: a text may have the name without the suffix.
-    file, path = file_for(name), expand(name)
-    if not (file.is_file() or path.is_file()):
-        raise InputError(f"There is no file {file}.")
-    return file if file.is_file() else path
+    for file in (file_for(name), expand(name)):
+        if file.is_file():
+            return file
+    raise InputError(f"There is no file {file_for(name)}.")
 
 
 def is_ours(metadata: Mapping[str, str]) -> bool:

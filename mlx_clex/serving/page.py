@@ -163,9 +163,9 @@ def build_page(
 
     def opened() -> dict[Any, Any]:
         """Show the conversation and its settings in a page that was loaded again."""
-        prompt = conversation.system_prompt or ""
-        begun = {system: gr.update(value=prompt, interactive=not conversation.tokens)}
-        return {**view(), **begun, heat: last_heat, most: conversation.max_tokens}
+        now = {**view(), heat: last_heat, most: conversation.max_tokens}
+        now[system]["value"] = conversation.system_prompt or ""
+        return now
 
     def take(wanted: str) -> None:
         """Start with this system prompt if nothing has been read yet."""
@@ -229,14 +229,14 @@ def build_page(
         def turn(tell: Tell) -> Iterator[Any]:
             take(wanted)
             for number, file in enumerate(map(Path, files)):
-                left = [Path(other).name for other in files[number + 1 :]]
                 try:
                     text = decode_text(file.read_bytes(), file.name)
                     count = conversation.read(text, reading(tell))
                 except (Stopped, InputError, RunError) as error:
                     since.failed = time.time()
                     told.append(str(error) or "Stopped.")
-                    told.extend([f"Not read: {', '.join(left)}."] if left else [])
+                    if left := [Path(other).name for other in files[number + 1 :]]:
+                        told.append(f"Not read: {', '.join(left)}.")
                     return
                 told.append(f"Read {count:,} tokens of {file.name}.")
                 yield None
