@@ -502,6 +502,26 @@ def test_what_is_asked_for_meanwhile_waits(never_ending, tmp_path):
         process.communicate(timeout=60)
 
 
+def test_a_long_answer_does_not_overwhelm_the_browser(never_ending):
+    """Every token drew the whole answer anew; after a page of text clicks waited for seconds."""
+    gradio_client = pytest.importorskip("gradio_client", reason="the page needs gradio")
+    process, address = start(never_ending, "--max-tokens", 100_000)
+    try:
+        client = gradio_client.Client(address, verbose=False)
+        begun = time.monotonic()
+        answer = client.submit("A cat.", api_name="/send")
+        while len(answer.outputs()) < 20:
+            assert not answer.done()
+            time.sleep(0.05)
+        assert len(answer.outputs()) <= 10 * (time.monotonic() - begun) + 2
+        client.predict(api_name="/set")  # the button to stop
+        shown, written = answer.result(60)[0], answer.outputs()[-2][0]
+        assert shown[1]["content"][0]["text"].startswith(written[1]["content"][0]["text"])
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+
+
 @pytest.mark.parametrize(
     ("reach", "shown"),
     [

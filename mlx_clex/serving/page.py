@@ -42,6 +42,10 @@ progress::-moz-progress-bar { background: var(--color-accent) }
 
 _SEND = "Send"
 
+# Seconds between what the page is sent: a browser draws the whole answer each time, and one that
+# falls behind no longer hears clicks.
+_PAUSE = 0.1
+
 # Puts the time of a click, in seconds, into the last input. Clock and server are of one machine.
 _STAMP = "(...values) => [...values.slice(0, -1), Date.now() / 1000]"
 # A refused message goes back into the box, before what was written meanwhile.
@@ -201,12 +205,13 @@ def build_page(
         last_heat = warmth
         text, ended, back = "", "", ""
         try:
-            for piece in turns.run(turn):
-                if isinstance(piece, Read):
-                    yield {note: piece.bar()}
-                    continue
-                text += piece
-                yield {talk: [*said, {"role": "assistant", "content": text}], note: ""}
+            for came in turns.run(turn):
+                text += "".join(piece for piece in came if not isinstance(piece, Read))
+                if text:
+                    yield {talk: [*said, {"role": "assistant", "content": text}], note: ""}
+                elif isinstance(came[-1], Read):
+                    yield {note: came[-1].bar()}
+                time.sleep(_PAUSE)
         except (Stopped, InputError, RunError) as error:  # nothing of the turn is kept
             ended, back = str(error) or "Stopped.", message
         ends = {
@@ -243,9 +248,10 @@ def build_page(
 
         names = ", ".join(Path(file).name for file in files)
         yield {**view(f"Reading {names} ...", busy=True), document: None}
-        for read in turns.run(turn):
-            if isinstance(read, Read):
-                yield {note: read.bar()}
+        for came in turns.run(turn):
+            if isinstance(came[-1], Read):
+                yield {note: came[-1].bar()}
+                time.sleep(_PAUSE)
         yield view(" ".join(told))
 
     def end() -> None:

@@ -83,8 +83,11 @@ class Turns:
             self.conversation.stop.set()
             self._thread.join(timeout=0.1)
 
-    def run(self, job: Callable[[Tell], Iterator[Any]]) -> Iterator[Any]:
+    def run(self, job: Callable[[Tell], Iterator[Any]]) -> Iterator[list[Any]]:
         """Yield what `job` yields and tells in the other thread; raise its exceptions here.
+
+        Each list has everything that came since the last was taken, so a slow caller does not
+        fall behind.
 
         If the caller closes this generator, as for a page that is reloaded, the job stops
         after the pass under way.
@@ -93,11 +96,15 @@ class Turns:
         self._turns.put(turn)
         try:
             while True:
-                result, error = turn.results.get()
-                if isinstance(error, StopIteration):
+                came = [turn.results.get()]
+                while not turn.results.empty():
+                    came.append(turn.results.get())
+                end = came[-1][1]
+                if results := [result for result, error in came if error is None]:
+                    yield results
+                if isinstance(end, StopIteration):
                     return
-                if error is not None:
-                    raise error
-                yield result
+                if end is not None:
+                    raise end
         finally:
             turn.abandoned.set()
