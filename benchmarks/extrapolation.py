@@ -219,6 +219,10 @@ def train_and_measure(
 
 def print_tables(runs: Sequence[Run], stage: Stage, folder: Path) -> None:
     """Print perplexity, its ratio to L0 and recall: mean and standard deviation over seeds."""
+    measured = _measured(runs, stage, folder, "perplexity")
+    if not measured:
+        print(f"\nNone of these runs is finished in {folder}, in rows of {stage.multiple} x L0.")
+        return
     print(f"\nAfter training in rows of {stage.multiple} x L0:")
     tables: list[tuple[str, str, int, Cell]] = [
         ("perplexity", "perplexity", 2, lambda rows: rows[0]["perplexity"]),
@@ -231,7 +235,7 @@ def print_tables(runs: Sequence[Run], stage: Stage, folder: Path) -> None:
         for method, results in _measured(runs, stage, folder, kind).items():
             cells = [_with_spread(_column(results, length, cell), digits) for length in LENGTHS]
             print(f"| {method} | {' | '.join(cells)} |")
-    _draw(_measured(runs, stage, folder, "perplexity"), folder / f"extrapolation-{stage.name}")
+    _draw(measured, folder / f"extrapolation-{stage.name}")
 
 
 def _recall(rows: list[dict[str, Any]]) -> float:

@@ -141,3 +141,10 @@ def test_the_extrapolation_tables_are_means_over_seeds(tmp_path, capsys):
     assert lines[2].startswith("| clex, two-stage | 0.88 ± 0.18 | 0.88 ± 0.18 |")
     assert len(lines) == 3
     assert (tmp_path / "extrapolation-rows-4x.json").exists()
+
+
+def test_tables_without_a_finished_run(tmp_path, capsys):
+    """It was a traceback."""
+    runs = [extrapolation.Run("none", 0)]
+    extrapolation.print_tables(runs, extrapolation.USUAL, tmp_path / "none")
+    assert "None of these runs is finished in" in capsys.readouterr().out
