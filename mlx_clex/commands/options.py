@@ -74,7 +74,7 @@ _SHARED = {
     ),
     "--split": _option(
         "Split of a folder or dataset. Default: train, which holds all files of a folder without "
-        "splits.",
+        "splits; its valid is the last 5 %%, which lora holds out.",
         default="train",
         choices=("train", "valid", "test"),
     ),

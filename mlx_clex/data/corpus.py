@@ -102,7 +102,8 @@ def load_corpora(
         tokenizer: mlx-lm's wrapper.
         mask_prompt: leave prompts out of the loss.
         cache_dir: folder for the token files.
-        splits: names from `SPLITS`. The result lacks those that the data does not have.
+        splits: names from `SPLITS`. The result lacks those that the data does not have, but plain
+            texts without a valid split give their last 5 %, which train then lacks.
         hf_dataset: datasets to read instead of `path`, as in mlx-lm's YAML files.
         features: names of columns by mlx-lm's settings, such as prompt_feature; the others have
             mlx-lm's names.
@@ -158,6 +159,7 @@ def load_corpora(
         raise InputError(
             f"--mask-prompt has no effect on {path}: plain texts have no prompts. Leave it out."
         )
+    held_out = "valid" in splits and plain and not found["valid"]
     corpora = {
         split: tokenised(
             f"{path} ({split})",
@@ -165,15 +167,15 @@ def load_corpora(
             f"{len(found[split])} file(s), {_megabytes(found[split]):.1f} MB",
             partial(_documents, found[split], tokenizer, columns, left_out),
         )
-        for split in splits
+        for split in ({*splits, "train"} if held_out else splits)
         if found[split]
     }
-    if "valid" in splits and not found["valid"] and plain and "train" in corpora:
+    if held_out and "train" in corpora:
         whole = corpora["train"]
         cut = int(len(whole.tokens) * (1 - _HELD_OUT))
         corpora["train"] = whole.part(0, cut, whole.name)
         corpora["valid"] = whole.part(cut, len(whole.tokens), f"the last 5 % of {whole.name}")
-    return corpora
+    return {split: corpora[split] for split in splits if split in corpora}
 
 
 def find_files(path: Path) -> dict[str, list[Path]]:

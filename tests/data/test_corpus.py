@@ -142,6 +142,11 @@ def test_the_last_twentieth_of_a_folder_of_texts_is_held_out(tmp_path):
     assert both == [1] + [ord("x")] * 100 + [0] + [1] + [ord("y")] * 100 + [0]
     assert len(corpora["valid"].tokens) == 11
     assert corpora["valid"].starts.tolist() == [0]
+    alone = load_from(tmp_path, tmp_path, splits=["valid"])  # what `perplexity --split valid` asks
+    assert list(alone) == ["valid"]
+    assert alone["valid"].tokens.tolist() == corpora["valid"].tokens.tolist()
+    whole = load_from(tmp_path, tmp_path, splits=["train"])["train"]
+    assert whole.tokens.tolist() == both
 
 
 def test_long_texts_cause_no_warning(converted, tmp_path, caplog):
