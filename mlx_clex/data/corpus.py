@@ -167,7 +167,7 @@ def load_corpora(
             f"{len(found[split])} file(s), {_megabytes(found[split]):.1f} MB",
             partial(_documents, found[split], tokenizer, columns, left_out),
         )
-        for split in ({*splits, "train"} if held_out else splits)
+        for split in dict.fromkeys([*splits, "train"] if held_out else splits)
         if found[split]
     }
     if held_out and "train" in corpora:
