@@ -135,12 +135,22 @@ class Page:
 
 
 @pytest.fixture(scope="module")
-def never_ending(tmp_path_factory):
-    """gene_llama, which has no reach, in float32 and without a way to choose its end token."""
+def in_float32(tmp_path_factory):
+    """A function from a golden checkpoint to a folder of it that a test may change."""
     from mlx_clex.convert import convert
 
-    folder = tmp_path_factory.mktemp("f32") / "m"
-    convert(GOLDEN / "gene_llama", folder, dtype="float32")
+    def make(name):
+        folder = tmp_path_factory.mktemp("f32") / name
+        convert(GOLDEN / name, folder, dtype="float32")
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def never_ending(in_float32):
+    """gene_llama, which has no reach, without a way to choose its end token."""
+    folder = in_float32("gene_llama")
     file = folder / "model.safetensors"
     weights = mx.load(str(file))
     weights["lm_head.weight"][2] = 0  # others of the 512 tokens have a positive logit
@@ -149,25 +159,15 @@ def never_ending(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browsing(tmp_path_factory):
-    """A function from a golden checkpoint, converted to float32 here or before, to its page."""
+def browsing():
+    """A function from a model and options to a page."""
     pytest.importorskip("gradio", reason="the page needs gradio, extra `web`")
     pytest.importorskip("selenium", reason="selenium drives the browser")
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
         pytest.skip("chromium or chromedriver is not installed")
-    from mlx_clex.convert import convert
-
     pages = []
 
-    def start(name, *options, template=None):
-        folder = Path(name)
-        if not folder.is_absolute():
-            folder = tmp_path_factory.mktemp("f32") / "m"
-            convert(GOLDEN / name, folder, dtype="float32")
-        if template is not None:
-            file = folder / "tokenizer_config.json"
-            entries = json.loads(file.read_text()) | {"chat_template": template}
-            file.write_text(json.dumps(entries))
+    def start(folder, *options):
         pages.append(Page(folder, *options))
         return pages[-1]
 
@@ -177,20 +177,23 @@ def browsing(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(browsing):
+def page(browsing, in_float32):
     """The page over clex_llama, which reaches 256 tokens and has no chat template."""
-    return browsing("clex_llama", "--max-tokens", "40")
+    return browsing(in_float32("clex_llama"), "--max-tokens", "40")
 
 
 @pytest.fixture(scope="module")
-def endless(browsing):
+def endless(browsing, in_float32):
     """The page over gene_llama, which has no end, with a chat template."""
     template = (
         "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"
         "{% if add_generation_prompt %}<s>assistant {% endif %}"
     )
+    folder = in_float32("gene_llama")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
     options = ("--max-tokens", "8", "--prefill-step-size", "64", "--system-prompt", "Be brief.")
-    return browsing("gene_llama", *options, template=template)
+    return browsing(folder, *options)
 
 
 @pytest.mark.parametrize("size", [(1280, 800), (900, 1200)])
@@ -480,46 +483,48 @@ def test_a_signal_ends_an_answer_and_the_page(ending, never_ending, tmp_path, mo
     assert not list((tmp_path / "kept").rglob("fox.txt"))
 
 
-def test_what_is_asked_for_meanwhile_waits(never_ending, tmp_path):
+@pytest.fixture
+def client(never_ending):
+    """gradio's client of a page whose answers do not end."""
+    gradio_client = pytest.importorskip("gradio_client", reason="the page needs gradio")
+    process, address = start(never_ending, "--max-tokens", 100_000)
+    try:
+        yield gradio_client.Client(address, verbose=False)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+
+
+def answering(client, updates):
+    """An answer under way, once this many updates of the page have come."""
+    answer = client.submit("A cat.", api_name="/send")
+    while len(answer.outputs()) < updates:
+        assert not answer.done()
+        time.sleep(0.05)
+    return answer
+
+
+def test_what_is_asked_for_meanwhile_waits(client, tmp_path):
     """The end of an answer hid the note of a document that was dropped before it."""
-    gradio_client = pytest.importorskip("gradio_client", reason="the page needs gradio")
+    gradio_client = pytest.importorskip("gradio_client")
     (tmp_path / "fox.txt").write_text(SENTENCE)
-    process, address = start(never_ending, "--max-tokens", 100_000)
-    try:
-        client = gradio_client.Client(address, verbose=False)
-        answer = client.submit("A cat.", api_name="/send")
-        while len(answer.outputs()) < 3:
-            assert not answer.done()
-            time.sleep(0.05)
-        dropped = client.submit([gradio_client.handle_file(tmp_path / "fox.txt")], api_name="/drop")
-        time.sleep(2)
-        assert dropped.outputs() == []
-        client.predict(api_name="/set")  # the button to stop
-        assert "Stopped." in answer.result(60)
-        assert any("of fox.txt" in str(shown) for shown in dropped.result(60))
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+    answer = answering(client, 3)
+    dropped = client.submit([gradio_client.handle_file(tmp_path / "fox.txt")], api_name="/drop")
+    time.sleep(2)
+    assert dropped.outputs() == []
+    client.predict(api_name="/set")  # the button to stop
+    assert "Stopped." in answer.result(60)
+    assert any("of fox.txt" in str(shown) for shown in dropped.result(60))
 
 
-def test_a_long_answer_does_not_overwhelm_the_browser(never_ending):
+def test_a_long_answer_does_not_overwhelm_the_browser(client):
     """Every token drew the whole answer anew; after a page of text clicks waited for seconds."""
-    gradio_client = pytest.importorskip("gradio_client", reason="the page needs gradio")
-    process, address = start(never_ending, "--max-tokens", 100_000)
-    try:
-        client = gradio_client.Client(address, verbose=False)
-        begun = time.monotonic()
-        answer = client.submit("A cat.", api_name="/send")
-        while len(answer.outputs()) < 20:
-            assert not answer.done()
-            time.sleep(0.05)
-        assert len(answer.outputs()) <= 10 * (time.monotonic() - begun) + 2
-        client.predict(api_name="/set")  # the button to stop
-        shown, written = answer.result(60)[0], answer.outputs()[-2][0]
-        assert shown[1]["content"][0]["text"].startswith(written[1]["content"][0]["text"])
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+    begun = time.monotonic()
+    answer = answering(client, 20)
+    assert len(answer.outputs()) <= 10 * (time.monotonic() - begun) + 2
+    client.predict(api_name="/set")  # the button to stop
+    shown, written = answer.result(60)[0], answer.outputs()[-2][0]
+    assert shown[1]["content"][0]["text"].startswith(written[1]["content"][0]["text"])
 
 
 @pytest.mark.parametrize(

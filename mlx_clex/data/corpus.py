@@ -159,7 +159,7 @@ def load_corpora(
         raise InputError(
             f"--mask-prompt has no effect on {path}: plain texts have no prompts. Leave it out."
         )
-    held_out = "valid" in splits and plain and not found["valid"]
+    held_out = "valid" in splits and plain and bool(found["train"]) and not found["valid"]
     corpora = {
         split: tokenised(
             f"{path} ({split})",
@@ -170,7 +170,7 @@ def load_corpora(
         for split in dict.fromkeys([*splits, "train"] if held_out else splits)
         if found[split]
     }
-    if held_out and "train" in corpora:
+    if held_out:
         whole = corpora["train"]
         cut = int(len(whole.tokens) * (1 - _HELD_OUT))
         corpora["train"] = whole.part(0, cut, whole.name)

@@ -205,13 +205,12 @@ def build_page(
         last_heat = warmth
         text, ended, back = "", "", ""
         try:
-            for came in turns.run(turn):
+            for came in turns.run(turn, _PAUSE):
                 text += "".join(piece for piece in came if not isinstance(piece, Read))
                 if text:
                     yield {talk: [*said, {"role": "assistant", "content": text}], note: ""}
                 elif isinstance(came[-1], Read):
                     yield {note: came[-1].bar()}
-                time.sleep(_PAUSE)
         except (Stopped, InputError, RunError) as error:  # nothing of the turn is kept
             ended, back = str(error) or "Stopped.", message
         ends = {
@@ -248,10 +247,9 @@ def build_page(
 
         names = ", ".join(Path(file).name for file in files)
         yield {**view(f"Reading {names} ...", busy=True), document: None}
-        for came in turns.run(turn):
+        for came in turns.run(turn, _PAUSE):
             if isinstance(came[-1], Read):
                 yield {note: came[-1].bar()}
-                time.sleep(_PAUSE)
         yield view(" ".join(told))
 
     def end() -> None:

@@ -8,6 +8,7 @@ Not covered: more than one conversation.
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,11 +84,11 @@ class Turns:
             self.conversation.stop.set()
             self._thread.join(timeout=0.1)
 
-    def run(self, job: Callable[[Tell], Iterator[Any]]) -> Iterator[list[Any]]:
+    def run(self, job: Callable[[Tell], Iterator[Any]], pause: float = 0.0) -> Iterator[list[Any]]:
         """Yield what `job` yields and tells in the other thread; raise its exceptions here.
 
         Each list has everything that came since the last was taken, so a slow caller does not
-        fall behind.
+        fall behind. `pause`: seconds from one list to the next.
 
         If the caller closes this generator, as for a page that is reloaded, the job stops
         after the pass under way.
@@ -106,5 +107,6 @@ class Turns:
                     return
                 if end is not None:
                     raise end
+                time.sleep(pause)
         finally:
             turn.abandoned.set()

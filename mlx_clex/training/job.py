@@ -104,14 +104,11 @@ class Job:
         """What the training made, where, and the commands that use it."""
         model, folder = shlex.quote(str(self.options.model)), self.options.adapter_path
         paths = f"--model {model} --adapter-path {shlex.quote(folder)}"
-        lines = [
-            f"Trained {self.options.iters:,} iterations; the result is in {folder}.",
-            f"Try them:     mlx_clex generate {paths} --prompt 'Once upon a time'",
-        ]
-        if self.training and self.training.valid_corpus and self.options.hf_dataset is None:
-            held_out = f"--data {shlex.quote(str(self.options.data))} --split valid"
-            lines.append(f"Measure them: mlx_clex perplexity {paths} {held_out}")
-        return "\n".join([*lines, f"Merge them:   mlx_clex fuse {paths} --save-path fused_model"])
+        return (
+            f"Trained {self.options.iters:,} iterations; the result is in {folder}.\n"
+            f"Try them:   mlx_clex generate {paths} --prompt 'Once upon a time'\n"
+            f"Merge them: mlx_clex fuse {paths} --save-path fused_model"
+        )
 
     def _trained(self) -> str:
         """What is trained, and how many parameters that is."""

@@ -14,7 +14,7 @@ from mlx_clex.serving.turns import Turns
 def turns():
     def conversation():
         model, tokenizer = load(bundled.MODELS["gene"])
-        return Conversation(model, tokenizer, max_tokens=400, prefill_step_size=8)
+        return Conversation(model, tokenizer, max_tokens=4000, prefill_step_size=8)
 
     turns = Turns(lambda: conversation)
     yield turns
@@ -36,7 +36,7 @@ def test_an_answer_that_nobody_takes_stops(turns):
 
     (finish, generated), *pieces = chain(*turns.run(later))
     assert finish == "stopped"
-    assert len(given) <= generated < 400
+    assert len(given) <= generated < 4000
     assert conversation.messages[1]["content"].startswith("".join(given))
     assert (len(pieces), conversation.finish) == (6, "length")
 
@@ -46,7 +46,7 @@ def test_reading_that_nobody_waits_for_stops(turns):
     conversation = turns.conversation
 
     def reading(tell):
-        yield conversation.read(bundled.text()[:1000], lambda *read: tell(read))
+        yield conversation.read(bundled.text()[:50_000], lambda *read: tell(read))
 
     reads = turns.run(reading)
     done, total = next(reads)[-1]
